@@ -1,0 +1,259 @@
+"""Longformer: a sliding window plus a few global tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..base import (
+    AttentionContext,
+    AttentionGeometry,
+    EfficientAttention,
+    EfficientAttentionConfig,
+    MechanismFacts,
+    SourceAttention,
+    register_mechanism,
+)
+from ..ops.alignment import first_real_token
+from ..ops.windows import ExtraKeys, window_attention
+from .local import window_sides
+
+GLOBAL_RULES = ("none", "first", "question")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongformerAttentionConfig(EfficientAttentionConfig):
+    """Options of Longformer attention.
+
+    Args:
+        attention_window: w, in tokens, even; one number, or one per layer of the stack. Encoder: w // 2 keys on each side
+            plus the token itself. Causal: the last w keys, the token itself included.
+        dilation: distance between neighbouring visible keys of the window.
+        global_tokens: which tokens are global where the call gives no `global_attention_mask`: `"none"`, `"first"` (each
+            row's first real token), `"question"` (all tokens up to and including the first separator), or positions
+            counted from each row's first real token.
+        separator_token_id: the separator of `"question"`; `tokenizer.sep_token_id`.
+    """
+
+    mechanism: ClassVar[str] = "longformer"
+
+    attention_window: int | tuple[int, ...] = 512
+    dilation: int = 1
+    global_tokens: str | tuple[int, ...] = "none"
+    separator_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("dilation")
+        for name in ("attention_window", "global_tokens"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        windows = self.attention_window if isinstance(self.attention_window, tuple) else (self.attention_window,)
+        self._require(
+            "attention_window",
+            bool(windows) and all(type(w) is int and w > 0 and w % 2 == 0 for w in windows),
+            "even integers ≥ 2 (half of each lies on each side), one for all layers or one per layer",
+        )
+        rule = self.global_tokens
+        fits = rule in GLOBAL_RULES if isinstance(rule, str) else all(type(i) is int and i >= 0 for i in rule)
+        self._require("global_tokens", bool(fits and rule), f"one of {', '.join(GLOBAL_RULES)}, or positions ≥ 0")
+        if rule == "question" and self.separator_token_id is None:
+            raise ValueError(
+                "longformer: global_tokens='question' needs separator_token_id; pass tokenizer.sep_token_id."
+            )
+
+
+@register_mechanism
+class LongformerAttention(EfficientAttention):
+    """Sliding window ∪ global tokens in one softmax; global tokens attend to everything with projections of their own.
+
+    With G the global tokens of a row and W(i) the window of `local`:
+
+        i ∉ G:  y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j            over j ∈ W(i) ∪ G
+        i ∈ G:  y_i = Σ_j softmax_j(s · qᵍ_i·kᵍ_j + b(j - i)) vᵍ_j         over all real j,  qᵍ = W_qᵍ h_i, …
+
+    qᵍ, kᵍ, vᵍ start as copies of the pretrained projections. Causal layers have global *columns* only: W(i) ∪ G over
+    j ≤ i, and no new projections, since a global row would need keys that a cache no longer has.
+    `global_attention_mask` (B, N) in the call overrides `global_tokens`.
+
+    O(N (w + |G|)) time and memory. Source: Beltagy et al. 2020 (arXiv 2004.05150), §3.1; the global projections follow
+    transformers' `LongformerSelfAttention`.
+    """
+
+    Config = LongformerAttentionConfig
+    config: LongformerAttentionConfig
+    facts = MechanismFacts(
+        title="Longformer",
+        paper="arXiv 2004.05150",
+        time="n·(w + g)",
+        memory="n·(w + g)",
+        exact_when="attention_window ≥ 2n and no global tokens, or all tokens global",
+        training="works unconverted; finetuning restores long range",
+    )
+    uses_global_attention_mask = True
+
+    query_global: nn.Linear
+    key_global: nn.Linear
+    value_global: nn.Linear
+
+    def __init__(self, config: LongformerAttentionConfig, geometry: AttentionGeometry):
+        super().__init__(config, geometry)
+        window = config.attention_window
+        self.window = window[geometry.layer] if isinstance(window, tuple) else window
+        self.has_global_rows = self.needs_hidden_states = not geometry.is_causal
+        self.needs_input_ids = config.global_tokens == "question"
+        if self.has_global_rows:
+            inner = geometry.num_heads * geometry.head_dim
+            for name in ("query_global", "key_global", "value_global"):
+                self.add_module(name, nn.Linear(geometry.hidden_size, inner, bias=geometry.projection_bias))
+
+    def reset_parameters(self) -> None:
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def initialise_from(self, source: SourceAttention) -> dict[str, str]:
+        origins = {}
+        if self.has_global_rows:
+            for name in ("query", "key", "value"):
+                weights, target = getattr(source, name), getattr(self, f"{name}_global")
+                target.weight.copy_(weights.weight)
+                origins[f"{name}_global.weight"] = f"copy of the {name} weight"
+                if weights.bias is not None:
+                    target.bias.copy_(weights.bias)
+                    origins[f"{name}_global.bias"] = f"copy of the {name} bias"
+        return origins
+
+    @classmethod
+    def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
+        reasons = super().unsupported(config, geometry)
+        windows = config.attention_window
+        if isinstance(windows, tuple) and len(windows) != geometry.num_layers:
+            reasons.append(
+                f"attention_window lists {len(windows)} windows, but the {geometry.side} has {geometry.num_layers} "
+                "layers: give one number, or one window per layer"
+            )
+        return reasons
+
+    @classmethod
+    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        return dataclasses.replace(config, attention_window=2 * length, dilation=1, global_tokens="none")
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        left, right = window_sides(self.window, context.is_causal)
+        index, exists = self._global_tokens(key, context)
+        keep, extra = context.key_padding_mask, None
+        if index is not None:
+            extra = self._global_columns(query, key, value, index, exists, context)
+            keep = _clear(keep, index, exists, key)
+        out = window_attention(
+            query,
+            key,
+            value,
+            left=left,
+            right=right,
+            scaling=context.scaling,
+            dilation=self.config.dilation,
+            key_padding_mask=keep,
+            relative_bias=context.relative_bias,
+            dropout=context.dropout,
+            query_offset=context.query_offset,
+            extra=extra,
+        )
+        if index is not None and self.has_global_rows:
+            rows = self._global_rows(index, exists, context)
+            # spare entries of a row with fewer global tokens go to a position past the end, which is cut off
+            target = torch.where(exists, index, out.shape[2])[:, None, :, None].expand(rows.shape)
+            out = F.pad(out, (0, 0, 0, 1)).scatter(2, target, rows.to(out.dtype))[:, :, :-1]
+        return out
+
+    def _global_tokens(self, key: Tensor, context: AttentionContext) -> tuple[Tensor | None, Tensor]:
+        """(B, G) key positions of the global tokens and (B, G) bool whether each entry is one; None without any."""
+        batch, length = key.shape[0], key.shape[2]
+        keep, rule = context.key_padding_mask, self.config.global_tokens
+        given = context.global_attention_mask
+        separator_id = self.config.separator_token_id
+        if given is None and rule == "question" and context.input_ids is not None and separator_id is not None:
+            separator = torch.eq(context.input_ids, separator_id)
+            given = (separator.cumsum(-1) - separator.int() == 0) & separator.any(-1, keepdim=True)
+        if given is not None:
+            given = given.bool() if keep is None else given.bool() & keep
+            count = int(given.sum(-1).max())
+            if count == 0:
+                return None, given
+            # stable sort: global tokens first, in order
+            index = (~given).int().argsort(dim=-1, stable=True)[:, :count]
+            return index, given.gather(-1, index)
+        if rule in ("none", "question"):
+            return None, torch.empty(0)
+        wanted = torch.tensor((0,) if rule == "first" else rule, device=key.device)
+        start = torch.zeros(batch, dtype=torch.long, device=key.device) if keep is None else first_real_token(keep)
+        index = start[:, None] + wanted
+        exists = index < length
+        index = index.clamp(max=length - 1)
+        return index, exists if keep is None else exists & keep.gather(-1, index)
+
+    def _global_columns(
+        self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, exists: Tensor, context: AttentionContext
+    ) -> ExtraKeys:
+        """The global tokens as keys of every query; causal: of every later query."""
+        gather = index[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        positions = torch.arange(query.shape[2], device=key.device) + context.query_offset
+        offset = index[:, None, :] - positions[:, None]  # (B, N, G)
+        keep = exists[:, None]
+        if context.is_causal:
+            keep = keep & (offset <= 0)
+        bias = None if context.relative_bias is None else context.relative_bias.at(offset).transpose(0, 1)
+        return ExtraKeys(key.gather(2, gather), value.gather(2, gather), keep, bias)
+
+    def _global_rows(self, index: Tensor, exists: Tensor, context: AttentionContext) -> Tensor:
+        """(B, H, G, D): what the global tokens see, through the projections of their own.
+
+        Few global tokens do not need keys and values of all tokens: `qᵍ·(W_k h + c) = (W_kᵀ qᵍ)·h + qᵍ·c`, and the last
+        term is the same for all keys; likewise `Σ p (W_v h + c) = W_v Σ p h + c`. That costs n·D per head and global
+        token against n·D² once, so it pays up to head_dim global tokens.
+        """
+        hidden = context.hidden_states
+        assert hidden is not None
+        heads, width = self.geometry.num_heads, self.geometry.head_dim
+        n = hidden.shape[1]
+        gather = index[..., None].expand(-1, -1, hidden.shape[-1])
+        q = self._heads(self.query_global(hidden.gather(1, gather)))  # (B, H, G, D)
+        mask = None if context.key_padding_mask is None else context.key_padding_mask[:, None, None, :]
+        if context.relative_bias is not None:
+            offset = torch.arange(n, device=index.device) - index[..., None]
+            bias = context.relative_bias.at(offset).transpose(0, 1).to(q.dtype)  # (B, H, G, n)
+            mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
+        options: dict[str, Any] = dict(dropout_p=context.dropout, scale=context.scaling)
+        if index.shape[1] > width:
+            k, v = self._heads(self.key_global(hidden)), self._heads(self.value_global(hidden))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+        key_weight = self.key_global.weight.unflatten(0, (heads, width))
+        value_weight = self.value_global.weight.unflatten(0, (heads, width))
+        probe = torch.einsum("bhgd,hdc->bhgc", q, key_weight.to(q.dtype))
+        shared = hidden[:, None].expand(-1, heads, -1, -1)
+        mixed = F.scaled_dot_product_attention(probe, shared, shared, attn_mask=mask, **options)
+        out = torch.einsum("bhgc,hdc->bhgd", mixed, value_weight.to(mixed.dtype))
+        if self.value_global.bias is not None:
+            out = out + self.value_global.bias.view(heads, 1, width).to(out.dtype)
+        return out
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.geometry.num_heads, self.geometry.head_dim)).transpose(1, 2)
+
+
+def _clear(keep: Tensor | None, index: Tensor, exists: Tensor, key: Tensor) -> Tensor:
+    """The keep-mask without the global tokens, which every query already sees as extra keys."""
+    batch, length = key.shape[0], key.shape[2]
+    if keep is None:
+        keep = torch.ones(batch, length, dtype=torch.bool, device=key.device)
+    target = torch.where(exists, index, length)
+    return F.pad(keep, (0, 1)).scatter(1, target, False)[:, :-1]

@@ -1,0 +1,367 @@
+"""convert and revert: to efficient attention and back bit for bit, every tensor accounted for."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+
+from ._version import __version__
+from .base import ConfigLike, EfficientAttentionConfig, attention_configs
+from .families import family_of
+from .models import CONFIGS, MODELS, EfficientModelMixin
+from .patching import CHILD, IMPLEMENTATION, install, is_installed, plan, resolve_side, uninstall
+
+REPORT_NAME = "conversion_report.json"
+# what sentence-transformers keeps beside a model: pooling and similarity settings
+SIDE_FILES = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling",
+    "2_Normalize",
+)
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did, tensor by tensor.
+
+    Attributes:
+        source, revision: where the original came from.
+        model_class: the stock class, whose Efficient form the result is.
+        efficient_attention: the installed options, as JSON.
+        max_positions, positions: usable positions after conversion, and how the table was lengthened.
+        tensors: {name: {"status": "copied" | "extended" | "initialised" | "random", "from": …, "shape": […]}}; "random"
+            are tensors that the source checkpoint lacks, e.g. a fresh classification head.
+        ignored: tensors of the source checkpoint that its class has no place for.
+        fidelity: filled by `verify`, if it was run.
+    """
+
+    source: str
+    revision: str | None
+    model_class: str
+    efficient_attention: list[dict[str, Any]]
+    max_positions: int | None
+    positions: str
+    tensors: dict[str, dict[str, Any]]
+    ignored: list[str] = field(default_factory=list)
+    fidelity: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    def counts(self) -> dict[str, int]:
+        """Number of tensors by status."""
+        statuses = [tensor["status"] for tensor in self.tensors.values()]
+        return {status: statuses.count(status) for status in ("copied", "extended", "initialised", "random")}
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class ConversionResult:
+    """A converted model with its tokenizer (`None` if the source had none) and the report; `save(path)` writes all."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    report: ConversionReport
+    source_folder: Path | None = None
+
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write a checkpoint folder, all of it or nothing.
+
+        Raises:
+            FileExistsError: `path` exists and `overwrite` is False.
+        """
+        with atomic_folder(path, overwrite) as folder:
+            self.model.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            if self.source_folder is not None:
+                _copy_side_files(self.source_folder, folder, self.report.max_positions)
+            (folder / REPORT_NAME).write_text(json.dumps(self.report.to_dict(), indent=2) + "\n")
+        return Path(path)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a recorded result depends on."""
+    return {
+        "hf_efficient": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+@contextmanager
+def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block succeeds, and vanishes when it does not.
+
+    Raises:
+        FileExistsError: `path` exists and `overwrite` is False; raised before any work is done.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{path} exists; choose another folder, or overwrite it with --overwrite / overwrite=True."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            path.rename(old / path.name)
+            try:
+                folder.rename(path)
+            except OSError:
+                (old / path.name).rename(path)
+                raise
+            finally:
+                shutil.rmtree(old)
+        else:
+            folder.rename(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def convert(
+    source: str | Path | PreTrainedModel,
+    attention: ConfigLike,
+    *,
+    max_positions: int | None = None,
+    positions: str = "tile",
+    tokenizer: Any = None,
+    revision: str | None = None,
+    **options: Any,
+) -> ConversionResult:
+    """Convert a pretrained checkpoint to efficient attention.
+
+    Args:
+        source: Hub id or folder of a BERT, RoBERTa, GPT-2 or T5 checkpoint (or a relative), or a loaded stock model,
+            which is then converted in place.
+        attention: a mechanism's name with its options as keywords, a config, its JSON form, or a list for hybrids.
+        max_positions: longest input of the result, in tokens; `None` keeps the source's. T5 has no table to lengthen,
+            only its tokenizer is told.
+        positions: `"tile"` or `"interpolate"`: how the position table is lengthened.
+        tokenizer: for a loaded model, or to use another than the source's.
+        revision: of the Hub repository.
+
+    Returns:
+        `.model` (an Efficient class), `.tokenizer`, `.report`; `.save(path)` writes a checkpoint for the Auto classes.
+
+    Raises:
+        ValueError: an impossible setting, an unsupported architecture, unreadable weights, a tensor unaccounted for.
+        OSError: the source can't be found.
+    """
+    configs = attention_configs(attention, **options)
+    folder, info = None, None
+    if isinstance(source, PreTrainedModel):
+        model, name = source, source.config._name_or_path or type(source).__name__
+    else:
+        name = str(source)
+        model, info = load_stock(name, revision)
+        folder = Path(name) if Path(name).is_dir() else None
+        tokenizer = tokenizer or _load_tokenizer(name, revision)
+    if isinstance(model, EfficientModelMixin) or is_installed(model):
+        raise ValueError(f"{name} already has efficient attention; revert it before converting it to something else.")
+    stock_name = type(model).__name__
+    before = {key: (tensor.data_ptr(), tensor.shape) for key, tensor in model.state_dict().items()}
+    origins, resized = convert_in_place(model, configs, max_positions, positions)
+    if tokenizer is None:
+        warnings.warn(f"{name} has no tokenizer: only the model is converted.", stacklevel=2)
+    elif max_positions is not None:
+        tokenizer.model_max_length = max_positions
+    report = ConversionReport(
+        source=name,
+        revision=revision,
+        model_class=stock_name,
+        efficient_attention=model.config.efficient_attention,
+        max_positions=family_of(model).max_positions(model.config) or max_positions,
+        positions=positions,
+        tensors=_account(model, before, origins, resized, set(info["missing_keys"]) if info else set()),
+        ignored=sorted(info["unexpected_keys"]) if info else [],
+    )
+    return ConversionResult(model, tokenizer, report, folder)
+
+
+def convert_in_place(
+    model: PreTrainedModel,
+    configs: list[EfficientAttentionConfig],
+    max_positions: int | None = None,
+    positions: str = "tile",
+) -> tuple[dict[str, str], list[str]]:
+    """Turn a loaded stock model into its Efficient class.
+
+    Returns:
+        {new tensor: where its values came from}, and the names of the position tables that were lengthened.
+    """
+    family = family_of(model)
+    if type(model) not in MODELS:
+        raise ValueError(
+            f"{type(model).__name__} is no model class of transformers' {family.model_type}; load the checkpoint with one "
+            f"of {', '.join(cls.__name__ for cls in MODELS if cls.config_class.model_type == family.model_type)}."
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "some weights are not loaded (offloaded or on the meta device): convert on a machine that holds the model, "
+            "save it, and load the converted checkpoint with device_map."
+        )
+    sides = [stack.side for stack in family.stacks(model)]
+    configs = [replace(config, side=_stored_side(config, sides)) for config in configs]
+    plan(model, configs)  # refuse before anything changes
+    before = family.max_positions(model.config)
+    resized = []
+    if max_positions is not None and before is not None and max_positions != before:
+        if max_positions < before:
+            raise ValueError(
+                f"max_positions={max_positions} would drop positions; the source has {before}: give at least that."
+            )
+        resized = family.resize_positions(model, max_positions, positions)
+    try:
+        origins = install(model, configs)
+    except BaseException:
+        if resized and before is not None:
+            family.resize_positions(model, before, positions)
+        raise
+    efficient: Any = model
+    efficient.__class__ = MODELS[type(model)]
+    config = model.config
+    new = CONFIGS[family.model_type].from_dict(
+        config.to_dict() | {"model_type": CONFIGS[family.model_type].model_type}, attn_implementation=IMPLEMENTATION
+    )
+    new.efficient_attention = [c.to_dict() for c in configs]
+    new.efficient_source = {"max_positions": before, "positions": positions}
+    new._name_or_path = config._name_or_path
+    _replace_config(model, config, new)
+    model.all_tied_weights_keys.update(efficient._efficient_ties())
+    return origins, resized
+
+
+def _stored_side(config: EfficientAttentionConfig, sides: list[str]) -> str | None:
+    wanted = resolve_side(config, sides)
+    return config.side if not wanted else "both" if len(wanted) == 2 else wanted[0]
+
+
+def _replace_config(model: PreTrainedModel, old: Any, new: Any) -> None:
+    """Every module that held the model's config holds the new one; stacks with a copy of their own keep it."""
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
+    new.attn_implementation = old.attn_implementation
+
+
+def revert(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `convert` in place: the original class, config and weights, bit for bit unless they were trained since.
+
+    Raises:
+        ValueError: the model is no converted one.
+    """
+    if not isinstance(model, EfficientModelMixin):
+        raise ValueError(f"{type(model).__name__} is no converted model: there is nothing to revert.")
+    family = family_of(model)
+    config, stock = model.config, model.stock_class
+    reverted: Any = model
+    uninstall(model)
+    source = config.efficient_source
+    if source["max_positions"] is not None and source["max_positions"] != family.max_positions(config):
+        family.resize_positions(model, source["max_positions"], source["positions"])
+    values = config.to_dict() | {"model_type": stock.config_class.model_type, "architectures": [stock.__name__]}
+    for name in ("efficient_attention", "efficient_source", "attn_implementation"):
+        values.pop(name, None)
+    new = stock.config_class.from_dict(values)
+    new._attn_implementation = config._attn_implementation
+    new._name_or_path = config._name_or_path
+    config.attn_implementation = None
+    _replace_config(model, config, new)
+    del new.attn_implementation
+    reverted.__class__ = stock
+    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if f".{CHILD}." not in k}
+    return model
+
+
+def load_stock(name: str, revision: str | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A checkpoint in the class its config names, and transformers' loading info.
+
+    Raises:
+        ValueError: unsupported architecture, or weights that can't be read.
+    """
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    family = family_of(config.model_type)
+    if config.model_type != family.model_type:
+        raise ValueError(f"{name} already has efficient attention; revert it before converting it to something else.")
+    heads = {cls.__name__: cls for cls in MODELS if cls.config_class.model_type == family.model_type}
+    cls: Any = next((heads[n] for n in config.architectures or () if n in heads), AutoModel)
+    try:
+        model, info = cls.from_pretrained(name, revision=revision, output_loading_info=True, use_safetensors=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the weights of {name} can't be read: {error}. Is a file truncated or of another format?"
+        ) from error
+    model.eval()
+    return model, info
+
+
+def _load_tokenizer(name: str, revision: str | None) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError):
+        return None
+
+
+def _account(
+    model: PreTrainedModel,
+    before: dict[str, tuple[int, torch.Size]],
+    origins: dict[str, str],
+    resized: list[str],
+    missing: set[str],
+) -> dict[str, dict[str, Any]]:
+    """The status of every tensor of the converted model; a tensor without one, or one lost on the way, is an error."""
+    tensors: dict[str, dict[str, Any]] = {}
+    unaccounted = []
+    for name, tensor in model.state_dict().items():
+        if name in origins:
+            status, origin = "initialised", origins[name]
+        elif name in resized:
+            status, origin = "extended", f"{name}, {before[name][1][0]} rows"
+        elif name in missing:
+            status, origin = "random", "absent from the source checkpoint"
+        elif before.get(name) == (tensor.data_ptr(), tensor.shape):
+            status, origin = "copied", name
+        else:
+            unaccounted.append(name)
+            continue
+        tensors[name] = {"status": status, "from": origin, "shape": list(tensor.shape)}
+    unaccounted += [name for name in before if name not in tensors]
+    if unaccounted:
+        raise ValueError(
+            f"{len(unaccounted)} tensors are unaccounted for, e.g. {unaccounted[0]}: nothing was converted."
+        )
+    return tensors
+
+
+def _copy_side_files(source: Path, folder: Path, max_positions: int | None) -> None:
+    for name in SIDE_FILES:
+        path = source / name
+        if path.is_dir():
+            shutil.copytree(path, folder / name)
+        elif path.is_file():
+            shutil.copy(path, folder / name)
+    settings = folder / "sentence_bert_config.json"
+    if settings.is_file() and max_positions is not None:
+        values = json.loads(settings.read_text()) | {"max_seq_length": max_positions}
+        settings.write_text(json.dumps(values, indent=2) + "\n")

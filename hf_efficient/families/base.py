@@ -1,0 +1,201 @@
+"""What a model family is: where its self-attention sits, what its weights and positions are called."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..base import AttentionGeometry, LinearWeights, SourceAttention
+
+POSITION_METHODS = ("tile", "interpolate")
+
+
+class AttentionSite(NamedTuple):
+    """One self-attention layer: its qualified name in the model, the module and its index in its stack."""
+
+    name: str
+    module: nn.Module
+    layer: int
+
+
+@dataclass
+class Stack:
+    """One encoder or decoder of a model: its module, side, self-attention layers, and cross-attention modules."""
+
+    name: str
+    module: PreTrainedModel
+    side: str
+    sites: list[AttentionSite] = field(default_factory=list)
+    cross_attention: list[nn.Module] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFamily:
+    """One transformers architecture, as data.
+
+    Args:
+        model_type: of the stock config.
+        stack_class, attention_class: class names in the architecture's modeling module.
+        position_table: name of the `nn.Embedding` of absolute positions inside a stack, or `None`.
+        position_buffers: non-persistent buffers beside that table with one entry per position, by name and fill:
+            `"arange"` or `"zeros"`.
+
+    Subclasses override what is not data.
+    """
+
+    model_type: str
+    stack_class: str
+    attention_class: str
+    position_table: str | None = None
+    position_buffers: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def modeling(self) -> Any:
+        package = self.model_type.replace("-", "_")
+        return importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+
+    # which modules
+
+    def stacks(self, model: nn.Module) -> list[Stack]:
+        """All stacks of `model` in order, each with its self-attention sites in order."""
+        stack_class, attention_class = (getattr(self.modeling, n) for n in (self.stack_class, self.attention_class))
+        found = [
+            Stack(name, module, self.side(module))
+            for name, module in model.named_modules()
+            if isinstance(module, stack_class)
+        ]
+        for stack in found:
+            for name, module in stack.module.named_modules():
+                if self.is_cross_attention(name, module):
+                    stack.cross_attention.append(module)
+                elif isinstance(module, attention_class):
+                    full = f"{stack.name}.{name}" if stack.name else name
+                    stack.sites.append(AttentionSite(full, module, len(stack.sites)))
+        return found
+
+    def is_cross_attention(self, name: str, module: nn.Module) -> bool:
+        """Attention over another sequence, which always stays exact."""
+        return "CrossAttention" in type(module).__name__ and hasattr(module, "key")
+
+    def side(self, stack: Any) -> str:
+        return "decoder" if stack.config.is_decoder else "encoder"
+
+    # what they are like
+
+    def geometry(self, stack: Stack, site: AttentionSite) -> AttentionGeometry:
+        config = stack.module.config
+        heads, width = self.heads(site.module)
+        return AttentionGeometry(
+            num_heads=heads,
+            head_dim=width,
+            hidden_size=config.hidden_size,
+            layer=site.layer,
+            num_layers=len(stack.sites),
+            side=stack.side,
+            is_causal=bool(site.module.is_causal),
+            has_relative_bias=self.has_relative_bias,
+            projection_bias=self.source_attention(site.module).query.bias is not None,
+            max_positions=self.max_positions(config),
+        )
+
+    has_relative_bias = False
+
+    def heads(self, module: Any) -> tuple[int, int]:
+        """Number of heads and their width."""
+        return module.num_attention_heads, module.attention_head_size
+
+    def source_attention(self, module: Any) -> SourceAttention:
+        """The host's q, k, v projections as (out, in) weights and biases."""
+        projections = (module.query, module.key, module.value)
+        return SourceAttention(*(LinearWeights(p.weight.detach(), _detach(p.bias)) for p in projections))
+
+    # positions
+
+    def position_offset(self, config: PreTrainedConfig) -> int:
+        """Rows of the position table before the one of the first token."""
+        return 0
+
+    def max_positions(self, config: PreTrainedConfig) -> int | None:
+        """Longest input, in tokens, that the position table allows; `None` = no table."""
+        if self.position_table is None:
+            return None
+        return config.max_position_embeddings - self.position_offset(config)
+
+    @torch.no_grad()
+    def resize_positions(self, model: PreTrainedModel, max_positions: int, method: str = "tile") -> list[str]:
+        """Give the model `max_positions` positions; undo with the same method and the former number.
+
+        `"tile"` repeats the learned rows, so that every neighbourhood looks as in training (Beltagy et al. 2020, §5).
+        `"interpolate"` puts new rows between them on a straight line; the learned rows stay at every k-th place.
+        Rebuilds the buffers that hold one entry per position and updates every config. Returns the changed tensors.
+
+        Raises:
+            ValueError: no such method, or interpolation by a factor that is no integer.
+        """
+        if self.position_table is None:
+            return []
+        changed = []
+        for stack in self.stacks(model):
+            config = stack.module.config
+            offset = self.position_offset(config)
+            path, _, leaf = self.position_table.rpartition(".")
+            owner = stack.module.get_submodule(path)
+            old = getattr(owner, leaf)
+            weight = old.weight.data
+            rows = resize_rows(weight[offset:], max_positions, method)
+            new = nn.Embedding(
+                offset + max_positions,
+                weight.shape[1],
+                padding_idx=old.padding_idx,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+            new.weight.data = torch.cat([weight[:offset], rows])
+            new.weight.requires_grad_(old.weight.requires_grad)
+            setattr(owner, leaf, new)
+            for name, fill in self.position_buffers:
+                entries = (
+                    torch.arange(offset + max_positions) if fill == "arange" else torch.zeros(offset + max_positions)
+                )
+                owner.register_buffer(name, entries.long().expand(1, -1).to(weight.device), persistent=False)
+            config.max_position_embeddings = offset + max_positions
+            changed.append(f"{stack.name}.{self.position_table}.weight".lstrip("."))
+        model.config.max_position_embeddings = offset + max_positions
+        return changed
+
+    # for families whose host code must be replaced while patched
+
+    def swap_in(self, stack: Stack) -> None:
+        """Replace host code that would defeat sub-quadratic cost."""
+
+    def swap_out(self, stack: Stack) -> None:
+        """Undo `swap_in`."""
+
+
+def resize_rows(rows: Tensor, count: int, method: str) -> Tensor:
+    """(count, width) position rows made from (n, width) learned ones: see `ModelFamily.resize_positions`."""
+    n = len(rows)
+    if method == "tile":
+        return rows[torch.arange(count, device=rows.device) % n].clone()
+    if method != "interpolate":
+        raise ValueError(f"positions={method!r} is not possible; it must be one of {', '.join(POSITION_METHODS)}.")
+    if count % n and n % count:
+        raise ValueError(
+            f"interpolating {n} positions to {count} can't be undone; give a multiple of {n}, or positions='tile'."
+        )
+    if count < n:
+        return rows[:: n // count].clone()
+    factor = count // n
+    at = torch.arange(count, device=rows.device)
+    low = at // factor
+    share = ((at % factor) / factor)[:, None].to(rows.dtype)
+    return torch.where(share == 0, rows[low], torch.lerp(rows[low], rows[(low + 1).clamp(max=n - 1)], share))
+
+
+def _detach(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()

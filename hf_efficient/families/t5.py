@@ -1,0 +1,107 @@
+"""T5 and its relatives: no position table, a learned bias over offsets, logits without scaling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.mt5.modeling_mt5 import MT5Attention
+from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.models.umt5.modeling_umt5 import UMT5Attention
+
+from ..base import LinearWeights, SourceAttention
+from ..ops.relative_bias import RelativeBias
+from .base import ModelFamily, Stack
+
+
+class _LazyBias:
+    """Host attention whose relative bias is a table over offsets instead of a dense (1, H, N, S) tensor."""
+
+    def compute_bias(self: Any, *args: Any, **kwargs: Any) -> RelativeBias:
+        return RelativeBias(
+            self.relative_attention_bias.weight, self._bucket_of_offsets, self.relative_attention_max_distance
+        )
+
+    def _bucket_of_offsets(self: Any, offsets: Any) -> Any:
+        return self._relative_position_bucket(
+            offsets,
+            bidirectional=not self.is_decoder,
+            num_buckets=self.relative_attention_num_buckets,
+            max_distance=self.relative_attention_max_distance,
+        )
+
+
+class _NoBias:
+    """Host cross-attention without its dense zero bias."""
+
+    # the host builds zeros exactly where it has no table, so claim one and answer with nothing
+    has_relative_attention_bias = property(lambda self: True)
+
+    def compute_bias(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+class LazyBiasT5Attention(_LazyBias, T5Attention): ...
+
+
+class NoBiasT5Attention(_NoBias, T5Attention): ...
+
+
+class LazyBiasMT5Attention(_LazyBias, MT5Attention): ...
+
+
+class NoBiasMT5Attention(_NoBias, MT5Attention): ...
+
+
+class LazyBiasUMT5Attention(_LazyBias, UMT5Attention):
+    def _bucket_of_offsets(self, offsets: Any) -> Any:
+        return self._relative_position_bucket(offsets)
+
+
+class NoBiasUMT5Attention(_NoBias, UMT5Attention): ...
+
+
+SWAPS = {
+    T5Attention: (LazyBiasT5Attention, NoBiasT5Attention),
+    MT5Attention: (LazyBiasMT5Attention, NoBiasMT5Attention),
+    UMT5Attention: (LazyBiasUMT5Attention, NoBiasUMT5Attention),
+}
+HOSTS = {swapped: host for host, pair in SWAPS.items() for swapped in pair}
+
+
+class T5Family(ModelFamily):
+    """The dense bias is built before attention is dispatched, so its class is swapped while a mechanism is installed.
+
+    A class swap survives `deepcopy` and `pickle` and undoes exactly; a closure on the instance does neither.
+    """
+
+    has_relative_bias = True
+
+    def is_cross_attention(self, name: str, module: nn.Module) -> bool:
+        return name.endswith("EncDecAttention")
+
+    def heads(self, module: Any) -> tuple[int, int]:
+        return module.n_heads, module.key_value_proj_dim
+
+    def source_attention(self, module: Any) -> SourceAttention:
+        return SourceAttention(*(LinearWeights(p.weight.detach(), None) for p in (module.q, module.k, module.v)))
+
+    def max_positions(self, config: PreTrainedConfig) -> int | None:
+        return None
+
+    def swap_in(self, stack: Stack) -> None:
+        for site in stack.sites:
+            site.module.__class__ = SWAPS[type(site.module)][0]
+        for module in stack.cross_attention:
+            module.__class__ = SWAPS[type(module)][1]
+
+    def swap_out(self, stack: Stack) -> None:
+        for module in [site.module for site in stack.sites] + stack.cross_attention:
+            module.__class__ = HOSTS[type(module)]
+
+
+FAMILIES = tuple(
+    T5Family(model_type=prefix.lower(), stack_class=f"{prefix}Stack", attention_class=f"{prefix}Attention")
+    for prefix in ("T5", "MT5", "UMT5")
+)

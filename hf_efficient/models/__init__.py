@@ -1,0 +1,73 @@
+"""Configs and `PreTrainedModel` subclasses of converted checkpoints, and their registration with the Auto classes.
+
+For every head `<Stock>` that transformers has for a supported architecture there is a class `Efficient<Stock>`, for
+every `<Stock>Config` an `Efficient<Stock>Config`. They are two-line subclasses, so they are made here in a loop.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from ..families import efficient_type, families
+from .mixin import EfficientModelMixin, stock_heads
+
+CONFIGS: dict[str, type[PreTrainedConfig]] = {}
+"""Efficient config classes by stock `model_type`."""
+MODELS: dict[Any, Any] = {}
+"""Efficient model classes by stock class."""
+
+
+def _define(name: str, bases: tuple[type, ...], **namespace: Any) -> Any:
+    cls = type(name, bases, {"__module__": __name__, "__qualname__": name, **namespace})
+    globals()[name] = cls
+    return cls
+
+
+def _define_all() -> None:
+    for model_type in families():
+        for stock in stock_heads(model_type):
+            stock_config: Any = stock.config_class
+            if model_type not in CONFIGS:
+                CONFIGS[model_type] = _define(
+                    f"Efficient{stock_config.__name__}",
+                    (stock_config,),
+                    __doc__=f"{stock_config.__name__} with `efficient_attention`: a list of mechanism options, as JSON.",
+                    model_type=efficient_type(model_type),
+                )
+            MODELS[stock] = _define(
+                f"Efficient{stock.__name__}",
+                (EfficientModelMixin, stock),
+                __doc__=f"{stock.__name__} with efficient attention: see `EfficientModelMixin`.",
+                stock_class=stock,
+                config_class=CONFIGS[model_type],
+            )
+
+
+def _register_all() -> None:
+    """Tell the Auto classes: each serves the efficient form of every head whose stock form it serves."""
+    for config in CONFIGS.values():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    autos: list[Any] = [
+        auto
+        for _, auto in inspect.getmembers(modeling_auto, inspect.isclass)
+        if issubclass(auto, _BaseAutoModelClass) and getattr(auto, "_model_mapping", None) is not None
+    ]
+    by_name = {stock.__name__: efficient for stock, efficient in MODELS.items()}
+    for auto in autos:
+        names = auto._model_mapping._model_mapping
+        for model_type, config in CONFIGS.items():
+            name = names.get(model_type)
+            for head in (name,) if isinstance(name, str) else name or ():
+                if head in by_name:
+                    auto.register(config, by_name[head], exist_ok=True)
+
+
+_define_all()
+_register_all()
+
+__all__ = ["CONFIGS", "MODELS", "EfficientModelMixin", *(m.__name__ for m in [*CONFIGS.values(), *MODELS.values()])]

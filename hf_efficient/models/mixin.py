@@ -1,0 +1,136 @@
+"""What every Efficient model class adds to its stock class: installation, loading, and refusing silent fallbacks."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..base import ConfigLike, attention_configs
+from ..families import PREFIX, family_of
+from ..patching import CHILD, IMPLEMENTATION, install
+
+LOCATION_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+class EfficientModelMixin:
+    """Behaves like the stock class `stock_class`, with the mechanisms of `config.efficient_attention` installed."""
+
+    stock_class: ClassVar[Any]
+    all_tied_weights_keys: dict[str, str]
+    # the Trainer would otherwise multiply loss and gradients by accumulation steps and processes for heads whose loss
+    # ignores num_items_in_batch (huggingface/transformers#47688)
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        if not getattr(config, "efficient_attention", None):
+            raise ValueError(
+                f"{type(self).__name__} needs config.efficient_attention, a list such as [{{'mechanism': 'longformer', "
+                "'attention_window': 512}]; to convert a checkpoint use from_pretrained(..., efficient_attention=...)."
+            )
+        requested = config._attn_implementation
+        if requested not in (None, IMPLEMENTATION):
+            raise ValueError(
+                f"attn_implementation={requested!r} contradicts this checkpoint, whose attention is "
+                f"{config.efficient_attention}; leave the argument out, or get the original back with hf_efficient.revert."
+            )
+        config._attn_implementation = IMPLEMENTATION
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        install(self, attention_configs(config.efficient_attention), initialise=False)  # type: ignore[arg-type]
+        self.all_tied_weights_keys.update(self._efficient_ties())
+
+    def _efficient_ties(self) -> dict[str, str]:
+        """{name: owner} of mechanism parameters that layers share."""
+        owners: dict[int, str] = {}
+        ties = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):  # type: ignore[attr-defined]
+            if f".{CHILD}." in name:
+                owner = owners.setdefault(id(parameter), name)
+                if owner != name:
+                    ties[name] = owner
+        return ties
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        ties: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)  # type: ignore[misc]
+        return ties | self._efficient_ties()
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        if attn_implementation != IMPLEMENTATION:
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} would silently switch efficient attention off; get the "
+                "original model back with hf_efficient.revert(model)."
+            )
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # generate() refuses keywords that no forward names, but this one reaches the attention layers
+        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "global_attention_mask"})  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        efficient_attention: ConfigLike | None = None,
+        max_positions: int | None = None,
+        positions: str = "tile",
+        **kwargs: Any,
+    ) -> Any:
+        """Load a converted checkpoint, or an original one and convert it on the way.
+
+        Args:
+            efficient_attention: for an original checkpoint: the mechanism to convert to, in any form that `convert` takes.
+            max_positions, positions: as for `convert`, for an original checkpoint.
+            Everything else as for transformers' `from_pretrained`.
+
+        Raises:
+            ValueError: an original checkpoint without `efficient_attention`, a converted one with it, a checkpoint of
+                another architecture, or converted weights with mechanism tensors missing.
+        """
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            location = {k: kwargs[k] for k in LOCATION_KEYWORDS if k in kwargs}
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **location)
+        stock_type = cls.stock_class.config_class.model_type
+        if config.model_type.removeprefix(PREFIX) != stock_type:
+            raise ValueError(
+                f"{cls.__name__} loads {stock_type} checkpoints, but {pretrained_model_name_or_path} is "
+                f"{config.model_type!r}; use the Efficient class of that architecture, or hf_efficient.convert."
+            )
+        if config.model_type == stock_type:
+            if efficient_attention is None:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is an original {stock_type} checkpoint: say what to convert it to "
+                    "with efficient_attention='longformer' (or a config), or load it with the stock class."
+                )
+            from ..conversion import convert_in_place
+
+            model = cls.stock_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            convert_in_place(model, attention_configs(efficient_attention), max_positions, positions)
+            return model
+        if efficient_attention is not None or max_positions is not None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is already converted, to {config.efficient_attention}; revert it before "
+                "converting it to something else."
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        missing = sorted(key for key in info["missing_keys"] if f".{CHILD}." in key)
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of its efficient attention, e.g. "
+                f"{missing[0]}: the checkpoint is incomplete; convert the original again."
+            )
+        return (model, info) if wants_info else model
+
+
+def stock_heads(model_type: str) -> list[Any]:
+    """Every model class with weights that transformers exports for an architecture."""
+    modeling = family_of(model_type).modeling
+    exported = [getattr(modeling, name) for name in modeling.__all__]
+    return [
+        cls
+        for cls in exported
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and not cls.__name__.endswith("PreTrainedModel")
+    ]

@@ -1,0 +1,1 @@
+"""What mechanisms compute with: plain PyTorch functions on projected heads, any device, no N×N tensor."""

@@ -1,0 +1,34 @@
+"""Rows that start late: where a padded row's real tokens begin, and shifting them to the left edge and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def first_real_token(key_padding_mask: Tensor) -> Tensor:
+    """(B,) index of each row's first True of a (B, S) keep-mask; 0 for a row without any."""
+    return key_padding_mask.int().argmax(dim=-1)
+
+
+def real_length(key_padding_mask: Tensor) -> Tensor:
+    """(B,) one past the index of each row's last True of a (B, S) keep-mask; 0 for a row without any."""
+    positions = torch.arange(1, key_padding_mask.shape[-1] + 1, device=key_padding_mask.device)
+    return (positions * key_padding_mask).amax(dim=-1)
+
+
+def shift_rows(tensor: Tensor, shift: Tensor, dim: int) -> Tensor:
+    """Roll each batch row of `tensor` by `-shift[b]` along `dim`: entry j of the result is entry j + shift[b] (mod n).
+
+    Args:
+        tensor: (B, …).
+        shift: (B,) integers; negative values roll to the right, which undoes a former shift.
+        dim: the axis of tokens.
+
+    Static shapes and no look at values, so it compiles full-graph. O(elements) time and memory.
+    """
+    n = tensor.shape[dim]
+    index = (torch.arange(n, device=tensor.device)[None, :] + shift[:, None]) % n
+    shape = [1] * tensor.dim()
+    shape[0], shape[dim] = index.shape
+    return tensor.gather(dim, index.view(shape).expand_as(tensor))

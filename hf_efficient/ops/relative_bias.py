@@ -1,0 +1,75 @@
+"""Relative position bias as a table over offsets: looked up per tile, never built as an N×N tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class RelativeBias:
+    """Lazy additive bias `b_h(o)` over offsets `o = key position - query position` (T5: Raffel et al. 2020, §2.1).
+
+    The table stays the host's parameter, so gradients reach it through every lookup.
+
+    Args:
+        table: (buckets, H) learned values.
+        bucket: maps a tensor of integer offsets to bucket ids of the same shape.
+        saturation: `b_h(o)` is constant for `o ≥ saturation` and, separately, for `o ≤ -saturation`.
+    """
+
+    def __init__(self, table: Tensor, bucket: Callable[[Tensor], Tensor], saturation: int):
+        self.table = table
+        self.bucket = bucket
+        self.saturation = saturation
+
+    def at(self, offsets: Tensor) -> Tensor:
+        """(H, *offsets.shape) bias at arbitrary offsets."""
+        # layers of one stack may lie on several devices, the table lies on the first
+        ids = self.bucket(offsets).to(self.table.device)
+        return F.embedding(ids, self.table).movedim(-1, 0).to(offsets.device)
+
+    def toeplitz(
+        self, rows: int, columns: int, first: int, step: int = 1, device: torch.device | None = None
+    ) -> Tensor:
+        """(H, rows, columns) tile whose entry (r, c) is `b_h(step * (first + c - r))`."""
+        low = first - (rows - 1)
+        offsets = step * torch.arange(low, low + rows + columns - 1, device=device or self.table.device)
+        # row r of the tile is the slice that starts (rows - 1 - r) into the vector of offsets
+        return self.at(offsets).unfold(-1, columns, 1).flip(1)
+
+    def dense(self, num_queries: int, num_keys: int, query_offset: int, device: torch.device | None = None) -> Tensor:
+        """(1, H, N, S) materialised bias, for layers that keep exact attention."""
+        return self.toeplitz(num_queries, num_keys, -query_offset, device=device)[None]
+
+    def pooled(self, weights: Tensor) -> Tensor:
+        """Bias of pooled keys: `out[b, h, i, r] = Σ_j weights[b, h, r, j] · b_h(j - i)`.
+
+        Args:
+            weights: (B or 1, H or 1, R, n) pooling weights over the n key positions.
+
+        Returns:
+            (B or 1, H, n, R). Far keys enter by prefix sums, since their bias is constant, near ones by one
+            correlation: O(n · R · saturation · H) time, O(n · R · H) memory.
+        """
+        batch, heads, rank, n = weights.shape
+        reach = self.saturation
+        total = F.pad(weights, (reach, reach)).cumsum(-1)
+        past = total[..., :n]  # Σ_{j ≤ i - reach}
+        future = total[..., -1:] - total[..., 2 * reach - 1 : 2 * reach - 1 + n]  # Σ_{j ≥ i + reach}
+        offsets = torch.arange(-reach, reach + 1, device=weights.device)
+        values = self.at(offsets).to(weights.dtype)  # (H, 2·reach + 1)
+        kernel = values[:, None, 1:-1]
+        num_heads = kernel.shape[0]
+        padded = F.pad(weights, (reach - 1, reach - 1))
+        if heads == 1:
+            near = F.conv1d(padded.reshape(batch * rank, 1, -1), kernel)
+        else:
+            near = F.conv1d(padded.transpose(1, 2).reshape(batch * rank, heads, -1), kernel, groups=heads)
+        near = near.view(batch, rank, num_heads, n).permute(0, 2, 3, 1)
+        far = values[None, :, :1, None] * past.transpose(-1, -2) + values[None, :, -1:, None] * future.transpose(
+            -1, -2
+        )
+        return near + far

@@ -1,0 +1,427 @@
+"""How a mechanism gets into a model: one registered attention function, one mask function, install and exact undo."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from .base import AttentionContext, ConfigLike, EfficientAttentionConfig, attention_configs
+from .families import Stack, family_of
+from .ops.alignment import first_real_token, shift_rows
+from .ops.relative_bias import RelativeBias
+
+IMPLEMENTATION = "hf_efficient"
+CHILD = "efficient"
+_MISSING = object()
+# keywords that reach the attention function without being in any forward's signature
+KNOWN_KEYWORDS = {
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "global_attention_mask", "max_length_k", "max_length_q",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+    "use_cache", "position_ids", "logits_to_keep", "token_type_ids", "is_causal", "encoder_attention_mask",
+    "encoder_hidden_states", "head_mask",
+}  # fmt: skip
+
+
+# ---- what transformers calls -------------------------------------------------------------------------------------
+
+
+def efficient_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask interface: (B, S) bool keep-mask, or `None` where every key is real. Never N×S.
+
+    Raises:
+        ValueError: the call needs a mask that is neither causal nor bidirectional (packed sequences), or a cache whose
+            keys are longer than the tokens seen (static caches).
+    """
+    compiling = torch.compiler.is_compiling()
+    # while compiling, transformers always assumes packing; `_check_call` refuses explicit position_ids there
+    if mask_function not in (causal_mask_function, bidirectional_mask_function) and not compiling:
+        raise ValueError(
+            "efficient attention got a batch with restarting position_ids, i.e. several packed sequences per row, or a "
+            "custom mask function; neither is supported. Put one sequence into each row and pad, with attention_mask."
+        )
+    if isinstance(q_offset, Tensor) or (mask_function is causal_mask_function and kv_length != q_offset + q_length):
+        raise ValueError(
+            "efficient attention got a cache whose keys are longer than the tokens seen so far; use the default dynamic "
+            "cache (cache_implementation=None) instead of a static one."
+        )
+    if attention_mask is None:
+        return None
+    keep = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+    if keep.shape[-1] != kv_length:
+        raise ValueError(
+            f"attention_mask covers {keep.shape[-1]} tokens, but there are {kv_length} with those in the cache; give the "
+            "mask of all tokens seen so far."
+        )
+    if not compiling and bool(keep.all()):
+        return None
+    return keep
+
+
+def efficient_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: RelativeBias | None = None,
+    global_attention_mask: Tensor | None = None,
+    efficient_hidden_states: Tensor | None = None,
+    efficient_input_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: forwards to the child module `efficient`, or computes exact attention.
+
+    Args:
+        query: (B, H, N, D); key, value: (B, H or fewer, S, D). attention_mask: (B, S) from `efficient_mask`.
+
+    Returns:
+        (B, N, H, D) and `None`: there are no attention weights to show.
+    """
+    mechanism: Any = module._modules.get(CHILD, _MISSING)
+    if mechanism is _MISSING:
+        raise RuntimeError(
+            f"attn_implementation={IMPLEMENTATION!r} was selected, but no mechanism is installed in "
+            f"{type(module).__name__}: this would silently be another model. Load the checkpoint with an Auto class after "
+            "`import hf_efficient`, or install a mechanism with hf_efficient.patch_attention."
+        )
+    if key.shape[1] != query.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    context = AttentionContext(
+        is_causal=bool(getattr(module, "is_causal", False)),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        key_padding_mask=attention_mask,
+        query_offset=key.shape[2] - query.shape[2],
+        dropout=dropout,
+        relative_bias=position_bias,
+    )
+    if mechanism is None:
+        return _exact_attention(query, key, value, context).transpose(1, 2), None
+    context.global_attention_mask = global_attention_mask
+    context.hidden_states, context.input_ids = efficient_hidden_states, efficient_input_ids
+    return _mixed(mechanism, query, key, value, context).transpose(1, 2), None
+
+
+def _mixed(mechanism: Any, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+    """Call the mechanism, on rows aligned to the left where it needs that."""
+    n, keep = query.shape[2], context.key_padding_mask
+    if context.query_offset and not context.is_causal:
+        raise ValueError(
+            f"an encoder layer got {key.shape[2]} keys for {n} tokens (prefix tuning?); efficient attention needs as many "
+            "keys as tokens. Use LoRA instead of prefixes."
+        )
+    if keep is None or not mechanism.left_aligned:
+        return mechanism(query, key, value, context)
+    start = first_real_token(keep)
+    if n < key.shape[2]:
+        context.row_start = start
+        return mechanism(query, key, value, context)
+    query, key, value = (shift_rows(x, start, 2) for x in (query, key, value))
+    for name in ("key_padding_mask", "global_attention_mask", "hidden_states", "input_ids"):
+        if (tensor := getattr(context, name)) is not None:
+            setattr(context, name, shift_rows(tensor, start, 1))
+    return shift_rows(mechanism(query, key, value, context), -start, 2)
+
+
+def _exact_attention(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+    """Full softmax attention, for cross-attention and for layers that no config names."""
+    n, s = query.shape[2], key.shape[2]
+    mask = None if context.key_padding_mask is None else context.key_padding_mask[:, None, None, :]
+    is_causal = context.is_causal and n > 1
+    if is_causal and (mask is not None or context.relative_bias is not None or n != s):
+        past = torch.ones(n, s, dtype=torch.bool, device=query.device).tril(s - n)
+        mask, is_causal = past if mask is None else mask & past, False
+    if context.relative_bias is not None:
+        bias = context.relative_bias.dense(n, s, context.query_offset, query.device).to(query.dtype)
+        mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=context.dropout, is_causal=is_causal, scale=context.scaling
+    )
+
+
+AttentionInterface.register(IMPLEMENTATION, efficient_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, efficient_mask)
+
+
+# ---- checks of one call, as a forward pre-hook of each stack -----------------------------------------------------
+
+
+def _check_call(
+    stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Refuse what the installed mechanisms can't honour, and route what they need."""
+    info: _StackInfo = stack._efficient_info  # type: ignore[assignment]
+    call = dict(zip(info.parameters, args, strict=False)) | kwargs
+    config: Any = stack.config
+    if config._attn_implementation != IMPLEMENTATION:
+        raise RuntimeError(
+            f"attn_implementation was changed to {config._attn_implementation!r} while efficient attention is installed, "
+            "which would silently switch it off; use hf_efficient.revert(model) or handle.undo() instead."
+        )
+    if call.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise ValueError(
+            "output_attentions=True: efficient attention never builds the attention weights. Run the unconverted model "
+            "with attn_implementation='eager' to look at them."
+        )
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)}: efficient attention takes (batch, tokens) padding masks only. "
+            "For another pattern convert with the mechanism that has it."
+        )
+    _check_length(call, info)
+    if torch.compiler.is_compiling():
+        if mask is None and call.get("position_ids") is not None and call.get("past_key_values") is None:
+            raise ValueError(
+                "compiled models can't tell packed position_ids from plain ones: pass attention_mask beside position_ids."
+            )
+    else:
+        unknown = sorted(set(kwargs) - info.known - info.warned)
+        if unknown:
+            info.warned.update(unknown)
+            warnings.warn(
+                f"keywords {unknown} are known neither to the model nor to efficient attention.", stacklevel=3
+            )
+    kwargs = dict(kwargs)
+    if kwargs.get("global_attention_mask") is not None and not info.uses_global_attention_mask:
+        # in an encoder-decoder model the keyword is meant for the encoder, but reaches both stacks
+        if not config.is_encoder_decoder or not config.is_decoder:
+            raise ValueError(
+                "global_attention_mask was given, but no converted layer of this model has global tokens; use longformer."
+            )
+        kwargs.pop("global_attention_mask")
+    if info.needs_input_ids:
+        if call.get("input_ids") is None:
+            raise ValueError("global_tokens='question' looks for separators and needs input_ids, not inputs_embeds.")
+        kwargs["efficient_input_ids"] = call["input_ids"]
+    return args, kwargs
+
+
+def _check_length(call: dict[str, Any], info: _StackInfo) -> None:
+    tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+    if info.max_positions is None or tokens is None:
+        return
+    cache = call.get("past_key_values")
+    length = tokens.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+    if length > info.max_positions:
+        raise ValueError(
+            f"input of {length} tokens, but the model has {info.max_positions} positions: truncate it, or convert with "
+            f"max_positions={length} or more."
+        )
+
+
+def _pass_hidden_states(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hand the attention layer's own input to the dispatcher, through the host's pass-through keywords."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return args, kwargs | {"efficient_hidden_states": hidden}
+
+
+class _StackInfo:
+    """What `_check_call` must know of its stack, gathered once at installation."""
+
+    def __init__(self, stack: Stack, max_positions: int | None):
+        mechanisms = [m for site in stack.sites if (m := site.module._modules[CHILD]) is not None]
+        self.parameters = list(inspect.signature(type(stack.module).forward).parameters)[1:]
+        self.known = set(self.parameters) | KNOWN_KEYWORDS
+        self.warned: set[str] = set()
+        self.max_positions = max_positions
+        self.uses_global_attention_mask = any(getattr(m, "uses_global_attention_mask", False) for m in mechanisms)
+        self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
+
+
+# ---- installing and undoing --------------------------------------------------------------------------------------
+
+
+def is_installed(model: nn.Module) -> bool:
+    """Whether some attention layer of `model` carries a mechanism."""
+    return any(hasattr(module, "_efficient_info") for module in model.modules())
+
+
+def plan(model: nn.Module, configs: list[EfficientAttentionConfig]) -> dict[str, EfficientAttentionConfig]:
+    """{qualified name of a self-attention module: its config}; nothing is changed.
+
+    Raises:
+        ValueError: sides or layers that do not exist, groups that overlap, or mechanisms that can't work where they are
+            put: all reasons of all layers in one message.
+    """
+    family = family_of(model)
+    stacks = family.stacks(model)
+    sides = [stack.side for stack in stacks]
+    chosen: dict[str, EfficientAttentionConfig] = {}
+    problems: list[str] = []
+    for config in configs:
+        wanted = resolve_side(config, sides)
+        if not wanted:
+            problems.append(
+                f"side={config.side!r}: this {family.model_type} model has {' and '.join(sides) or 'no stack'}"
+            )
+        for stack in (s for s in stacks if s.side in wanted):
+            beyond = [i for i in config.layers or () if i >= len(stack.sites)]
+            if beyond:
+                problems.append(
+                    f"layers {beyond} do not exist: the {stack.side} has layers 0 to {len(stack.sites) - 1}"
+                )
+            for site in stack.sites:
+                if config.layers is None or site.layer in config.layers:
+                    if site.name in chosen:
+                        problems.append(f"{stack.side} layer {site.layer} is named by more than one config")
+                    chosen[site.name] = config
+                    geometry = family.geometry(stack, site)
+                    problems += config.attention_class.unsupported(config, geometry)
+    if any(getattr(stack.module.config, "is_causal", True) is False and stack.side == "decoder" for stack in stacks):
+        problems.append("config.is_causal=False makes this decoder bidirectional: remove it")
+    problems = list(dict.fromkeys(problems))
+    if problems:
+        raise ValueError("these settings are not possible:\n" + "\n".join(f"- {problem}." for problem in problems))
+    if not chosen:
+        raise ValueError(f"nothing to convert: no layer of {type(model).__name__} was chosen.")
+    return chosen
+
+
+def resolve_side(config: EfficientAttentionConfig, sides: list[str]) -> list[str]:
+    """The sides that a config means in a model with these sides: the encoder, else the only one there is."""
+    if config.side is None:
+        return ["encoder"] if "encoder" in sides else sides
+    wanted = ["encoder", "decoder"] if config.side == "both" else [config.side]
+    return wanted if all(side in sides for side in wanted) else []
+
+
+def install(
+    model: PreTrainedModel, configs: list[EfficientAttentionConfig], initialise: bool = True
+) -> dict[str, str]:
+    """Put mechanisms into `model` in place. Returns {new tensor: where its values came from}.
+
+    Args:
+        initialise: set new parameters from the model's weights; otherwise they keep their neutral start.
+
+    Raises:
+        ValueError: see `plan`; the model is unchanged then.
+    """
+    if is_installed(model):
+        raise ValueError("efficient attention is already installed in this model; undo it first.")
+    chosen = plan(model, configs)
+    family = family_of(model)
+    origins: dict[str, str] = {}
+    for stack in family.stacks(model):
+        shared: dict[tuple[EfficientAttentionConfig, str], nn.Parameter] = {}
+        for site in stack.sites:
+            config = chosen.get(site.name)
+            if config is None:
+                site.module.register_module(CHILD, None)
+                continue
+            source = family.source_attention(site.module)
+            like = source.query.weight
+            mechanism = config.attention_class(config, family.geometry(stack, site))
+            mechanism.to(device=like.device, dtype=like.dtype)
+            mechanism.train(site.module.training)
+            if not like.is_meta:
+                mechanism.reset_parameters()
+                if initialise:
+                    for name, origin in mechanism.initialise_from(source).items():
+                        origins[f"{site.name}.{CHILD}.{name}"] = origin
+            for name in mechanism.shared_parameters():
+                owned = getattr(mechanism, name)
+                setattr(mechanism, name, shared.setdefault((config, name), owned))
+                if getattr(mechanism, name) is not owned:
+                    # save_pretrained looks here for duplicates that it may leave out
+                    mechanism._tied_weights_keys = {name: name}  # type: ignore[assignment]
+            site.module.register_module(CHILD, mechanism)
+            if mechanism.needs_hidden_states:
+                site.module.register_forward_pre_hook(_pass_hidden_states, with_kwargs=True)
+        for module in stack.cross_attention:
+            module.register_module(CHILD, None)
+        family.swap_in(stack)
+        info = _StackInfo(stack, family.max_positions(stack.module.config))
+        stack.module._efficient_info = info  # type: ignore[assignment]
+        stack.module.register_forward_pre_hook(_check_call, with_kwargs=True)
+    for config in _configs_of(model):
+        config._attn_implementation = IMPLEMENTATION
+        # a public key is honoured on load: without this package or its classes, loading fails instead of degrading
+        config.attn_implementation = IMPLEMENTATION
+    return origins
+
+
+def uninstall(model: PreTrainedModel, attn_implementation: str = "sdpa") -> None:
+    """Remove every trace of `install`; the model is what it was, bit for bit, unless it was trained since."""
+    family = family_of(model)
+    for stack in family.stacks(model):
+        family.swap_out(stack)
+        for module in [site.module for site in stack.sites] + stack.cross_attention:
+            del module._modules[CHILD]
+            _remove_hook(module, _pass_hidden_states)
+        _remove_hook(stack.module, _check_call)
+        del stack.module._efficient_info
+    for config in _configs_of(model):
+        config._attn_implementation = attn_implementation
+        del config.attn_implementation
+
+
+def _remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _configs_of(model: nn.Module) -> list[Any]:
+    """The distinct config objects of a model and its sub-models (the two stacks of T5 have copies)."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    return list(configs.values())
+
+
+class PatchHandle:
+    """Undoes one `patch_attention`: as a context manager at its end, or by `undo()`."""
+
+    def __init__(self, model: PreTrainedModel, attn_implementation: str):
+        self.model = model
+        self._attn_implementation = attn_implementation
+        self.active = True
+
+    def undo(self) -> None:
+        """Give the model back as it was; a second call does nothing."""
+        if self.active:
+            uninstall(self.model, self._attn_implementation)
+            self.active = False
+
+    def __enter__(self) -> PreTrainedModel:
+        return self.model
+
+    def __exit__(self, *exc: object) -> None:
+        self.undo()
+
+
+def patch_attention(model: PreTrainedModel, attention: ConfigLike, **options: Any) -> PatchHandle:
+    """Replace self-attention in a loaded model, in place, until undone.
+
+        with patch_attention(model, "longformer", attention_window=512):
+            model(**batch)
+        handle = patch_attention(model, [config_for_low_layers, config_for_high_layers]); …; handle.undo()
+
+    Cross-attention and layers that no config names keep exact attention. New parameters are initialised from the
+    model's weights.
+
+    Raises:
+        ValueError: unsupported model, setting or combination: all reasons at once; the model is unchanged then.
+    """
+    before = model.config._attn_implementation
+    install(model, attention_configs(attention, **options))
+    return PatchHandle(model, before)
