@@ -237,7 +237,6 @@ def convert_in_place(
             family.resize_positions(model, before, positions)
         raise
     efficient: Any = model
-    efficient.__class__ = MODELS[type(model)]
     config = model.config
     new = CONFIGS[family.model_type].from_dict(
         config.to_dict() | {"model_type": CONFIGS[family.model_type].model_type}, attn_implementation=IMPLEMENTATION
@@ -245,6 +244,7 @@ def convert_in_place(
     new.efficient_attention = [c.to_dict() for c in configs]
     new.efficient_source = {"max_positions": before, "positions": positions}
     new._name_or_path = config._name_or_path
+    _change_class(model, MODELS[type(model)], new)
     _replace_config(model, config, new)
     model.all_tied_weights_keys.update(efficient._efficient_ties())
     return origins, resized
@@ -253,6 +253,13 @@ def convert_in_place(
 def _stored_side(config: EfficientAttentionConfig, sides: list[str]) -> str | None:
     wanted = resolve_side(config, sides)
     return config.side if not wanted else "both" if len(wanted) == 2 else wanted[0]
+
+
+def _change_class(model: Any, cls: Any, config: Any) -> None:
+    """Make a loaded model an instance of another class."""
+    # transformers notes which outputs a class can return when an instance is initialised: do that on an empty one
+    PreTrainedModel.__init__(cls.__new__(cls), config)
+    model.__class__ = cls
 
 
 def _replace_config(model: PreTrainedModel, old: Any, new: Any) -> None:
@@ -273,7 +280,6 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} is no converted model: there is nothing to revert.")
     family = family_of(model)
     config, stock = model.config, model.stock_class
-    reverted: Any = model
     uninstall(model)
     source = config.efficient_source
     if source["max_positions"] is not None and source["max_positions"] != family.max_positions(config):
@@ -287,7 +293,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     config.attn_implementation = None
     _replace_config(model, config, new)
     del new.attn_implementation
-    reverted.__class__ = stock
+    _change_class(model, stock, new)
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if f".{CHILD}." not in k}
     return model
 
@@ -304,16 +310,42 @@ def load_stock(name: str, revision: str | None = None) -> tuple[PreTrainedModel,
         raise ValueError(f"{name} already has efficient attention; revert it before converting it to something else.")
     heads = {cls.__name__: cls for cls in MODELS if cls.config_class.model_type == family.model_type}
     cls: Any = next((heads[n] for n in config.architectures or () if n in heads), AutoModel)
-    try:
+    with _readable(name):
         model, info = cls.from_pretrained(name, revision=revision, output_loading_info=True, use_safetensors=True)
+    model.eval()
+    return model, info
+
+
+def load_converted(name: str | Path) -> PreTrainedModel:
+    """A converted checkpoint in the Efficient class that its config names.
+
+    Raises:
+        ValueError: the checkpoint is not converted, or its weights can't be read.
+    """
+    config = AutoConfig.from_pretrained(name)
+    classes = {cls.__name__: cls for cls in MODELS.values()}
+    cls = next((classes[n] for n in config.architectures or () if n in classes), None)
+    if cls is None:
+        raise ValueError(
+            f"{name} is a {config.model_type!r} checkpoint without efficient attention; convert it first."
+        )
+    with _readable(name):
+        model = cls.from_pretrained(name)
+    model.eval()
+    return model
+
+
+@contextmanager
+def _readable(name: str | Path) -> Iterator[None]:
+    """Say which checkpoint it is that can't be read, whatever the reader's own message."""
+    try:
+        yield
     except OSError:
         raise
     except Exception as error:
         raise ValueError(
             f"the weights of {name} can't be read: {error}. Is a file truncated or of another format?"
         ) from error
-    model.eval()
-    return model, info
 
 
 def _load_tokenizer(name: str, revision: str | None) -> Any:

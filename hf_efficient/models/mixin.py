@@ -54,6 +54,12 @@ class EfficientModelMixin:
         ties: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)  # type: ignore[misc]
         return ties | self._efficient_ties()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers initialises other people's classes module by module and skips modules without parameters of their
+        # own, where GPT-2 and T5 set the scale of their residual projections and of some heads
+        return False
+
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         if attn_implementation != IMPLEMENTATION:
             raise ValueError(

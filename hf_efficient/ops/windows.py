@@ -95,7 +95,7 @@ def window_attention(
     if dilation == 1:
         return blocked(query, key, value, key_padding_mask, extra=extra, query_offset=query_offset)
     # tokens of one residue class are neighbours at this dilation: fold the classes into the batch
-    past = key.shape[2] - n
+    past = query_offset
     query = F.pad(query, (0, 0, past, 0))
     if extra is not None and past:
         extra = _extend_queries(extra, past)

