@@ -65,7 +65,7 @@ def window_attention(
     Source: Beltagy et al. 2020 (arXiv 2004.05150), §3.1.
     """
     n = query.shape[2]
-    block = _block_size(left + right)
+    block = _block_size(left + right, copies=extra is not None or query.shape[0] > 1)
     # up to this length a single tile computes no more scores than the blocks would
     if n <= dilation * (block + left + right):
         return _one_tile(
@@ -111,40 +111,43 @@ def window_attention(
     return _unfold(out, dilation)[:, :, past : past + n]
 
 
-def _block_size(reach: int) -> int:
-    """Query rows per block: half the window, between 16 and 256, where measured cost is flat."""
-    return min(256, max(16, -(-reach // 32) * 16))
+def _block_size(reach: int, copies: bool) -> int:
+    """Query rows per block: half the window within bounds; larger where the spans of neighbouring blocks are copied."""
+    return min(256 if copies else 128, max(16, -(-reach // 32) * 16))
 
 
 def _all_true(key: Tensor) -> Tensor:
     return torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
 
 
+def _additive(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where kept, -inf elsewhere: attention kernels take this form without another pass over it."""
+    return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, float("-inf"))
+
+
+def _extra_logits(extra: ExtraKeys, dtype: torch.dtype) -> Tensor:
+    """(B or 1, H or 1, N or 1, G) what is added to the logits of extra keys."""
+    logits = _additive(extra.keep, dtype)[:, None]
+    return logits if extra.bias is None else logits + extra.bias.to(dtype)
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
+    logits: Tensor | None,
+    extra: tuple[Tensor, Tensor, Tensor] | None,
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    if bias is not None:
-        bias = bias.to(query.dtype)
-        mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-
-
-def _join(
-    key: Tensor, value: Tensor, mask: Tensor, bias: Tensor | None, extra: ExtraKeys
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Put the extra keys before the window's: (B, H, K, D) keys, (B, 1, N, K) mask, (B or 1, H, N, K) bias."""
-    keep = extra.keep[:, None].expand(mask.shape[0], 1, mask.shape[2], -1)
-    mask = torch.cat([keep, mask], dim=-1)
-    if bias is not None and extra.bias is not None:
-        batch = max(bias.shape[0], extra.bias.shape[0])
-        bias = torch.cat([extra.bias.expand(batch, -1, -1, -1), bias.expand(batch, -1, -1, -1)], dim=-1)
-    return torch.cat([extra.key, key], dim=2), torch.cat([extra.value, value], dim=2), mask, bias
+    """SDPA with additive `logits` (B or 1, H or 1, N, K), after the extra keys, values and logits were put in front."""
+    if extra is not None:
+        extra_key, extra_value, extra_logits = extra
+        assert logits is not None
+        shape = torch.broadcast_shapes(logits.shape[:-1], extra_logits.shape[:-1])
+        logits = torch.cat([extra_logits.expand(*shape, -1), logits.expand(*shape, -1)], dim=-1)
+        key, value = torch.cat([extra_key, key], dim=2), torch.cat([extra_value, value], dim=2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=logits, dropout_p=dropout, scale=scaling)
 
 
 def _one_tile(
@@ -166,24 +169,19 @@ def _one_tile(
     n, s = query.shape[2], key.shape[2]
     low, high = max(0, query_offset - left), min(s, query_offset + n + right)
     key, value = key[:, :, low:high], value[:, :, low:high]
-    device = query.device
-    mask = None
+    device, dtype = query.device, query.dtype
+    logits = None
     everything = dilation == 1 and left >= query_offset + n - 1 - low and right >= high - 1 - query_offset
-    if not everything or extra is not None:
+    if not everything or keep is not None or extra is not None:
         rows = torch.arange(query_offset, query_offset + n, device=device)[:, None]
         offset = torch.arange(low, high, device=device)[None] - rows
         mask = ((offset >= -left) & (offset <= right) & (offset % dilation == 0))[None, None]
-    if keep is not None:
-        seen = keep[:, None, None, low:high]
-        mask = seen if mask is None else mask & seen
-    bias = None
+        logits = _additive(mask if keep is None else mask & keep[:, None, None, low:high], dtype)
     if relative_bias is not None:
-        bias = relative_bias.toeplitz(n, high - low, low - query_offset, device=device)[None]
-    if extra is not None:
-        assert mask is not None
-        mask = mask.expand(max(mask.shape[0], extra.keep.shape[0]), -1, -1, -1)
-        key, value, mask, bias = _join(key, value, mask, bias, extra)
-    return _attend(query, key, value, mask, bias, scaling, dropout)
+        bias = relative_bias.toeplitz(n, high - low, low - query_offset, device=device)[None].to(dtype)
+        logits = bias if logits is None else logits + bias
+    first = None if extra is None else (extra.key, extra.value, _extra_logits(extra, dtype))
+    return _attend(query, key, value, logits, first, scaling, dropout)
 
 
 def _blocked(
@@ -204,66 +202,77 @@ def _blocked(
 ) -> Tensor:
     """Blocks of queries, folded into the batch, against overlapping views of the padded keys."""
     batch, heads, n, width = query.shape
-    s = key.shape[2]
     rows, span = -(-n // block), left + block + right
     start = query_offset - left  # key position at which the first block's span starts
-    total = (rows - 1) * block + span
-    before, after = -start, total + start - s  # negative padding trims
+    after = (rows - 1) * block + span + start - key.shape[2]
 
     def spans(x: Tensor, dim: int) -> Tensor:
-        padding = [0, 0] * (x.dim() - 1 - dim) + [before, after]
-        return F.pad(x, padding).unfold(dim, span, block)
+        return _fit(x, dim, -start, after).unfold(dim, span, block)
 
     keys = spans(key, 2).permute(0, 2, 1, 4, 3)  # (B, rows, H, span, D), a view
     values = spans(value, 2).permute(0, 2, 1, 4, 3)
     queries = _split_rows(query, 2, rows, block).transpose(1, 2)  # (B, rows, H, block, D)
-    seen = spans(keep if keep is not None else _all_true(key), 1)  # (B or 1, rows, span)
-    device = query.device
-    reach = torch.arange(span, device=device)[None] - torch.arange(block, device=device)[:, None]
-    band = (reach >= 0) & (reach <= left + right)
-    bias = None
-    if relative_bias is not None:
-        bias = relative_bias.toeplitz(block, span, -left, step, device=device)[None]
-    num_extra = 0
+    seen = _additive(spans(keep if keep is not None else _all_true(key), 1), query.dtype)  # (B or 1, rows, span)
+    tile = _window_tile(query, left, right, block, step, relative_bias)
+    num_extra, extra_logits = 0, None
     if extra is not None:
         num_extra = extra.key.shape[2]
-        extra_keep = extra.keep if extra.keep.shape[1] == 1 else _split_rows(extra.keep, 1, rows, block)
-        extra_bias = None if extra.bias is None else _split_rows(extra.bias, 2, rows, block).transpose(1, 2)
+        extra_logits = _extra_logits(extra, query.dtype)
+        extra_logits = extra_logits.expand(-1, -1, n, -1) if extra_logits.shape[2] == 1 else extra_logits
+        extra_logits = _split_rows(extra_logits, 2, rows, block).transpose(1, 2)  # (B or 1, rows, H or 1, block, G)
 
-    per_row = batch * block * (span + num_extra) * (1 if bias is None else heads)
+    per_row = batch * block * (span + num_extra) * tile.shape[0]
     copied = batch * heads * (span + num_extra) * width if extra is not None or batch > 1 else 1
     group = max(1, min(MASK_BUDGET // per_row, COPY_BUDGET // copied))
     outputs = []
     for first in range(0, rows, group):
         part = slice(first, min(first + group, rows))
-        mask = (band & seen[:, part, None, :])[:, :, None].expand(batch, -1, -1, -1, -1).flatten(0, 1)
-        k, v = keys[:, part].flatten(0, 1), values[:, part].flatten(0, 1)
-        tile = bias
-        if extra is not None:
-            count = part.stop - part.start
-            tile_extra = ExtraKeys(
-                extra.key[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1),
-                extra.value[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1),
-                _rows_of(extra_keep, part, batch, count),
-                None if extra_bias is None else extra_bias[:, part].expand(batch, -1, -1, -1, -1).flatten(0, 1),
-            )
-            k, v, mask, tile = _join(k, v, mask, tile, tile_extra)
-        out = _attend(queries[:, part].flatten(0, 1), k, v, mask, tile, scaling, dropout)
-        outputs.append(out.unflatten(0, (batch, -1)))
-    out = torch.cat(outputs, dim=1).transpose(1, 2)  # (B, H, rows, block, D)
-    return out.reshape(batch, heads, rows * block, width)[:, :, :n]
+        fold = partial(_fold_rows, batch=batch, rows=part.stop - part.start)
+        logits = fold(seen[:, part, None, None, :] + tile)
+        front = None
+        if extra is not None and extra_logits is not None:
+            front = fold(extra.key[:, None]), fold(extra.value[:, None]), fold(extra_logits[:, part])
+        out = _attend(
+            fold(queries[:, part]), fold(keys[:, part]), fold(values[:, part]), logits, front, scaling, dropout
+        )
+        # attention kernels lay their result out as (·, block, H, D), so this order needs no copy
+        outputs.append(out.transpose(1, 2).unflatten(0, (batch, -1)))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return out.flatten(1, 2)[:, :n].transpose(1, 2)
+
+
+def _window_tile(
+    query: Tensor, left: int, right: int, block: int, step: int, relative_bias: RelativeBias | None
+) -> Tensor:
+    """(H or 1, block, span) additive logits of the window's shape, the same for every block."""
+    span = left + block + right
+    reach = torch.arange(span, device=query.device)[None] - torch.arange(block, device=query.device)[:, None]
+    tile = _additive((reach >= 0) & (reach <= left + right), query.dtype)[None]
+    if relative_bias is None:
+        return tile
+    return tile + relative_bias.toeplitz(block, span, -left, step, device=query.device).to(query.dtype)
+
+
+def _fold_rows(x: Tensor, batch: int, rows: int) -> Tensor:
+    """(B or 1, rows or 1, …) to (B · rows, …); a view where nothing is repeated."""
+    return x.expand(batch, rows, *x.shape[2:]).flatten(0, 1)
+
+
+def _fit(x: Tensor, dim: int, before: int, after: int) -> Tensor:
+    """Zeros before and after along axis `dim`; a negative number cuts off instead."""
+    low, high = max(0, -before), x.shape[dim] - max(0, -after)
+    parts = [x.narrow(dim, low, high - low)]
+    for count, place in ((before, 0), (after, len(parts) + (before > 0))):
+        if count > 0:
+            shape = list(x.shape)
+            shape[dim] = count
+            parts.insert(place, x.new_zeros(shape))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _split_rows(x: Tensor, dim: int, rows: int, block: int) -> Tensor:
     """Pad axis `dim` to rows · block and split it into two axes."""
-    padding = [0, 0] * (x.dim() - 1 - dim) + [0, rows * block - x.shape[dim]]
-    return F.pad(x, padding).unflatten(dim, (rows, block))
-
-
-def _rows_of(keep: Tensor, part: slice, batch: int, count: int) -> Tensor:
-    """(B · count, block or 1, G) of a (B or 1, 1, G) or (B or 1, rows, block, G) keep-mask."""
-    keep = keep[:, None].expand(-1, count, -1, -1) if keep.dim() == 3 else keep[:, part]
-    return keep.expand(batch, -1, -1, -1).flatten(0, 1)
+    return _fit(x, dim, 0, rows * block - x.shape[dim]).unflatten(dim, (rows, block))
 
 
 def _fold(x: Tensor, dilation: int, dim: int) -> Tensor:
