@@ -44,8 +44,8 @@ class EfficientAttentionConfig:
 
     def __post_init__(self) -> None:
         if self.layers is not None:
-            layers = tuple(self.layers)
-            if not layers or any(not isinstance(i, int) or i < 0 for i in layers) or len(set(layers)) != len(layers):
+            layers = tuple(self.layers) if isinstance(self.layers, (list, tuple, range)) else ()
+            if not layers or any(type(i) is not int or i < 0 for i in layers) or len(set(layers)) != len(layers):
                 raise ValueError(
                     f"layers={self.layers!r}: give distinct layer indices from 0, or None for all layers."
                 )

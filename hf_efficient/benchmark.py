@@ -18,14 +18,26 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from .base import attention_configs, get_mechanism, list_mechanisms
 from .conversion import convert_in_place, load_converted, load_stock, versions
+from .corpus import HUB_ID, minilm_checkpoint, offline_texts
 from .families import PREFIX, family_of
+from .fidelity import compare, control_figures
 from .patching import plan
 
 BASE_WIDTH = 768
+# what the fidelity suite converts all-MiniLM-L6-v2 to
+FIDELITY_SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    *(("local", dict(attention_window=w)) for w in (128, 256, 512)),
+    *(("longformer", dict(attention_window=w, global_tokens="first")) for w in (128, 256, 512)),
+    *(("bigbird", dict(block_size=b)) for b in (16, 32, 64)),
+    *(("linformer", dict(rank=r)) for r in (64, 128, 256)),
+    ("linformer", dict(rank=128, projection="max")),
+    *(("performer", dict(num_features=m)) for m in (64, 256, 1024)),
+    ("performer", dict(num_features=256, kernel="relu")),
+]
 # options of the encoder benchmark; what transformers' own classes are compared at
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "local, window 512": ("local", dict(attention_window=512)),
@@ -108,17 +120,16 @@ def compare_with_full_attention(
     full = copy.deepcopy(source)
     family = family_of(full)
     limit = family.max_positions(full.config)
-    if limit is not None and max(lengths) > limit:
-        family.resize_positions(full, max(lengths))
+    rows: list[dict[str, Any]] = []
     available = family.max_positions(model.config)
-    rows = []
+    lengths = [length for length in lengths if available is None or length <= available]
+    if limit is not None and max(lengths, default=0) > limit:
+        family.resize_positions(full, max(lengths))
     with tempfile.TemporaryDirectory() as scratch:
         paths = {"full": f"{scratch}/full", "efficient": f"{scratch}/efficient"}
         full.save_pretrained(paths["full"])
         model.save_pretrained(paths["efficient"])
         for length in lengths:
-            if available is not None and length > available:
-                continue
             inputs = random_inputs(full.config, length)
             calls = {"full": forward_call(full, inputs), "efficient": forward_call(model, inputs)}
             figures = ratios(interleaved(calls, repeats, f"{length} tokens" if progress else None), "full")
@@ -303,7 +314,53 @@ def memory_suite(lengths: Sequence[int] = (8192, 16384), progress: bool = True) 
     }
 
 
-SUITES = {"encoder": encoder_suite, "memory": memory_suite}
+def fidelity_suite(texts: int = 16, length: int = 512, progress: bool = True) -> dict[str, Any]:
+    """all-MiniLM-L6-v2 with every layer replaced and nothing trained, on held-out text that fills its positions."""
+    folder = minilm_checkpoint()
+    source, tokenizer = load_stock(str(folder))[0], AutoTokenizer.from_pretrained(folder)
+    encoded = (tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in offline_texts("held-out"))
+    full = [ids for ids in encoded if len(ids) == length][:texts]
+    batches = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, length).long()} for ids in full]
+    results: dict[str, dict[str, Any]] = {mechanism: {} for mechanism, _ in FIDELITY_SETTINGS}
+    model: Any = None
+    for mechanism, options in tqdm(FIDELITY_SETTINGS, desc="fidelity", disable=not progress, file=sys.stderr):
+        model = load_stock(str(folder))[0]
+        convert_in_place(model, attention_configs(mechanism, **options))
+        results[mechanism][json.dumps(options)] = compare(model, source, batches)
+    settings = {"checkpoint": HUB_ID, "texts": len(full), "length": length, "dtype": "float32", "seed": 0}
+    return {
+        "suite": "fidelity",
+        "settings": settings,
+        "results": results,
+        "control": control_figures(model, source, batches),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and rows of a suite's results, for people."""
+    results = document["results"]
+    if document["suite"] == "memory":
+        flat = results
+    elif document["suite"] == "encoder":
+        flat = [{"model": name, "tokens": n} | row for n, table in results.items() for name, row in table.items()]
+    else:
+        named = {(name, options): row for name, settings in results.items() for options, row in settings.items()}
+        named[("control", "mean of values")] = document["control"]
+        flat = [
+            {"mechanism": name, "options": options} | {k: v for k, v in row.items() if not isinstance(v, list)}
+            for (name, options), row in named.items()
+        ]
+    rows = [[round(v, 3) if isinstance(v, float) else v for v in row.values()] for row in flat]
+    return list(flat[0]), rows
+
+
+SUITES: dict[str, Callable[..., dict[str, Any]]] = {
+    "encoder": encoder_suite,
+    "fidelity": fidelity_suite,
+    "memory": memory_suite,
+}
 
 if __name__ == "__main__":
     _measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -20,18 +20,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from ._version import __version__
 from .base import ConfigLike, EfficientAttentionConfig, attention_configs
 from .families import family_of
+from .families.base import POSITION_METHODS
 from .models import CONFIGS, MODELS, EfficientModelMixin
 from .patching import CHILD, IMPLEMENTATION, install, is_installed, plan, resolve_side, uninstall
+from .side_files import copy_side_files, max_seq_length
 
 REPORT_NAME = "conversion_report.json"
-# what sentence-transformers keeps beside a model: pooling and similarity settings
-SIDE_FILES = (
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling",
-    "2_Normalize",
-)
 
 
 @dataclass
@@ -89,7 +83,9 @@ class ConversionResult:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             if self.source_folder is not None:
-                _copy_side_files(self.source_folder, folder, self.report.max_positions)
+                # only where the caller asked for another length: what cuts texts at 256 tokens goes on doing so
+                asked = "model_max_length" in getattr(self.model.config, "efficient_source", {})
+                copy_side_files(self.source_folder, folder, self.report.max_positions if asked else None)
             (folder / REPORT_NAME).write_text(json.dumps(self.report.to_dict(), indent=2) + "\n")
         return Path(path)
 
@@ -126,7 +122,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             path.rename(old / path.name)
             try:
                 folder.rename(path)
-            except OSError:
+            except BaseException:
                 (old / path.name).rename(path)
                 raise
             finally:
@@ -183,6 +179,11 @@ def convert(
     if tokenizer is None:
         warnings.warn(f"{name} has no tokenizer: only the model is converted.", stacklevel=2)
     elif max_positions is not None:
+        # the way back needs what nothing else remembers
+        model.config.efficient_source |= {
+            "model_max_length": tokenizer.model_max_length,
+            "max_seq_length": max_seq_length(folder) if folder else None,
+        }
         tokenizer.model_max_length = max_positions
     report = ConversionReport(
         source=name,
@@ -209,6 +210,10 @@ def convert_in_place(
         {new tensor: where its values came from}, and the names of the position tables that were lengthened.
     """
     family = family_of(model)
+    if positions not in POSITION_METHODS:
+        raise ValueError(f"positions={positions!r} is not possible; it must be one of {', '.join(POSITION_METHODS)}.")
+    if max_positions is not None and (type(max_positions) is not int or max_positions < 1):
+        raise ValueError(f"max_positions={max_positions!r} is not possible; it must be an integer ≥ 1.")
     if type(model) not in MODELS:
         raise ValueError(
             f"{type(model).__name__} is no model class of transformers' {family.model_type}; load the checkpoint with one "
@@ -244,6 +249,7 @@ def convert_in_place(
     new.efficient_attention = [c.to_dict() for c in configs]
     new.efficient_source = {"max_positions": before, "positions": positions}
     new._name_or_path = config._name_or_path
+    new.attn_implementation = IMPLEMENTATION
     _change_class(model, MODELS[type(model)], new)
     _replace_config(model, config, new)
     model.all_tied_weights_keys.update(efficient._efficient_ties())
@@ -267,7 +273,6 @@ def _replace_config(model: PreTrainedModel, old: Any, new: Any) -> None:
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = new
-    new.attn_implementation = old.attn_implementation
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
@@ -281,21 +286,27 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     family = family_of(model)
     config, stock = model.config, model.stock_class
     uninstall(model)
-    source = config.efficient_source
+    # a model built from its config never had an original: its position table stays
+    source = getattr(config, "efficient_source", {"max_positions": None})
     if source["max_positions"] is not None and source["max_positions"] != family.max_positions(config):
         family.resize_positions(model, source["max_positions"], source["positions"])
-    values = config.to_dict() | {"model_type": stock.config_class.model_type, "architectures": [stock.__name__]}
-    for name in ("efficient_attention", "efficient_source", "attn_implementation"):
-        values.pop(name, None)
-    new = stock.config_class.from_dict(values)
-    new._attn_implementation = config._attn_implementation
-    new._name_or_path = config._name_or_path
-    config.attn_implementation = None
-    _replace_config(model, config, new)
-    del new.attn_implementation
-    _change_class(model, stock, new)
+    # the stacks of a reloaded encoder-decoder model hold copies
+    for old in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
+        if isinstance(old, type(config)):
+            _replace_config(model, old, _stock_config(old, stock))
+    _change_class(model, stock, model.config)
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if f".{CHILD}." not in k}
     return model
+
+
+def _stock_config(config: Any, stock: Any) -> Any:
+    # saving in between wrote the Efficient class there
+    names = config.architectures and [name.removeprefix("Efficient") for name in config.architectures]
+    values = config.to_dict() | {"model_type": stock.config_class.model_type, "architectures": names}
+    new = stock.config_class.from_dict({k: v for k, v in values.items() if not k.startswith("efficient_")})
+    new._attn_implementation = config._attn_implementation
+    new._name_or_path = config._name_or_path
+    return new
 
 
 def load_stock(name: str, revision: str | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -350,9 +361,11 @@ def _readable(name: str | Path) -> Iterator[None]:
 
 def _load_tokenizer(name: str, revision: str | None) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError):
         return None
+    # without tokenizer files transformers makes one up, which knows a few special tokens and nothing else
+    return tokenizer if len(tokenizer) - len(tokenizer.get_added_vocab()) > 16 else None
 
 
 def _account(
@@ -384,16 +397,3 @@ def _account(
             f"{len(unaccounted)} tensors are unaccounted for, e.g. {unaccounted[0]}: nothing was converted."
         )
     return tensors
-
-
-def _copy_side_files(source: Path, folder: Path, max_positions: int | None) -> None:
-    for name in SIDE_FILES:
-        path = source / name
-        if path.is_dir():
-            shutil.copytree(path, folder / name)
-        elif path.is_file():
-            shutil.copy(path, folder / name)
-    settings = folder / "sentence_bert_config.json"
-    if settings.is_file() and max_positions is not None:
-        values = json.loads(settings.read_text()) | {"max_seq_length": max_positions}
-        settings.write_text(json.dumps(values, indent=2) + "\n")

@@ -138,7 +138,12 @@ def _mixed(mechanism: Any, query: Tensor, key: Tensor, value: Tensor, context: A
     for name in ("key_padding_mask", "global_attention_mask", "hidden_states", "input_ids"):
         if (tensor := getattr(context, name)) is not None:
             setattr(context, name, shift_rows(tensor, start, 1))
-    return shift_rows(mechanism(query, key, value, context), -start, 2)
+    out = shift_rows(mechanism(query, key, value, context), -start, 2)
+    if not context.is_causal:
+        return out
+    # queries before a row's first real token have no past, but the shift put them behind all its keys
+    before = torch.arange(n, device=start.device) < start[:, None]
+    return out.masked_fill(before[:, None, :, None], 0.0)
 
 
 def _exact_attention(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
@@ -320,6 +325,15 @@ def install(
     if is_installed(model):
         raise ValueError("efficient attention is already installed in this model; undo it first.")
     chosen = plan(model, configs)
+    before = model.config._attn_implementation
+    try:
+        return _attach(model, chosen, initialise)
+    except BaseException:
+        uninstall(model, before)
+        raise
+
+
+def _attach(model: PreTrainedModel, chosen: dict[str, EfficientAttentionConfig], initialise: bool) -> dict[str, str]:
     family = family_of(model)
     origins: dict[str, str] = {}
     for stack in family.stacks(model):
@@ -362,18 +376,18 @@ def install(
 
 
 def uninstall(model: PreTrainedModel, attn_implementation: str = "sdpa") -> None:
-    """Remove every trace of `install`; the model is what it was, bit for bit, unless it was trained since."""
+    """Remove every trace of `install`, even of half of one; the model is what it was, unless it was trained since."""
     family = family_of(model)
     for stack in family.stacks(model):
         family.swap_out(stack)
         for module in [site.module for site in stack.sites] + stack.cross_attention:
-            del module._modules[CHILD]
+            module._modules.pop(CHILD, None)
             _remove_hook(module, _pass_hidden_states)
         _remove_hook(stack.module, _check_call)
-        del stack.module._efficient_info
+        stack.module.__dict__.pop("_efficient_info", None)
     for config in _configs_of(model):
         config._attn_implementation = attn_implementation
-        del config.attn_implementation
+        config.__dict__.pop("attn_implementation", None)
 
 
 def _remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:

@@ -7,21 +7,21 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .base import AttentionContext, EfficientAttention, EfficientAttentionConfig, attention_configs
+from .base import attention_configs
 from .conversion import load_converted, load_stock, versions
 from .families import family_of
+from .fidelity import compare, control_figures, output_mask, ragged, relative_difference, run, text_batches
 from .models import EfficientModelMixin
 from .patching import CHILD, patch_attention
 
@@ -60,30 +60,6 @@ class FidelityReport:
 
     def to_dict(self) -> dict[str, Any]:
         return {"passed": self.passed, **asdict(self)}
-
-
-class MeanOfValues(EfficientAttention):
-    """Control: every visible value counts the same, `y_i = mean of v_j`; a mechanism must be closer than this."""
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        keep = torch.ones_like(value[..., :1])
-        if context.key_padding_mask is not None:
-            keep = keep * context.key_padding_mask[:, None, :, None]
-        n = query.shape[2]
-        if context.is_causal:
-            total, count = (value * keep).cumsum(2)[:, :, -n:], keep.cumsum(2)[:, :, -n:]
-        else:
-            total, count = (value * keep).sum(2, keepdim=True), keep.sum(2, keepdim=True)
-        return (total / count.clamp(min=1)).expand_as(query)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeanOfValuesConfig(EfficientAttentionConfig):
-    """Options of the control: none of its own."""
-
-
-MeanOfValues.Config = MeanOfValuesConfig
-MeanOfValuesConfig.attention_class = MeanOfValues
 
 
 def verify(
@@ -129,8 +105,10 @@ def verify(
     source.eval()
     limit = family_of(source).max_positions(source.config) or 512
     length = min(max_length or limit, limit)
-    batches = _batches(tokenizer, texts, length, batch_size, source)
-    short = _ragged(_batches(tokenizer, texts[: max(2, batch_size // 2)], min(EXACT_LENGTH, length), batch_size, source)[0])
+    batches = text_batches(tokenizer, texts, length, batch_size, source)
+    short = ragged(
+        text_batches(tokenizer, texts[: max(2, batch_size // 2)], min(EXACT_LENGTH, length), batch_size, source)[0]
+    )
     checks: list[Any] = [
         lambda: _copied_tensors(model, source),
         lambda: _exact_limit(model, source, short),
@@ -190,11 +168,11 @@ def _exact_limit(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) 
     if why:
         return Rung("exact limit", "not applicable", {"why": "; ".join(why)}, rule)
     plain = copy.deepcopy(source).float()
-    expected = _run(plain, batch)["output"]
+    expected = run(plain, batch)["output"]
     with patch_attention(plain, exact):
-        actual = _run(plain, batch)["output"]
-    real = _output_mask(plain, batch)
-    error = _relative(actual, expected, real)
+        actual = run(plain, batch)["output"]
+    real = output_mask(plain, batch)
+    error = relative_difference(actual, expected, real)
     detail = {"relative_difference": error, "settings": [c.to_dict() for c in exact], "tokens": length}
     return Rung("exact limit", "passed" if error <= EXACT_TOLERANCE else "failed", detail, rule)
 
@@ -205,12 +183,7 @@ def _fidelity(model: PreTrainedModel, source: PreTrainedModel, batches: list[dic
 
 
 def _control(model: Any, source: PreTrainedModel, batches: list[dict[str, Tensor]]) -> Rung:
-    configs = [
-        MeanOfValuesConfig(layers=c.layers, side=c.side) for c in attention_configs(model.config.efficient_attention)
-    ]
-    plain = copy.deepcopy(source)
-    with patch_attention(plain, configs):
-        figures = compare(plain, source, batches)
+    figures = control_figures(model, source, batches)
     return Rung("control: mean of values", "measured", figures, "what is left when attention carries no information")
 
 
@@ -219,14 +192,17 @@ def _padding(model: PreTrainedModel, batch: dict[str, Tensor]) -> Rung:
         f"in double precision nothing at real positions changes by more than {DOUBLE_TOLERANCE:g} of the largest value"
     )
     double = copy.deepcopy(model).double()
-    together = _run(double, batch)["hidden"][-1]
+    together = run(double, batch)["hidden"][-1]
     mask = batch["attention_mask"].bool()
     garbage = dict(batch, input_ids=torch.where(mask, batch["input_ids"], (batch["input_ids"] + 7) % 50 + 5))
-    errors = {"other pad ids": _relative(_run(double, garbage)["hidden"][-1], together, mask), "each row alone": 0.0}
+    errors = {
+        "other pad ids": relative_difference(run(double, garbage)["hidden"][-1], together, mask),
+        "each row alone": 0.0,
+    }
     for row in range(len(mask)):
         n = int(mask[row].sum())
         alone = {k: v[row : row + 1, : n if k in ("input_ids", "attention_mask") else None] for k, v in batch.items()}
-        error = _relative(_run(double, alone)["hidden"][-1], together[row : row + 1, :n], None)
+        error = relative_difference(run(double, alone)["hidden"][-1], together[row : row + 1, :n], None)
         errors["each row alone"] = max(errors["each row alone"], error)
     failed = max(errors.values()) > DOUBLE_TOLERANCE
     detail = {"relative_difference": errors, "padded_tokens": int((~mask).sum())}
@@ -237,10 +213,10 @@ FRESH = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from hf_efficient.conversion import load_converted
-from hf_efficient.verification import _run
+from hf_efficient.fidelity import run
 torch.set_num_threads(int(sys.argv[3]))
 model = load_converted(sys.argv[1]).eval()
-output = _run(model, load_file(sys.argv[2] + "/batch.safetensors"))["output"]
+output = run(model, load_file(sys.argv[2] + "/batch.safetensors"))["output"]
 save_file({"output": output.contiguous()}, sys.argv[2] + "/out.safetensors")
 """
 
@@ -260,7 +236,7 @@ def _fresh_process(model: PreTrainedModel, batch: dict[str, Tensor], path: Path 
         if done.returncode:
             return Rung("fresh process", "failed", {"error": done.stderr[-2000:]}, rule)
         loaded = load_file(f"{scratch}/out.safetensors")["output"]
-    expected = _run(model, batch)["output"].cpu()
+    expected = run(model, batch)["output"].cpu()
     equal = torch.equal(loaded, expected)
     detail = {"bit_equal": equal, "largest_difference": float((loaded - expected).abs().max())}
     return Rung("fresh process", "passed" if equal else "failed", detail, rule)
@@ -268,9 +244,7 @@ def _fresh_process(model: PreTrainedModel, batch: dict[str, Tensor], path: Path 
 
 def _decoding(model: PreTrainedModel, batch: dict[str, Tensor], steps: int = 8) -> Rung:
     rule = f"prefill and steps with a cache equal one full pass, in double precision, to {DOUBLE_TOLERANCE:g}"
-    if not model.can_generate() or not (
-        model.config.is_encoder_decoder or model.config.is_decoder or _is_causal(model)
-    ):
+    if not model.can_generate() or not (model.config.is_encoder_decoder or _is_causal(model)):
         return Rung("prefill = decode", "not applicable", {"why": "no language model head on a causal stack"}, rule)
     double: Any = copy.deepcopy(model).double()
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
@@ -289,7 +263,7 @@ def _decoding(model: PreTrainedModel, batch: dict[str, Tensor], steps: int = 8) 
         for i in range(n - steps, n):
             part = double(**{name: ids[:, i : i + 1]}, **fixed, past_key_values=part.past_key_values, use_cache=True)
             pieces.append(part.logits)
-    error = _relative(torch.cat(pieces, 1), full, None)
+    error = relative_difference(torch.cat(pieces, 1), full, None)
     detail = {"relative_difference": error, "prefill": n - steps, "steps": steps}
     return Rung("prefill = decode", "passed" if error <= DOUBLE_TOLERANCE else "failed", detail, rule)
 
@@ -301,114 +275,6 @@ def _speed(model: Any, source: PreTrainedModel, lengths: Sequence[int]) -> Rung:
     from .benchmark import compare_with_full_attention
 
     return Rung("speed and memory", "measured", compare_with_full_attention(model, source, lengths), rule)
-
-
-# ---- figures -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def compare(model: PreTrainedModel, source: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, Any]:
-    """How close two models are on the same inputs, over real tokens.
-
-    Returns:
-        `embedding_cosine` mean and minimum over texts (mean-pooled last states), `token_cosine` mean,
-        `hidden_error` ‖H' - H‖ / ‖H‖ of the last states and `hidden_error_by_layer`; with a vocabulary head also
-        `kl` of the source's to the model's distribution in nats and `top1_agreement`.
-    """
-    cosines: list[Tensor] = []
-    token_cosine = tokens = kl = agreement = predictions = 0.0
-    squares: list[list[float]] = []
-    for batch in batches:
-        theirs, ours = _run(source, batch), _run(model, batch)
-        mask = batch["attention_mask"].bool()
-        for layer, (a, b) in enumerate(zip(ours["hidden"], theirs["hidden"], strict=True)):
-            if len(squares) <= layer:
-                squares.append([0.0, 0.0])
-            squares[layer][0] += float((a - b)[mask].square().sum())
-            squares[layer][1] += float(b[mask].square().sum())
-        a, b = ours["hidden"][-1].float(), theirs["hidden"][-1].float()
-        token_cosine += float(F.cosine_similarity(a[mask], b[mask], dim=-1).sum())
-        tokens += float(mask.sum())
-        cosines.append(F.cosine_similarity(mean_pool(a, mask), mean_pool(b, mask), dim=-1))
-        if ours["logits"] is not None and ours["logits"].shape[-1] == source.config.vocab_size:
-            real = _output_mask(source, batch)
-            p, q = (x["logits"].float().log_softmax(-1)[real] for x in (theirs, ours))
-            kl += float((p.exp() * (p - q)).sum())
-            agreement += float((p.argmax(-1) == q.argmax(-1)).sum())
-            predictions += len(p)
-    cosine = torch.cat(cosines)
-    errors = [(a / b) ** 0.5 if b else 0.0 for a, b in squares]
-    figures: dict[str, Any] = {
-        "embedding_cosine": float(cosine.mean()),
-        "embedding_cosine_min": float(cosine.min()),
-        "token_cosine": token_cosine / tokens,
-        "hidden_error": errors[-1],
-        "hidden_error_by_layer": errors,
-    }
-    if predictions:
-        figures |= {"kl": kl / predictions, "top1_agreement": agreement / predictions}
-    return figures
-
-
-def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(B, D) mean of the real tokens of (B, N, D)."""
-    weights = mask.to(hidden.dtype)[..., None]
-    return (hidden * weights).sum(1) / weights.sum(1)
-
-
-def _run(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """Hidden states of the (encoder) stack layer by layer, logits if there are any, and whichever of them comes last."""
-    device = next(model.parameters()).device
-    batch = {k: v.to(device) for k, v in batch.items()}
-    with torch.no_grad():
-        out = model(**batch, output_hidden_states=True)
-    hidden = getattr(out, "encoder_hidden_states", None) or out.hidden_states
-    logits = getattr(out, "logits", None)
-    return {"hidden": hidden, "logits": logits, "output": hidden[-1] if logits is None else logits}
-
-
-def _output_mask(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """(B, N) real positions of the model's output."""
-    return batch.get("decoder_attention_mask", batch["attention_mask"]).bool()
-
-
-def _relative(actual: Tensor, expected: Tensor, where: Tensor | None) -> float:
-    if where is not None and actual.dim() == 3:
-        actual, expected = actual[where], expected[where]
-    return float((actual - expected).abs().max() / expected.abs().max())
-
-
-def _batches(tokenizer: Any, texts: Sequence[str], length: int, size: int, model: Any) -> list[dict[str, Tensor]]:
-    if getattr(tokenizer, "pad_token", None) is None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
-    batches = []
-    for first in range(0, len(texts), size):
-        encoded = tokenizer(
-            list(texts[first : first + size]),
-            truncation=True,
-            max_length=length,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )
-        batch = {k: encoded[k] for k in ("input_ids", "attention_mask")}
-        if model.config.is_encoder_decoder:
-            # the text itself, as if it were to be copied: enough to see what the decoder makes of the encoder's states
-            batch["decoder_input_ids"] = batch["input_ids"][:, :64]
-            batch["decoder_attention_mask"] = batch["attention_mask"][:, :64]
-        batches.append(batch)
-    return batches
-
-
-def _ragged(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut the rows to different lengths, so that there is padding to be right about."""
-    mask = batch["attention_mask"].clone()
-    rows, n = mask.shape
-    for row in range(1, rows):
-        mask[row, n - row * n // (2 * rows) :] = 0
-    ids = batch["input_ids"].masked_fill(mask == 0, 0)
-    return batch | {"input_ids": ids, "attention_mask": mask}
 
 
 def _tokenizer_of(*places: Any) -> Any:

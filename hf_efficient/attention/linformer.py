@@ -144,8 +144,10 @@ class LinformerAttention(EfficientAttention):
             values, _ = _project(self._weights("value_projection", value), value, keep)
         if mass is None:
             mass = _mass(weights, keep)
-        counts = (mass.float() * self._segment_sizes(key.device)).to(query.dtype)
-        logits = counts.log()[:, :, None]  # (B or 1, H or 1, 1, R); -inf where a slot is empty
+        counts = mass.to(torch.promote_types(mass.dtype, torch.float32)) * self._segment_sizes(key.device)
+        # the logarithm of an empty slot's 0 would be -inf as well, but with a NaN gradient
+        log_counts = torch.where(counts > 0, torch.where(counts > 0, counts, 1.0).log(), float("-inf"))
+        logits = log_counts.to(query.dtype)[:, :, None]  # (B or 1, H or 1, 1, R)
         if context.relative_bias is not None:
             share = weights[..., :n] * keep[:, None, None] / mass.clamp(min=1e-9)[..., None]
             logits = context.relative_bias.pooled(share).to(query.dtype) + logits

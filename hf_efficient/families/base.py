@@ -97,7 +97,7 @@ class ModelFamily:
             layer=site.layer,
             num_layers=len(stack.sites),
             side=stack.side,
-            is_causal=bool(site.module.is_causal),
+            is_causal=stack.side == "decoder",
             has_relative_bias=self.has_relative_bias,
             projection_bias=self.source_attention(site.module).query.bias is not None,
             max_positions=self.max_positions(config),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.mt5.modeling_mt5 import MT5Attention
@@ -17,6 +19,9 @@ from .base import ModelFamily, Stack
 
 class _LazyBias:
     """Host attention whose relative bias is a table over offsets instead of a dense (1, H, N, S) tensor."""
+
+    # UMT5 told its decoder layers only in later releases that they are causal
+    is_causal = property(lambda self: self.is_decoder)
 
     def compute_bias(self: Any, *args: Any, **kwargs: Any) -> RelativeBias:
         return RelativeBias(
@@ -38,7 +43,7 @@ class _NoBias:
     # the host builds zeros exactly where it has no table, so claim one and answer with nothing
     has_relative_attention_bias = property(lambda self: True)
     # the host's weight initialisation then fills that table
-    relative_attention_bias = SimpleNamespace(weight=torch.empty(0))
+    relative_attention_bias: Any = SimpleNamespace(weight=torch.empty(0))
 
     def compute_bias(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -100,7 +105,7 @@ class T5Family(ModelFamily):
 
     def swap_out(self, stack: Stack) -> None:
         for module in [site.module for site in stack.sites] + stack.cross_attention:
-            module.__class__ = HOSTS[type(module)]
+            module.__class__ = HOSTS.get(type(module), type(module))
 
 
 FAMILIES = tuple(

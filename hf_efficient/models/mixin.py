@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..base import ConfigLike, attention_configs
+from ..base import ConfigLike, EfficientAttentionConfig, attention_configs
 from ..families import PREFIX, family_of
 from ..patching import CHILD, IMPLEMENTATION, install
 
@@ -36,8 +37,16 @@ class EfficientModelMixin:
             )
         config._attn_implementation = IMPLEMENTATION
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        install(self, attention_configs(config.efficient_attention), initialise=False)  # type: ignore[arg-type]
+        install(self, self._configs_of_stacks(config), initialise=False)  # type: ignore[arg-type]
         self.all_tied_weights_keys.update(self._efficient_ties())
+
+    def _configs_of_stacks(self, config: Any) -> list[EfficientAttentionConfig]:
+        """The config's groups; a class with only the encoder of an encoder-decoder model drops those of the decoder."""
+        groups = attention_configs(config.efficient_attention)
+        sides = [stack.side for stack in family_of(self).stacks(self)]  # type: ignore[arg-type]
+        if "decoder" in sides or not self.stock_class.config_class().is_encoder_decoder:
+            return groups
+        return [replace(group, side="encoder") for group in groups if group.side != "decoder"]
 
     def _efficient_ties(self) -> dict[str, str]:
         """{name: owner} of mechanism parameters that layers share."""
@@ -108,11 +117,17 @@ class EfficientModelMixin:
                     f"{pretrained_model_name_or_path} is an original {stock_type} checkpoint: say what to convert it to "
                     "with efficient_attention='longformer' (or a config), or load it with the stock class."
                 )
+            if kwargs.get("attn_implementation") not in (None, IMPLEMENTATION):
+                raise ValueError(
+                    f"attn_implementation={kwargs['attn_implementation']!r} contradicts efficient_attention; give one of "
+                    "them."
+                )
             from ..conversion import convert_in_place
 
-            model = cls.stock_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            loaded = cls.stock_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            model = loaded[0] if kwargs.get("output_loading_info") else loaded
             convert_in_place(model, attention_configs(efficient_attention), max_positions, positions)
-            return model
+            return loaded
         if efficient_attention is not None or max_positions is not None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is already converted, to {config.efficient_attention}; revert it before "

@@ -12,7 +12,7 @@ def linear_attention(log_query: Tensor, log_key: Tensor, value: Tensor, *, is_ca
     """Kernel attention from log-features: `y_i = Σ_j φ(q_i)·φ(k_j) v_j / Σ_j φ(q_i)·φ(k_j)` with `φ = exp(log-features)`.
 
     Features enter as logarithms so that they can be stabilised exactly: keys are divided by a maximum per feature
-    (causal: a running one), queries by a maximum per query; both cancel in the ratio, so neither needs a gradient and
+    (causal: over past chunks), queries by a maximum per query; all cancel in the ratio, so none needs a gradient and
     no ε is added. An ε would turn trained models, whose features are tiny, into uniform attention.
 
     Args:
@@ -49,23 +49,36 @@ def _causal(log_query: Tensor, log_key: Tensor, values: Tensor) -> Tensor:
     for first in range(0, n, CHUNK):
         part = slice(first, first + CHUNK)
         q, k, v = log_query[..., part, :], log_key[..., part, :], values[..., part, :]
-        new_maximum = k.detach().amax(dim=-2, keepdim=True)
+        running = k.detach().cummax(dim=-2).values  # per query: what it sees, never a later key
         if maximum is not None:
-            new_maximum = torch.maximum(maximum, new_maximum)
-        shift = _finite(new_maximum)
-        features_q = _query_features(q, shift)
-        features_k = (k - shift).exp()
-        numerator = (features_q @ features_k.transpose(-1, -2)).tril() @ v
+            running = torch.maximum(running, maximum)
+        top = _finite((q.detach() + running).amax(dim=-1, keepdim=True))
+        numerator = _near(q, k, top).tril() @ v
         if state is not None and maximum is not None:
-            # exp(-inf - shift) = 0 drops features that had no key so far
-            state = (maximum - shift).exp().transpose(-1, -2) * state
-            numerator = numerator + features_q @ state
+            # exp(-inf - top) = 0 drops features that had no key so far
+            numerator = numerator + (q + maximum - top).exp() @ state
         outputs.append(numerator)
         if first + CHUNK < n:
-            new = features_k.transpose(-1, -2) @ v
-            state = new if state is None else state + new
-            maximum = new_maximum
+            new_maximum = running[..., -1:, :]
+            shift = _finite(new_maximum)
+            new = (k - shift).exp().transpose(-1, -2) @ v
+            if state is not None and maximum is not None:
+                new = new + (maximum - shift).exp().transpose(-1, -2) * state
+            state, maximum = new, new_maximum
     return _normalise(torch.cat(outputs, dim=-2))
+
+
+def _near(log_query: Tensor, log_key: Tensor, top: Tensor) -> Tensor:
+    """(…, N, S) weights `exp(-top_n) Σ_r φ(q_n)_r φ(k_s)_r` of one chunk, each pair scaled by its own two maxima.
+
+    A maximum per feature would be taken over keys that come later too, and a large one among them would push all that a
+    query really sees below the smallest number.
+    """
+    top_query = log_query.detach().amax(dim=-1, keepdim=True)
+    top_key = _finite(log_key.detach().amax(dim=-1, keepdim=True))
+    products = (log_query - top_query).exp() @ (log_key - top_key).exp().transpose(-1, -2)
+    # beyond e^80 only pairs that are not visible, or whose product is 0
+    return products * (top_query + top_key.transpose(-1, -2) - top).clamp(max=80.0).exp()
 
 
 def _finite(maximum: Tensor) -> Tensor:

@@ -1,0 +1,183 @@
+"""Generated parts of README.md and the model cards: tables from the registry and from recorded measurements.
+
+    python -m hf_efficient.cards           # rewrite them            (make docs)
+    python -m hf_efficient.cards --check   # fail if one is not what the registry and the records say
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. A figure that no record holds reads
+"not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from .base import AttentionGeometry, describe, get_mechanism, list_mechanisms
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "model_cards" / "results"
+PLACES: dict[str, Any] = {
+    "BERT, RoBERTa": dict(side="encoder", is_causal=False, has_relative_bias=False, max_positions=512),
+    "GPT-2": dict(side="decoder", is_causal=True, has_relative_bias=False, max_positions=1024),
+    "T5 encoder": dict(side="encoder", is_causal=False, has_relative_bias=True, max_positions=None),
+    "T5 decoder": dict(side="decoder", is_causal=True, has_relative_bias=True, max_positions=None),
+}
+MARKER = re.compile(r"(<!-- generated: ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def refusals(mechanism: str) -> dict[str, list[str]]:
+    """{place: reasons why the mechanism can't work there}; an empty list = supported."""
+    cls = get_mechanism(mechanism)
+    fields = {f.name for f in dataclasses.fields(cls.Config)}
+    config = cls.Config.from_dict({"max_length": 1024} if "max_length" in fields else {})
+    found = {}
+    for place, facts in PLACES.items():
+        options: dict[str, Any] = dict(num_heads=12, head_dim=64, hidden_size=768, layer=0, num_layers=12)
+        geometry = AttentionGeometry(**options, **facts, projection_bias=not facts["has_relative_bias"])
+        found[place] = cls.unsupported(config, geometry)
+    return found
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def support_table() -> str:
+    """Mechanism × family × causal × exact limit, from the registry."""
+    rows = []
+    for mechanism in list_mechanisms():
+        facts, reasons = describe(mechanism), refusals(mechanism)
+        marks = ["–" if reasons[place] else "✓" for place in PLACES]
+        causal = "yes" if facts["causal"] else "no"
+        name = f"[`{mechanism}`](model_cards/{mechanism}.md)"
+        rows.append([name, *marks, causal, facts["time"], facts["exact_when"], facts["training"]])
+    return table(["mechanism", *PLACES, "causal", "time", "equals full attention when", "training"], rows)
+
+
+def options_table(mechanism: str) -> str:
+    """Options of a mechanism with their defaults."""
+    rows = [[f"`{name}`", f"`{json.dumps(default)}`"] for name, default in describe(mechanism)["options"].items()]
+    return table(["option", "default"], rows)
+
+
+def places_table(mechanism: str) -> str:
+    """Where a mechanism works, and why not elsewhere."""
+    rows = [[place, "✓" if not why else "refused: " + "; ".join(why)] for place, why in refusals(mechanism).items()]
+    return table(["place", "support"], rows)
+
+
+def record(suite: str) -> dict[str, Any] | None:
+    """A recorded measurement, or `None` if it was not made."""
+    path = RESULTS / f"{suite}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _source(record: dict[str, Any]) -> str:
+    names = ("hf_efficient", "torch", "transformers")
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in names)
+    hardware = record["hardware"]
+    return f"{hardware['cpu']}, {hardware['threads']} threads; {versions}; seed {record['settings']['seed']}."
+
+
+def fidelity_table(mechanism: str) -> str:
+    """Untrained fidelity of one mechanism on all-MiniLM-L6-v2, beside the control."""
+    data = record("fidelity")
+    if data is None or mechanism not in data["results"]:
+        return "not measured"
+    keys = ("embedding_cosine", "token_cosine", "hidden_error")
+    rows = []
+    for options, figures in data["results"][mechanism].items():
+        label = ", ".join(f"{k} {v}" for k, v in json.loads(options).items())
+        rows.append([label, *(f"{figures[key]:.3f}" for key in keys)])
+    rows.append(["control: mean of values", *(f"{data['control'][key]:.3f}" for key in keys)])
+    settings = data["settings"]
+    what = (
+        f"`{settings['checkpoint']}`, {settings['texts']} texts of {settings['length']} tokens, all layers, untrained."
+    )
+    return (
+        table(["setting", "embedding cosine", "token cosine", "hidden-state error"], rows)
+        + f"\n\n{what} {_source(data)}"
+    )
+
+
+def speed_table() -> str:
+    """Two-layer encoders of BERT-base width against full attention and transformers' own classes."""
+    data = record("encoder")
+    if data is None:
+        return "not measured"
+    rows = []
+    for name in next(iter(data["results"].values())):
+        cells = []
+        for figures in (lengths[name] for lengths in data["results"].values()):
+            cells += [
+                f"{figures['seconds']:.2f}",
+                f"{figures['ratio']:.2f} ({figures['ratio_min']:.2f}–{figures['ratio_max']:.2f})",
+            ]
+        rows.append([name, *cells])
+    header = ["2 layers, width 768, batch 1, fp32, forward"]
+    header += [column for n in data["results"] for column in (f"{n} tokens, s", "× full (min–max)")]
+    return table(header, rows) + f"\n\nMedians of {data['settings']['repeats']} interleaved rounds. {_source(data)}"
+
+
+def memory_table(mechanism: str) -> str:
+    """Peak memory of one forward pass and its growth, for every supported pair of a mechanism."""
+    data = record("memory")
+    rows = [] if data is None else [row for row in data["results"] if row["mechanism"] == mechanism]
+    if data is None or not rows:
+        return "not measured"
+    lengths = data["settings"]["lengths"]
+    body = [
+        [
+            f"{row['model_type']} {row['side']}",
+            *(f"{row[f'peak_mb_{n}']:.0f}" for n in lengths),
+            f"{row['growth']:.2f}",
+        ]
+        for row in rows
+    ]
+    header = ["2 layers, width 768, batch 1, fp32, forward", *(f"{n} tokens, MB" for n in lengths), "growth"]
+    return table(header, body) + f"\n\n{_source(data)}"
+
+
+def part(name: str) -> str:
+    """The text of a generated part: a table's name, and a mechanism's name where it takes one."""
+    kind, _, mechanism = name.partition(" ")
+    makers: dict[str, Any] = {
+        "support": support_table, "speed": speed_table, "options": options_table, "places": places_table,
+        "fidelity": fidelity_table, "memory": memory_table,
+    }  # fmt: skip
+    if kind not in makers:
+        raise ValueError(f"no generated part {kind!r}; there are {', '.join(makers)}.")
+    return makers[kind](mechanism) if mechanism else makers[kind]()
+
+
+def fill(text: str) -> str:
+    """`text` with every generated part made anew."""
+    return MARKER.sub(lambda match: f"{match[1]}{part(match[2])}\n{match[3]}", text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if something would change")
+    check = parser.parse_args(arguments).check
+    stale = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))):
+        before = path.read_text()
+        after = fill(before)
+        if before != after:
+            stale.append(path.name)
+            if not check:
+                path.write_text(after)
+    if stale:
+        print(f"{'out of date' if check else 'rewritten'}: {', '.join(stale)}", file=sys.stderr)
+    return int(bool(stale) and check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Checkpoints as a whole: what one uses or could take, without its weights, and the original written back to disk."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel
+
+from .base import get_mechanism, list_mechanisms
+from .conversion import REPORT_NAME, _load_tokenizer, atomic_folder, load_converted, revert
+from .families import ModelFamily, Stack, family_of
+from .models import MODELS
+from .patching import CHILD
+from .side_files import copy_side_files
+
+EXACT = "full attention"
+
+
+def inspect_checkpoint(name: str) -> dict[str, Any]:
+    """What a checkpoint uses, layer by layer; for an original one also what it could take. Weights are not loaded.
+
+    Returns:
+        `model_class`, `model_type`, `family`, `converted`, `max_positions` (`None` = no position table), `layers`, each
+        with `side`, `layer`, `mechanism` and `options`; `mechanisms`, each with `side`, `possible` and the `reasons`
+        against it at default options (empty for converted checkpoints); `source`, the checkpoint it was converted
+        from, if its report is there.
+
+    Raises:
+        ValueError: an architecture without a family. OSError: no such checkpoint.
+    """
+    config = AutoConfig.from_pretrained(name)
+    family = family_of(config.model_type)
+    converted = config.model_type != family.model_type
+    classes = {cls.__name__: cls for pair in MODELS.items() for cls in pair}
+    named = [classes[n] for n in config.architectures or () if n in classes]
+    with torch.device("meta"):
+        model = named[0](config) if named else AutoModel.from_config(config)
+    stacks = family.stacks(model)
+    layers = []
+    for stack in stacks:
+        for site in stack.sites:
+            mechanism: Any = site.module._modules.get(CHILD)
+            options = {} if mechanism is None else mechanism.config.to_dict()
+            layers.append(
+                {
+                    "side": stack.side,
+                    "layer": site.layer,
+                    "mechanism": options.pop("mechanism", EXACT),
+                    "options": {key: value for key, value in options.items() if key not in ("layers", "side")},
+                }
+            )
+    report = Path(name) / REPORT_NAME
+    return {
+        "checkpoint": name,
+        "model_class": type(model).__name__,
+        "model_type": config.model_type,
+        "family": family.model_type,
+        "converted": converted,
+        "source": json.loads(report.read_text())["source"] if converted and report.is_file() else None,
+        "max_positions": family.max_positions(config),
+        "layers": layers,
+        "mechanisms": [] if converted else [_fit(n, family, stack) for stack in stacks for n in list_mechanisms()],
+    }
+
+
+def _fit(mechanism: str, family: ModelFamily, stack: Stack) -> dict[str, Any]:
+    """Whether a mechanism could work in all layers of a stack, at its default options."""
+    cls = get_mechanism(mechanism)
+    try:
+        config = cls.Config()
+        reasons = [reason for site in stack.sites for reason in cls.unsupported(config, family.geometry(stack, site))]
+    except (TypeError, ValueError) as error:  # an option without a default
+        reasons = [str(error)]
+    return {
+        "mechanism": mechanism,
+        "side": stack.side,
+        "possible": not reasons,
+        "reasons": list(dict.fromkeys(reasons)),
+    }
+
+
+def revert_checkpoint(converted: str, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
+    """Write the original of a converted checkpoint, with its tokenizer, to a folder: all of it or nothing.
+
+    Returns:
+        `checkpoint`, `out`, `model_class`, `max_positions` and the number of `tensors`.
+
+    Raises:
+        FileExistsError: `out` exists and `overwrite` is False. ValueError: the checkpoint is not converted.
+    """
+    model = load_converted(converted)
+    before = getattr(model.config, "efficient_source", {})
+    model = revert(model)
+    tokenizer = _load_tokenizer(converted, None)
+    if tokenizer is None:
+        warnings.warn(f"{converted} has no tokenizer: only the model is reverted.", stacklevel=2)
+    elif "model_max_length" in before:
+        tokenizer.model_max_length = before["model_max_length"]
+    with atomic_folder(out, overwrite) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if Path(converted).is_dir():
+            copy_side_files(Path(converted), folder, before.get("max_seq_length"))
+    return {
+        "checkpoint": converted,
+        "out": str(out),
+        "model_class": type(model).__name__,
+        "max_positions": family_of(model).max_positions(model.config),
+        "tensors": len(model.state_dict()),
+    }

@@ -1,0 +1,297 @@
+"""The command line: `hf-efficient convert | verify | revert | list | inspect | bench`, a thin layer over the verbs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .base import describe, list_mechanisms
+from .cli_options import as_text, chosen_configs, read_texts, refuse_strays, with_mechanism_options
+
+app = typer.Typer(
+    name="hf-efficient",
+    help="Convert pretrained BERT, RoBERTa, GPT-2 and T5 checkpoints to efficient attention, prove how close they "
+    "stayed, and undo it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT, if there is one.")]
+Checkpoint = Annotated[str, typer.Argument(help="Hub id or folder of a checkpoint.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write.")]
+
+
+# ---- what all commands share -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """Errors become one message on stderr and exit code 1; stdout stays free for the result."""
+
+    def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        typer.echo(f"warning: {message}", err=True)
+
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.showwarning = show
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+def _emit(document: Any, as_json: bool, title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """The result on stdout: as one JSON document or as a table."""
+    if as_json:
+        typer.echo(json.dumps(document, indent=2, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*map(as_text, row))
+    Console(markup=False, highlight=False, emoji=False).print(table)
+
+
+def _require_source(name: str) -> None:
+    """A mistyped folder is refused before the Hub is asked for a repository of that name."""
+    if (name.startswith((".", "~", os.sep)) or name.count("/") > 1) and not Path(name).exists():
+        raise FileNotFoundError(f"{name} does not exist.")
+
+
+def _require_free(out: Path, overwrite: bool, source: str) -> None:
+    """Refuse what saving would refuse, before minutes of work; and never delete what is no checkpoint."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{out} exists; choose another folder, or overwrite it with --overwrite.")
+    if out.resolve() == Path(source).resolve():
+        raise ValueError(f"{out} is the source itself; choose another folder.")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+        raise FileExistsError(f"{out} is no checkpoint folder (it has no config.json), so it is not overwritten.")
+
+
+# ---- convert -----------------------------------------------------------------------------------------------------
+
+
+def convert(
+    context: typer.Context,
+    source: Checkpoint,
+    out: Out,
+    attention: Annotated[str | None, typer.Option(help="Mechanism; see hf-efficient list.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file with a mechanism or, for a hybrid, a list; instead of --attention.")
+    ] = None,
+    max_positions: Annotated[
+        int | None, typer.Option(help="Longest input of the result, in tokens.", show_default="the source's")
+    ] = None,
+    positions: Annotated[str, typer.Option(help="How to lengthen the position table: tile or interpolate.")] = "tile",
+    layers: Annotated[str | None, typer.Option(help="0,1,2 or 0-5.", show_default="all")] = None,
+    side: Annotated[
+        str | None, typer.Option(help="encoder, decoder or both.", show_default="the encoder, if there is one")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, for any option of the mechanism.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    **given: str | None,
+) -> None:
+    """Convert a pretrained checkpoint and write it, with its tokenizer and a report, to OUT."""
+    with _running():
+        refuse_strays([source, str(out), *context.args], attention)
+        configs = chosen_configs(attention, config, {"layers": layers, "side": side, **given}, option or [])
+        _require_source(source)
+        _require_free(out, overwrite, source)
+        from .conversion import convert as convert_checkpoint
+
+        result = convert_checkpoint(
+            source, configs, max_positions=max_positions, positions=positions, revision=revision
+        )
+        result.save(out, overwrite)
+        report = result.report
+    named: dict[str, list[str]] = {status: [] for status in report.counts()}
+    for name, tensor in report.tensors.items():
+        # copied tensors need no explanation, initialised ones only a word on where their values came from
+        entry = {"copied": "bit for bit", "initialised": tensor["from"]}.get(tensor["status"], name)
+        if entry not in named[tensor["status"]]:
+            named[tensor["status"]].append(entry)
+    rows = [[status, report.counts()[status], "\n".join(named[status])] for status in named]
+    if report.ignored:
+        rows.append(["not used", len(report.ignored), "\n".join(report.ignored)])
+    document = {"out": str(out), "counts": report.counts(), **report.to_dict()}
+    _emit(document, as_json, f"{source} → {out} ({report.model_class})", ["tensors", "number", "which"], rows)
+
+
+app.command("convert", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    with_mechanism_options(convert)
+)
+
+
+# ---- verify ------------------------------------------------------------------------------------------------------
+
+
+def _record(folder: Path, fidelity: dict[str, Any]) -> None:
+    """Put the figures into the checkpoint's report, whole or not at all."""
+    from .conversion import REPORT_NAME
+
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        warnings.warn(f"{path} does not exist, so the figures are not recorded.", stacklevel=2)
+        return
+    report = json.loads(path.read_text()) | {"fidelity": fidelity}
+    temporary = folder / f".{REPORT_NAME}.tmp"
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    temporary.replace(path)
+
+
+@app.command("verify")
+def verify(
+    converted: Annotated[str, typer.Argument(help="Folder or Hub id of a converted checkpoint.")],
+    source: Annotated[str, typer.Argument(help="Hub id or folder of the checkpoint it came from.")],
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help=".txt with one text per line, or .jsonl.", show_default="English text that is always at hand"
+        ),
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per text.", show_default="the source's")] = None,
+    speed: Annotated[
+        str | None, typer.Option(help="Lengths at which to measure speed and memory, e.g. 512,1024.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Climb the proof ladder; exit code 1 if a rung fails. The figures go into CONVERTED's conversion report."""
+    with _running():
+        for name in (converted, source):
+            _require_source(name)
+        try:
+            lengths = [int(length) for length in speed.split(",")] if speed else []
+        except ValueError:
+            raise ValueError(f"--speed {speed!r} can't be read; write lengths as 512,1024.") from None
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"--max-length {max_length} leaves no text; give at least 2.")
+        from .corpus import offline_texts
+        from .verification import verify as climb
+
+        documents = offline_texts() if texts is None else read_texts(texts)
+        report = climb(
+            converted,
+            source,
+            documents,
+            max_length=max_length,
+            speed_lengths=lengths,
+            progress=sys.stderr.isatty(),
+        )
+        if Path(converted).is_dir():
+            _record(Path(converted), report.to_dict())
+    rows = [
+        [rung.status, f"{rung.name}: {rung.rule}", "\n".join(f"{k}: {as_text(v)}" for k, v in rung.detail.items())]
+        for rung in report.rungs
+    ]
+    title = f"{converted} beside {source}: {'passed' if report.passed else 'FAILED'}"
+    _emit(report.to_dict(), as_json, title, ["outcome", "rung", "figures"], rows)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+# ---- revert, list, inspect ---------------------------------------------------------------------------------------
+
+
+@app.command("revert")
+def revert(
+    converted: Annotated[str, typer.Argument(help="Folder or Hub id of a converted checkpoint.")],
+    out: Out,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write the original checkpoint back: bit for bit, unless it was trained since."""
+    with _running():
+        _require_source(converted)
+        _require_free(out, overwrite, converted)
+        from .checkpoints import revert_checkpoint
+
+        document = revert_checkpoint(converted, out, overwrite)
+    _emit(document, as_json, f"{converted} → {out}", ["what", "value"], [list(item) for item in document.items()])
+
+
+@app.command("list")
+def list_command(as_json: Json = False) -> None:
+    """Show every mechanism: where it works, what it costs, when it is exact."""
+    with _running():
+        cards = [describe(name) for name in list_mechanisms()]
+    rows = [
+        [
+            card["mechanism"],
+            f"{card['title']}, {card['paper']}",
+            f"{card['time']}; {card['memory']}",
+            card["causal"],
+            card["relative_bias"],
+            card["exact_when"],
+        ]
+        for card in cards
+    ]
+    headings = ["mechanism", "paper", "time; memory", "causal", "T5 bias", "exact at n tokens when"]
+    _emit(cards, as_json, f"{len(cards)} mechanisms", headings, rows)
+
+
+@app.command("inspect")
+def inspect_command(checkpoint: Checkpoint, as_json: Json = False) -> None:
+    """Show what a checkpoint uses layer by layer, and what an original could take; no weights are loaded."""
+    with _running():
+        _require_source(checkpoint)
+        from .checkpoints import inspect_checkpoint
+
+        facts = inspect_checkpoint(checkpoint)
+    layers, possible = facts["layers"], facts["mechanisms"]
+    if as_json or facts["converted"]:
+        rows = [[layer["side"], layer["layer"], layer["mechanism"], layer["options"]] for layer in layers]
+        headings = ["side", "layer", "attention", "options"]
+    else:
+        rows = [[p["side"], p["mechanism"], p["possible"], "; ".join(p["reasons"])] for p in possible]
+        headings = ["side", "mechanism", "possible", "why not, with default options"]
+    length = facts["max_positions"] or "no table of"
+    title = f"{checkpoint}: {facts['model_class']}, {len(layers)} layers, {length} positions"
+    _emit(facts, as_json, title, headings, rows)
+
+
+@app.command("bench")
+def bench_command(
+    suite: Annotated[str, typer.Argument(help="encoder (time), memory, or fidelity (all-MiniLM-L6-v2).")],
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure: time against full attention, peak memory, or untrained fidelity; minutes each."""
+    with _running():
+        from .benchmark import SUITES, as_rows
+
+        if suite not in SUITES:
+            raise ValueError(f"no suite {suite!r}; there are {', '.join(SUITES)}.")
+        document = SUITES[suite]()
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial = out.with_suffix(".partial")
+            partial.write_text(json.dumps(document, indent=2) + "\n")
+            partial.replace(out)
+    _emit(document, as_json, f"{suite}: {document['hardware']['cpu']}", *as_rows(document))
+
+
+def main() -> None:
+    """Entry point of the `hf-efficient` program."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

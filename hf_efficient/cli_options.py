@@ -1,0 +1,188 @@
+"""Text from the command line as options, layers and texts; one option per config field of every mechanism."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .base import (
+    EfficientAttentionConfig,
+    attention_config,
+    attention_configs,
+    get_mechanism,
+    list_mechanisms,
+)
+
+WORDS: dict[Any, dict[str, Any]] = {types.NoneType: {"none": None}, bool: {"true": True, "false": False}}
+
+
+def parse_option(config_class: type[EfficientAttentionConfig], name: str, text: str) -> Any:
+    """`text` as a value of the type that the config's field declares.
+
+    Raises:
+        ValueError: the mechanism has no such option, or the text is of none of its types.
+    """
+    known = [field.name for field in dataclasses.fields(config_class)]
+    if name not in known:
+        raise ValueError(
+            f"{config_class.mechanism} has no option {_flag(name)}; its options are {', '.join(map(_flag, known))}."
+        )
+    hint = typing.get_type_hints(config_class)[name]
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(hint) if union else (hint,)
+    # text is what everything can be read as, so it comes last
+    for kind in sorted(kinds, key=lambda kind: kind is str):
+        try:
+            return _parse(kind, text.strip())
+        except ValueError:
+            continue
+    names = " or ".join(
+        getattr(kind, "__name__", str(kind)) if kind is not types.NoneType else "none" for kind in kinds
+    )
+    raise ValueError(f"{_flag(name)} {text!r} can't be read: {config_class.mechanism} wants {names} there.")
+
+
+def _parse(kind: Any, text: str) -> Any:
+    if kind in (int, float, str):
+        return kind(text)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_parse(typing.get_args(kind)[0], part.strip()) for part in text.split(","))
+    if kind not in WORDS:  # anything richer is written as JSON
+        return json.loads(text)
+    words = WORDS[kind]
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """`"0,1,2"`, `"0-5"` or `"0-2,7"` as layer indices."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            found = range(int(first), int(last if dash else first) + 1)
+        except ValueError:
+            found = range(0)
+        if not found:
+            raise ValueError(f"--layers {text!r} can't be read; write 0,1,2 or 0-5.")
+        layers += found
+    return tuple(layers)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def chosen_configs(
+    attention: str | None, config: Path | None, given: dict[str, str | None], extra: list[str]
+) -> list[EfficientAttentionConfig]:
+    """The configs that the options of `convert` describe."""
+    options = {name: text for name, text in given.items() if text is not None}
+    for pair in extra:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--option {pair!r} can't be read; write --option NAME=VALUE.")
+        name = name.strip().replace("-", "_")
+        if name in options:
+            raise ValueError(f"{_flag(name)} is given twice.")
+        options[name] = text
+    if (attention is None) == (config is None):
+        raise ValueError(f"give either --attention (one of {', '.join(list_mechanisms())}) or --config FILE.json.")
+    if attention is not None:
+        kind = get_mechanism(attention).Config
+        layers = options.pop("layers", None)
+        values = {name: parse_option(kind, name, text) for name, text in options.items()}
+        return [attention_config(attention, **values, layers=None if layers is None else parse_layers(layers))]
+    assert config is not None
+    if options:
+        raise ValueError(f"{', '.join(map(_flag, options))}: options go into {config}, not beside --config.")
+    try:
+        return attention_configs(json.loads(config.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{config}: {error}") from error
+
+
+def refuse_strays(words: list[str], attention: str | None) -> None:
+    """Options that no mechanism has arrive among the arguments."""
+    for word in words:
+        if word.startswith("-"):
+            names = [attention] if attention in list_mechanisms() else list_mechanisms()
+            known = {_flag(field.name) for name in names for field in dataclasses.fields(get_mechanism(name).Config)}
+            owner = attention if attention in list_mechanisms() else "all mechanisms together"
+            raise ValueError(f"no option {word}; the options of {owner} are {', '.join(sorted(known))}.")
+    if len(words) > 2:
+        raise ValueError(f"unexpected argument {words[2]!r}; convert takes SOURCE and OUT.")
+
+
+def with_mechanism_options(command: Any) -> Any:
+    """Give `command` one option per config field of every registered mechanism, in place of its `**given`."""
+    signature = inspect.signature(command, eval_str=True)
+    fixed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    owners: dict[str, list[str]] = {}
+    for mechanism in list_mechanisms():
+        for field in dataclasses.fields(get_mechanism(mechanism).Config):
+            default = "required" if field.default is dataclasses.MISSING else as_text(field.default)
+            owners.setdefault(field.name, []).append(f"{mechanism}: {default}")
+    # a field with the name of one of the command's own options stays reachable through --option
+    for name in sorted(set(owners) - {parameter.name for parameter in fixed}):
+        info = typer.Option(
+            _flag(name),
+            help="; ".join(owners[name]),
+            metavar="VALUE",
+            show_default=False,
+            rich_help_panel="Options of mechanisms, with their defaults",
+        )
+        fixed.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, info]
+            )
+        )
+    command.__signature__ = signature.replace(parameters=fixed)
+    return command
+
+
+def read_texts(path: Path) -> list[str]:
+    """Texts of a file: every non-empty line of a .txt; `{"text": …}` or a string on every line of a .jsonl.
+
+    Raises:
+        ValueError: another kind of file, a line that is neither, or no text at all.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{path}: texts come from .txt (one per line) or .jsonl ({{'text': …}} on each line).")
+    texts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        if path.suffix == ".txt":
+            texts.append(line)
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        text = entry.get("text") if isinstance(entry, dict) else entry
+        if not isinstance(text, str):
+            raise ValueError(f"{path}, line {number}: no text there; write a string or an object with 'text'.")
+        texts.append(text)
+    if not texts:
+        raise ValueError(f"{path} has no text in it.")
+    return texts
+
+
+def as_text(value: Any) -> str:
+    """A value for people: few digits, `name=value` for mappings, no brackets."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={as_text(entry)}" for name, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(as_text, value)) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

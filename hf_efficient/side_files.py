@@ -1,0 +1,36 @@
+"""What sentence-transformers keeps beside a model: pooling and similarity settings, copied along with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+NAMES = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling",
+    "2_Normalize",
+)
+SETTINGS = "sentence_bert_config.json"
+
+
+def max_seq_length(folder: Path) -> int | None:
+    """Where sentence-transformers cuts texts, in tokens; `None` = nothing says so."""
+    settings = folder / SETTINGS
+    return json.loads(settings.read_text()).get("max_seq_length") if settings.is_file() else None
+
+
+def copy_side_files(source: Path, folder: Path, length: int | None) -> None:
+    """Copy them from one checkpoint folder to another; `length` replaces `max_seq_length` unless it is `None`."""
+    for name in NAMES:
+        path = source / name
+        if path.is_dir():
+            shutil.copytree(path, folder / name)
+        elif path.is_file():
+            shutil.copy(path, folder / name)
+    settings = folder / SETTINGS
+    if settings.is_file() and length is not None:
+        values = json.loads(settings.read_text()) | {"max_seq_length": length}
+        settings.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,261 @@
+"""The main job on a real checkpoint: convert all-MiniLM-L6-v2 from 512 to 4096 tokens, prove it, and use it.
+
+    make demo                      # or: python recipes/demo.py [--output demo-output]
+
+Takes the checkpoint from the Hub or from the installed package, English text from what every Python has, and prints:
+fidelity beside a control, a retrieval task that the 512-token model cannot do, time and memory over lengths; then saves
+the converted checkpoint, loads it in a fresh process, and shows the same numbers. One picture and one JSON file hold
+everything that was printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+import hf_efficient as he
+from hf_efficient.benchmark import forward_call, hardware, interleaved, peak_memory, random_inputs, ratios
+from hf_efficient.conversion import load_stock, versions
+from hf_efficient.corpus import minilm_checkpoint, offline_documents
+from hf_efficient.families import family_of
+from hf_efficient.fidelity import compare, control_figures, mean_pool
+
+# ---- settings ----
+MAX_POSITIONS = 4096
+MECHANISMS = {
+    "longformer, window 512, first token global": ("longformer", dict(attention_window=512, global_tokens="first")),
+    "bigbird, block 64": ("bigbird", dict(block_size=64)),
+}
+FIDELITY_TEXTS, FIDELITY_LENGTH = 8, 512
+DOCUMENTS, DOCUMENT_LENGTH, PASSAGE = 20, 2048, 40
+SPEED_LENGTHS, SPEED_REPEATS = (512, 1024, 2048, 4096, 8192), 2
+MEMORY_LENGTHS = (512, 2048, 8192)
+SEED = 0
+
+console = Console(width=118)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo-output"))
+    output = parser.parse_args().output
+    output.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.captureWarnings(True)
+    began = time.perf_counter()
+
+    folder = minilm_checkpoint()
+    source, tokenizer = load_stock(str(folder))[0], AutoTokenizer.from_pretrained(folder)
+    console.print(
+        f"[bold]1. all-MiniLM-L6-v2[/]: {source.num_parameters() / 1e6:.1f}M parameters, 512 positions, weights checked"
+    )
+
+    results = {name: he.convert(str(folder), mechanism, max_positions=MAX_POSITIONS, **options)
+               for name, (mechanism, options) in MECHANISMS.items()}  # fmt: skip
+    for name, result in results.items():
+        counts = ", ".join(f"{n} {status}" for status, n in result.report.counts().items() if n)
+        console.print(f"   converted to {name}, {MAX_POSITIONS} positions: {counts} tensors")
+
+    tokens = {name: tokenizer(text, truncation=True, max_length=DOCUMENT_LENGTH)["input_ids"]
+              for name, text in offline_documents().items()}  # fmt: skip
+    figures = {"fidelity": show_fidelity(source, results, tokens)}
+    figures["retrieval"] = show_retrieval(source, results, tokens)
+    figures["speed"] = show_speed(folder, output)
+    draw(figures, output / "demo.png")
+
+    name, result = next(iter(results.items()))
+    path = result.save(output / "longformer-minilm-4096", overwrite=True)
+    figures["reloaded"] = show_reloaded(path, name, source, figures["fidelity"], tokens)
+    settings = {"seed": SEED, "hardware": hardware(), "versions": versions(), "seconds": time.perf_counter() - began}
+    (output / "demo.json").write_text(json.dumps(figures | settings, indent=2) + "\n")
+    console.print(f"\ncheckpoint: {path}   picture: {output / 'demo.png'}   figures: {output / 'demo.json'}")
+    console.print(f"{settings['seconds']:.0f} s on {torch.get_num_threads()} threads")
+
+
+def batches(tokens: dict[str, list[int]]) -> list[dict[str, torch.Tensor]]:
+    """The first texts that fill the source's 512 positions, one per batch."""
+    long = [ids for ids in tokens.values() if len(ids) >= FIDELITY_LENGTH][:FIDELITY_TEXTS]
+    return [{"input_ids": torch.tensor([ids[:FIDELITY_LENGTH]]), "attention_mask": torch.ones(1, FIDELITY_LENGTH).long()}
+            for ids in long]  # fmt: skip
+
+
+def show_fidelity(source, results, tokens) -> dict:
+    rows = {name: compare(result.model, source, batches(tokens)) for name, result in results.items()}
+    model = next(iter(results.values())).model
+    rows["control: mean of values instead of attention"] = control_figures(model, source, batches(tokens))
+    table = Table(
+        title=f"2. How close to the original, untrained ({FIDELITY_TEXTS} texts of {FIDELITY_LENGTH} tokens)"
+    )
+    for column in ("", "embedding cosine", "lowest", "token cosine", "hidden-state error"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in rows.items():
+        keys = ("embedding_cosine", "embedding_cosine_min", "token_cosine", "hidden_error")
+        table.add_row(name, *(f"{row[key]:.4f}" for key in keys))
+    console.print(table)
+    return rows
+
+
+@torch.no_grad()
+def embed(model, ids: list[int]) -> torch.Tensor:
+    inputs = torch.tensor([ids])
+    return torch.nn.functional.normalize(mean_pool(model(inputs).last_hidden_state, torch.ones_like(inputs)), dim=-1)[
+        0
+    ]
+
+
+def show_retrieval(source, results, tokens) -> dict:
+    """Find the document that a passage was cut from, by embedding: early passages, and passages beyond token 600."""
+    chosen = random.Random(SEED)
+    documents = [ids for ids in tokens.values() if len(ids) == DOCUMENT_LENGTH][:DOCUMENTS]
+    cuts = {
+        "early": [chosen.randrange(1, 440 - PASSAGE) for _ in documents],
+        "deep": [chosen.randrange(600, DOCUMENT_LENGTH - PASSAGE - 1) for _ in documents],
+    }
+    full = load_stock(source.config._name_or_path)[0]
+    family_of(full).resize_positions(full, MAX_POSITIONS)
+    first, last = documents[0][0], documents[0][-1]
+
+    def chunked(ids: list[int]) -> torch.Tensor:
+        parts = [ids[i : i + 512] for i in range(0, len(ids), 512)]
+        return torch.nn.functional.normalize(torch.stack([embed(source, part) for part in parts]).mean(0), dim=-1)
+
+    ways = {
+        "original, cut to 512 tokens": (source, lambda ids: embed(source, [*ids[:511], last])),
+        "original, mean over 512-token chunks": (source, chunked),
+        "original with 4096 positions, full attention": (full, lambda ids: embed(full, ids)),
+        **{name: (r.model, lambda ids, m=r.model: embed(m, ids)) for name, r in results.items()},
+    }
+    rows = {}
+    for name, (model, embed_document) in tqdm(ways.items(), desc="retrieval", leave=False):
+        began = time.perf_counter()
+        index = torch.stack([embed_document(ids) for ids in documents])
+        seconds = time.perf_counter() - began
+        rows[name] = {"seconds": seconds}
+        for kind, starts in cuts.items():
+            queries = [
+                [first, *ids[start : start + PASSAGE], last] for ids, start in zip(documents, starts, strict=True)
+            ]
+            scores = torch.stack([embed(model, query) for query in queries]) @ index.T
+            rows[name][kind] = float((scores.argmax(-1) == torch.arange(len(documents))).float().mean())
+    table = Table(
+        title=f"3. Find the document of a {PASSAGE}-token passage (recall@1, {len(documents)} documents × 2048 tokens)"
+    )
+    for column in ("document embedding", "passage in the first 440", "beyond token 600", "seconds for all documents"):
+        table.add_column(column, justify="left" if column.startswith("doc") else "right")
+    for name, row in rows.items():
+        table.add_row(name, f"{row['early']:.2f}", f"{row['deep']:.2f}", f"{row['seconds']:.1f}")
+    console.print(table)
+    console.print("   The mean over chunks finds deep passages too; what it cannot do is let chunks see each other.")
+    return rows
+
+
+def show_speed(folder: Path, output: Path) -> list[dict]:
+    """One forward pass, batch 1, fp32: interleaved times, and peak memory in a fresh process per point."""
+    longest = max(SPEED_LENGTHS)
+    full = load_stock(str(folder))[0]
+    family_of(full).resize_positions(full, longest)
+    models = {"full": full}
+    models |= {name.split(",")[0]: he.convert(str(folder), mechanism, max_positions=longest, **options).model
+               for name, (mechanism, options) in MECHANISMS.items()}  # fmt: skip
+    paths = {name: output / "speed" / name for name in models}
+    for name, model in models.items():
+        model.save_pretrained(paths[name])
+    rows = []
+    for length in tqdm(SPEED_LENGTHS, desc="speed", leave=False):
+        inputs = random_inputs(full.config, length)
+        calls = {name: forward_call(model, inputs) for name, model in models.items()}
+        row = {"length": length, "time": ratios(interleaved(calls, SPEED_REPEATS), "full")}
+        row["memory"] = (
+            {name: peak_memory(path, length) for name, path in paths.items()} if length in MEMORY_LENGTHS else {}
+        )
+        rows.append(row)
+    table = Table(title=f"4. One forward pass against full attention (SDPA), fp32, {torch.get_num_threads()} threads")
+    table.add_column("tokens", justify="right")
+    for column in ("full, s", *(f"{name}, × full" for name in models if name != "full")):
+        table.add_column(column, justify="right")
+    for name in models:
+        table.add_column(f"{name}, peak MB", justify="right")
+    for row in rows:
+        times = [
+            f"{row['time']['full']['seconds']:.2f}",
+            *(f"{row['time'][n]['ratio']:.2f}" for n in models if n != "full"),
+        ]
+        memory = ["" if row["memory"].get(name) is None else f"{row['memory'][name]:.0f}" for name in models]
+        table.add_row(str(row["length"]), *times, *memory)
+    console.print(table)
+    return rows
+
+
+def draw(figures: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    picture, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.2), constrained_layout=True)
+    retrieval = figures["retrieval"]
+    names = [name.replace(", ", ",\n", 1) for name in retrieval]
+    for shift, kind in ((-0.2, "early"), (0.2, "deep")):
+        left.barh([i + shift for i in range(len(names))], [row[kind] for row in retrieval.values()], 0.38,
+                  label={"early": "passage in the first 440 tokens", "deep": "passage beyond token 600"}[kind])  # fmt: skip
+    left.set_yticks(range(len(names)), names, fontsize=8)
+    left.invert_yaxis()
+    left.set(xlabel="recall@1", title="Finding the document of a passage", xlim=(0, 1))
+    left.legend(fontsize=8, loc="lower left")
+    speed = figures["speed"]
+    for name in speed[0]["time"]:
+        right.plot([r["length"] for r in speed], [r["time"][name]["seconds"] for r in speed], marker="o", label=name)
+    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds per forward pass", title="Time on the CPU")
+    right.set_xticks([r["length"] for r in speed], [str(r["length"]) for r in speed])
+    right.minorticks_off()
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    picture.savefig(path, dpi=130)
+
+
+RELOAD = """
+import json, sys, torch
+import hf_efficient
+from transformers import AutoModel
+from hf_efficient.conversion import load_stock
+from hf_efficient.fidelity import compare
+torch.set_num_threads(int(sys.argv[3]))
+model = AutoModel.from_pretrained(sys.argv[1]).eval()
+source = load_stock(sys.argv[2])[0]
+batches = [{k: torch.tensor(v) for k, v in b.items()} for b in json.load(sys.stdin)]
+print(json.dumps({"class": type(model).__name__} | compare(model, source, batches)))
+"""
+
+
+def show_reloaded(path: Path, name: str, source, fidelity: dict, tokens) -> dict:
+    """The same figures from the saved checkpoint, loaded with AutoModel in a process that knows nothing else."""
+    given = json.dumps([{k: v.tolist() for k, v in batch.items()} for batch in batches(tokens)])
+    command = [sys.executable, "-c", RELOAD, str(path), source.config._name_or_path, str(torch.get_num_threads())]
+    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"loading {path} in a fresh process failed:\n{done.stderr}")
+    row = json.loads(done.stdout.splitlines()[-1])
+    same = row["embedding_cosine"] == fidelity[name]["embedding_cosine"]
+    console.print(f"[bold]5. Reloaded in a fresh process[/] through AutoModel: {row['class']}, embedding cosine "
+                  f"{row['embedding_cosine']:.4f} ({'the same number' if same else 'a different number'})")  # fmt: skip
+    if not same:
+        sys.exit("the reloaded checkpoint is not the converted model")
+    return row
+
+
+if __name__ == "__main__":
+    main()

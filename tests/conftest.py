@@ -1,0 +1,47 @@
+"""Settings of the whole suite: offline, quiet, one thread per worker, poisoned memory, no mechanism mostly skipped."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from pairs import mostly_skipped
+
+torch.set_num_threads(1)  # tiny tensors, and several workers share the cores
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+_outcomes: list[tuple[str, str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fixed seed, and NaN in every `torch.empty`: whatever reads memory that nobody wrote fails loudly."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.skipped:
+        _outcomes.append((report.nodeid, report.outcome))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # workers report to the controller, which alone sees every outcome
+    if not hasattr(session.config, "workerinput") and mostly_skipped(_outcomes):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name, (skipped, total) in mostly_skipped(_outcomes).items():
+        terminalreporter.write_line(f"FAILED {name}: {skipped} of its {total} cases are skipped, more than half", red=True)

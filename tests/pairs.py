@@ -1,0 +1,211 @@
+"""Mechanism × family: which pairs the generic suites run, and how a pair is built, patched and called."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cases import CASES
+from torch import Tensor
+
+import hf_efficient as he
+from hf_efficient.base import AttentionGeometry, LinearWeights, SourceAttention
+from hf_efficient.families import family_of
+from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.patching import _mixed
+from hf_efficient.testing import tiny_model
+
+MAX_POSITIONS = 128
+ODD_LENGTHS = (1, 2, 63, 97)
+# what a place asks of a mechanism, in the letters of `Case.sides`
+PLACES = {
+    ("bert", None): {"E"},
+    ("roberta", None): {"E"},
+    ("gpt2", None): {"C"},
+    ("t5", "encoder"): {"E", "T5"},
+    ("t5", "decoder"): {"C", "T5"},
+    ("t5", "both"): {"E", "C", "T5"},
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One mechanism with its options in one place of one model family."""
+
+    mechanism: str
+    family: str
+    side: str | None
+    options: dict[str, Any]
+    label: str
+
+    @property
+    def config(self) -> he.EfficientAttentionConfig:
+        return he.attention_config(self.mechanism, side=self.side, **self.options)
+
+    @property
+    def is_causal(self) -> bool:
+        return "C" in PLACES[self.family, self.side]
+
+    def model(self, **overrides: Any) -> Any:
+        """A tiny unconverted model of the family."""
+        return tiny_model(self.family, **({"positions": MAX_POSITIONS} | overrides))
+
+    def patch(self, model: Any, config: Any = None) -> he.patching.PatchHandle:
+        return he.patch_attention(model, config or self.config)
+
+    def geometry(self, model: Any) -> AttentionGeometry:
+        """Of the first layer that the pair converts."""
+        family = family_of(model)
+        side = "encoder" if self.side == "both" else self.side
+        stack = next(stack for stack in family.stacks(model) if side in (None, stack.side))
+        return family.geometry(stack, stack.sites[0])
+
+    def exact_config(self, model: Any, length: int) -> Any:
+        """The exact limit at `length`; skips where the mechanism has none."""
+        case = CASES[self.mechanism]
+        if not case.exact:
+            pytest.skip(f"{self.mechanism} has no exact limit: {case.error_law}")
+        config = self.config.attention_class.exact_config(self.config, self.geometry(model), length)
+        assert config is not None, f"{self.mechanism} claims an exact limit, but exact_config gives none"
+        return config
+
+
+def _pair(mechanism: str, place: tuple[str, str | None], options: dict[str, Any], variant: int = 0) -> Pair:
+    family, side = place
+    options = options | (CASES[mechanism].t5_options if family == "t5" else {})
+    label = "-".join([mechanism, family, *([side] if side else []), *([f"variant{variant}"] if variant else [])])
+    return Pair(mechanism, family, side, options, label)
+
+
+def _fits(mechanism: str, place: tuple[str, str | None]) -> bool:
+    return PLACES[place] <= CASES[mechanism].sides
+
+
+def _variant_places(mechanism: str) -> list[tuple[str, str | None]]:
+    """Variants run once per kind of place: an encoder, a causal model, and as much of T5 as the mechanism supports."""
+    t5 = [("t5", side) for side in ("both", "encoder", "decoder") if _fits(mechanism, ("t5", side))]
+    return [place for place in (("bert", None), ("gpt2", None)) if _fits(mechanism, place)] + t5[:1]
+
+
+# both stacks at once are left to the variants
+MAIN = [
+    _pair(name, place, case.small)
+    for name, case in CASES.items()
+    for place in PLACES
+    if place[1] != "both" and _fits(name, place)
+]
+VARIANTS = [
+    _pair(name, place, options, number)
+    for name, case in CASES.items()
+    for number, options in enumerate(case.variants, 1)
+    for place in _variant_places(name)
+]
+REFUSED = [_pair(name, place, case.small) for name, case in CASES.items() for place in PLACES if not _fits(name, place)]
+
+
+def each(pairs: list[Pair]) -> pytest.MarkDecorator:
+    """Parametrise a test by `pair`."""
+    return pytest.mark.parametrize("pair", pairs, ids=lambda pair: pair.label)
+
+
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def labelled(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs with labels at real positions, so that the model returns a loss."""
+    tokens = inputs["decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"]
+    return inputs | {"labels": torch.where(inputs["attention_mask"].bool(), tokens.flip(1), -100)}
+
+
+def positions_of(model: Any, mask: Tensor) -> dict[str, Tensor]:
+    """Explicit position_ids, counted from each row's first real token, for models that have a position table."""
+    if model.config.model_type == "t5":
+        return {}
+    offset = family_of(model).position_offset(model.config)
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0) + offset}
+
+
+class Bench:
+    """One mechanism alone in fp64, outside any model, with random pretrained projections and relative bias."""
+
+    HEADS, WIDTH, HIDDEN, REACH = 2, 4, 6, 5
+
+    def __init__(self, pair: Pair, options: dict[str, Any] | None = None, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        is_t5 = pair.family == "t5"
+        is_causal = pair.is_causal
+        inner = self.HEADS * self.WIDTH
+        geometry = AttentionGeometry(
+            num_heads=self.HEADS,
+            head_dim=self.WIDTH,
+            hidden_size=self.HIDDEN,
+            layer=0,
+            num_layers=2,
+            side="decoder" if is_causal else "encoder",
+            is_causal=is_causal,
+            has_relative_bias=is_t5,
+            projection_bias=not is_t5,
+            max_positions=None if is_t5 else MAX_POSITIONS,
+        )
+        config = he.attention_config(pair.mechanism, **(pair.options | (options or {})))
+        assert not config.attention_class.unsupported(config, geometry)
+        self.normal, self.is_causal = normal, is_causal
+        self.mechanism = config.attention_class(config, geometry).double()
+        self.mechanism.reset_parameters()
+        bias = None if is_t5 else normal(inner)
+        weights = [LinearWeights(normal(inner, self.HIDDEN, scale=0.4), bias) for _ in range(3)]
+        self.mechanism.initialise_from(SourceAttention(*weights))
+        self.table = normal(2 * self.REACH + 1, self.HEADS).requires_grad_() if is_t5 else None
+
+    def tokens(self, batch: int, length: int) -> Tokens:
+        shape = (batch, self.HEADS, length, self.WIDTH)
+        q, k, v = (self.normal(*shape) for _ in range(3))
+        return Tokens(q, k, v, self.normal(batch, length, self.HIDDEN))
+
+    def __call__(self, tokens: Tokens, keep: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+        """What the dispatcher does with projected heads."""
+        bias = None
+        if self.table is not None:
+            reach = self.REACH
+            bias = RelativeBias(self.table, lambda offsets: offsets.clamp(-reach, reach) + reach, reach)
+        context = he.AttentionContext(
+            is_causal=self.is_causal,
+            scaling=self.WIDTH**-0.5,
+            key_padding_mask=keep,
+            dropout=dropout,
+            relative_bias=bias,
+            hidden_states=tokens.hidden if self.mechanism.needs_hidden_states else None,
+        )
+        return _mixed(self.mechanism, tokens.query, tokens.key, tokens.value, context)
+
+
+class Tokens(NamedTuple):
+    """(B, H, N, D) heads and the (B, N, hidden) states that they came from."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    hidden: Tensor
+
+
+def mostly_skipped(outcomes: list[tuple[str, str]]) -> dict[str, tuple[int, int]]:
+    """{mechanism: (skipped, total)} where more than half of the cases of a mechanism were skipped."""
+    total: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
+    for nodeid, outcome in outcomes:
+        found = re.search(r"\[([a-z0-9_]+)", nodeid)
+        if found and found[1] in CASES:
+            total[found[1]] += 1
+            skipped[found[1]] += outcome == "skipped"
+    # a handful is someone running a selection by hand
+    return {name: (skipped[name], n) for name, n in total.items() if n >= 10 and 2 * skipped[name] > n}

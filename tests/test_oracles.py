@@ -1,0 +1,684 @@
+"""Side by side with the truth: full attention under the pattern's mask, transformers' own models, dense formulas."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES
+from torch import Tensor, nn
+
+import hf_efficient as he
+from hf_efficient.attention.bigbird import BigBirdAttention, BigBirdAttentionConfig
+from hf_efficient.attention.linformer import LinformerAttention, LinformerAttentionConfig
+from hf_efficient.attention.performer import (
+    RELU_EPSILON,
+    PerformerAttention,
+    PerformerAttentionConfig,
+    orthogonal_features,
+)
+from hf_efficient.base import AttentionContext, AttentionGeometry
+from hf_efficient.families import family_of
+from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.testing import assert_close, inputs_for, tiny_model
+
+LENGTH = 97
+HEADS, WIDTH = 4, 8
+
+
+def geometry(**facts: Any) -> AttentionGeometry:
+    defaults: dict[str, Any] = dict(
+        num_heads=HEADS,
+        head_dim=WIDTH,
+        hidden_size=HEADS * WIDTH,
+        layer=0,
+        num_layers=2,
+        side="encoder",
+        is_causal=False,
+        has_relative_bias=False,
+        projection_bias=True,
+        max_positions=128,
+    )
+    return AttentionGeometry(**defaults | facts)
+
+
+# ---- patterns: the unconverted model under a float mask ----------------------------------------------------------
+# bool 4-D masks would be added as 0 and 1 by eager attention, so every mask here is float
+
+
+def row_extent(keep: Tensor) -> list[tuple[int, int]]:
+    """(first real token, one past the last) of each row."""
+    return [(min(real), max(real) + 1) for real in (row.nonzero().flatten().tolist() for row in keep)]
+
+
+def pairs(n: int, sees: Callable[[int, int], bool]) -> Tensor:
+    return torch.tensor([[sees(i, j) for j in range(n)] for i in range(n)])
+
+
+def in_window(i: int, j: int, window: int, dilation: int, causal: bool) -> bool:
+    steps, rest = divmod(j - i, dilation)
+    return rest == 0 and (-window < steps <= 0 if causal else abs(steps) <= window // 2)
+
+
+def local_mask(mechanism: Any, keep: Tensor, causal: bool) -> Tensor:
+    config = mechanism.config
+    return pairs(keep.shape[1], lambda i, j: in_window(i, j, config.attention_window, config.dilation, causal))
+
+
+def longformer_mask(mechanism: Any, keep: Tensor, causal: bool) -> Tensor:
+    config = mechanism.config
+    window = config.attention_window
+    window = window[mechanism.geometry.layer] if isinstance(window, tuple) else window
+    relative = {"none": (), "first": (0,)}.get(config.global_tokens, config.global_tokens)
+    rows = []
+    for start, _ in row_extent(keep):
+        tokens = {start + position for position in relative}
+
+        def sees(i: int, j: int, tokens: set[int] = tokens) -> bool:
+            near = in_window(i, j, window, config.dilation, causal)
+            return near or (j in tokens and (j <= i or not causal)) or (i in tokens and not causal)
+
+        rows.append(pairs(keep.shape[1], sees))
+    return torch.stack(rows)[:, None]
+
+
+def bigbird_mask(mechanism: Any, keep: Tensor, causal: bool) -> Tensor:
+    """Which random blocks were drawn is taken from the mechanism; the tests further down judge the drawing."""
+    size, n = mechanism.config.block_size, keep.shape[1]
+    rows = []
+    for start, stop in row_extent(keep):
+        count = -(-n // size)
+        end = (stop - start - 1) // size
+        drawn = random_blocks(mechanism, count, None if causal else end)
+        heads = []
+        for head in range(mechanism.geometry.num_heads):
+
+            def sees(i: int, j: int, head: int = head, start: int = start, drawn: Any = drawn, end: int = end) -> bool:
+                if min(i, j) < start:
+                    return False
+                u, c = (i - start) // size, (j - start) // size
+                if causal:
+                    return j <= i and (c in (0, u - 1, u) or c in drawn[head][u])
+                return u in (0, end) or c in (0, u - 1, u, u + 1, end) or c in drawn[head][u]
+
+            heads.append(pairs(n, sees))
+        rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+def random_blocks(mechanism: Any, count: int, end: int | None) -> list[list[list[int]]]:
+    """[head][block row] → random blocks, for `count` block rows; `end` None = causal."""
+    if mechanism.config.num_random_blocks == 0:
+        return [[[] for _ in range(count)] for _ in range(mechanism.geometry.num_heads)]
+    last = None if end is None else torch.tensor([end])
+    columns = mechanism._random_columns(torch.arange(count)[None], last, count)[0]
+    return [[[c for c in row if c >= 0] for row in head] for head in columns.tolist()]
+
+
+PATTERNS = {"local": local_mask, "longformer": longformer_mask, "bigbird": bigbird_mask}
+
+
+def test_every_pattern_has_its_mask() -> None:
+    assert set(PATTERNS) == {name for name, case in CASES.items() if case.mask}
+
+
+@contextmanager
+def masked(stack: Any, masks: list[Tensor]) -> Iterator[None]:
+    """Full attention in which layer l adds the float mask `masks[l]` (B, 1 or H, N, N)."""
+    handles = []
+    for site, mask in zip(stack.sites, masks, strict=True):
+        names = list(inspect.signature(type(site.module).forward).parameters)[1:]
+        position = names.index("mask" if "mask" in names else "attention_mask")
+
+        def replace(
+            module: nn.Module, args: Any, kwargs: Any, position: int = position, names: Any = names, mask: Any = mask
+        ) -> Any:
+            if position < len(args):
+                return (*args[:position], mask, *args[position + 1 :]), kwargs
+            return args, {**kwargs, names[position]: mask}
+
+        handles.append(site.module.register_forward_pre_hook(replace, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def additive(visible: Tensor, keep: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(B, 1 or H, N, N) float mask of a pattern and of padding."""
+    visible = (visible if visible.dim() == 4 else visible[None, None]) & keep.bool()[:, None, None]
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def stack_outputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Last hidden states by stack; a T5 decoder reads fixed random encoder states, so that it is judged alone."""
+    mask = inputs["attention_mask"]
+    if not model.config.is_encoder_decoder:
+        return {"only": model.base_model(inputs["input_ids"], attention_mask=mask).last_hidden_state}
+    torch.manual_seed(5)
+    memory = torch.randn(*mask.shape, model.config.d_model, dtype=torch.float64)
+    return {
+        "encoder": model.encoder(inputs["input_ids"], attention_mask=mask).last_hidden_state,
+        "decoder": model.decoder(
+            inputs["decoder_input_ids"],
+            attention_mask=inputs["decoder_attention_mask"],
+            encoder_hidden_states=memory,
+            encoder_attention_mask=mask,
+        ).last_hidden_state,
+    }
+
+
+ORACLE_ROWS = [
+    pytest.param(name, family, options, id=f"{name}-{family}-{number}")
+    for name, case in CASES.items()
+    if case.mask
+    for family in ("bert", "roberta", "gpt2", "t5")
+    for number, options in enumerate((case.small, *case.variants))
+]
+
+
+@pytest.mark.parametrize("name, family, options", ORACLE_ROWS)
+def test_pattern_equals_masked_full_attention(name: str, family: str, options: dict[str, Any]) -> None:
+    """fp64, two layers, row 1 padded on the right and row 2 on the left, n ≫ window so that the sparse code runs."""
+    model = tiny_model(family, positions=128).double()
+    model.set_attn_implementation("eager")
+    inputs = inputs_for(model, length=LENGTH)
+    keep = inputs["attention_mask"].bool()
+    with he.patch_attention(model, name, side="both" if family == "t5" else None, **options):
+        actual = stack_outputs(model, inputs)
+        masks = [
+            [additive(PATTERNS[name](site.module.efficient, keep, stack.side == "decoder"), keep) for site in s.sites]
+            for s in family_of(model).stacks(model)
+            for stack in (s,)
+        ]
+    stacks = family_of(model).stacks(model)
+    full = stack_outputs(model, inputs)
+    with masked(stacks[0], masks[0]), masked(stacks[-1], masks[-1]):
+        expected = stack_outputs(model, inputs)
+    for side, output in actual.items():
+        assert_close(output, expected[side], 1e-9, side, where=keep)
+        change = (full[side] - expected[side])[keep].abs().max()
+        assert change > 1e-3, f"{side}: the pattern leaves this model as it is, so nothing was compared"
+
+
+def test_the_oracle_reproduces_the_plain_model() -> None:
+    """The mask substitution itself: causal and all-ones float masks change nothing."""
+    for family in ("bert", "roberta", "gpt2", "t5"):
+        model = tiny_model(family).double()
+        model.set_attn_implementation("eager")
+        inputs = inputs_for(model, length=20)
+        keep, plain = inputs["attention_mask"], stack_outputs(model, inputs)
+        stacks = family_of(model).stacks(model)
+        full = [torch.ones(20, 20).tril().bool() if s.side == "decoder" else torch.ones(20, 20).bool() for s in stacks]
+        masks = [[additive(f, keep)] * 2 for f in full]
+        with masked(stacks[0], masks[0]), masked(stacks[-1], masks[-1]):
+            again = stack_outputs(model, inputs)
+        for side in plain:
+            assert_close(again[side], plain[side], 1e-12, f"{family} {side}", where=keep)
+
+
+# ---- BigBird's random blocks -------------------------------------------------------------------------------------
+
+
+def bigbird(layer: int = 0, causal: bool = False, **options: Any) -> BigBirdAttention:
+    settings = dict(block_size=4, num_random_blocks=3) | options
+    return BigBirdAttention(
+        BigBirdAttentionConfig(**settings), geometry(layer=layer, is_causal=causal, side="decoder" if causal else None)
+    )
+
+
+@pytest.mark.parametrize("count, end", [(1, 0), (2, 1), (4, 3), (6, 5), (30, 29), (30, 17), (30, None), (3, None)])
+def test_random_blocks_are_distinct_eligible_and_complete(count: int, end: int | None) -> None:
+    mechanism = bigbird(causal=end is None)
+    for head in random_blocks(mechanism, count, end):
+        for u, drawn in enumerate(head):
+            if end is None:
+                eligible = set(range(1, u - 1))
+            else:
+                eligible = {c for c in range(1, end) if abs(c - u) > 1}
+            assert len(set(drawn)) == len(drawn) == min(3, len(eligible)), f"row {u}: {drawn}"
+            assert set(drawn) <= eligible, f"row {u}: {drawn} are not all in {eligible}"
+
+
+def test_causal_random_blocks_do_not_depend_on_the_length() -> None:
+    mechanism = bigbird(causal=True)
+    long = random_blocks(mechanism, 50, None)
+    for count in (3, 10, 49):
+        assert random_blocks(mechanism, count, None) == [head[:count] for head in long]
+
+
+def test_encoder_random_blocks_change_only_where_the_end_forces_them() -> None:
+    """They depend on the row's own last block alone: not on padding, on the batch, or on the padded length."""
+    mechanism = bigbird()
+    rows = torch.arange(40)[None]
+    both = mechanism._random_columns(rows, torch.tensor([39, 20]), 40)
+    assert torch.equal(both[1:], mechanism._random_columns(rows, torch.tensor([20]), 40))
+    for row, end in ((0, 39), (1, 20)):
+        assert [head[: end + 1] for head in random_blocks(mechanism, 40, end)] == [
+            head[: end + 1] for head in random_blocks(mechanism, 60, end)
+        ]
+        drawn = [[{c for c in u if c >= 0} for u in head] for head in both[row].tolist()]
+        assert drawn == [[set(u) for u in head] for head in random_blocks(mechanism, 40, end)]
+    shorter, longer = random_blocks(mechanism, 40, 20), random_blocks(mechanism, 40, 21)
+    for few, more in zip(shorter, longer, strict=True):
+        for u in range(20):
+            assert {c for c in more[u] if c < 20} <= set(few[u])
+
+
+def test_random_blocks_differ_by_head_layer_seed_and_row_and_cover_evenly() -> None:
+    first = random_blocks(bigbird(), 60, 59)
+    assert len({str(head) for head in first}) == HEADS
+    assert len({str(row) for row in first[0]}) > 50
+    for other in (bigbird(layer=1), bigbird(seed=1)):
+        shared = sum(
+            set(a) == set(b)
+            for x, y in zip(first, random_blocks(other, 60, 59), strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
+        assert shared < 0.02 * 60 * HEADS
+    hits = torch.zeros(60)
+    for layer in range(12):
+        for head in random_blocks(bigbird(layer=layer), 60, 59):
+            for row in head:
+                hits[row] += 1
+    # 12 layers · 4 heads · 60 rows · 3 blocks over 58 columns: 149 each, standard deviation 12
+    assert hits[[0, 59]].max() == 0
+    assert (hits[1:59] - hits[1:59].mean()).abs().max() < 5 * hits[1:59].mean().sqrt()
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_are_the_same_in_training_and_inference(name: str) -> None:
+    model = tiny_model("bert")
+    inputs = inputs_for(model, length=LENGTH)
+    with he.patch_attention(model, name, **CASES[name].small):
+        inference = model(**inputs).logits
+        assert torch.equal(model.train()(**inputs).logits, inference)
+
+
+# ---- transformers' own efficient models --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_global", [0, 3, 20], ids="{} global".format)
+@pytest.mark.parametrize("windows", [(4, 12), (16, 16)])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_longformer_equals_transformers_longformer(family: str, windows: tuple[int, int], num_global: int) -> None:
+    """The same weights, global projections of their own. 20 global tokens exceed the head width, as other code runs."""
+    from transformers import LongformerConfig, LongformerModel
+
+    model = tiny_model(family, positions=128).double().base_model
+    config = model.config
+    inputs = inputs_for(model, length=LENGTH)
+    keep = inputs["attention_mask"].bool()
+    # LongformerModel counts positions from padding_idx + 1 whatever the model, so they are given
+    positions = torch.arange(LENGTH).expand_as(keep) + family_of(model).position_offset(config)
+    generator = torch.Generator().manual_seed(4)
+    chosen = torch.zeros_like(keep, dtype=torch.long)
+    for row in range(len(keep)):
+        real = keep[row].nonzero().flatten()
+        count = max(num_global - row, 0)  # a different number in each row
+        chosen[row, real[torch.randperm(len(real), generator=generator)[:count]]] = 1
+    he.patch_attention(model, "longformer", attention_window=windows)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".efficient." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+
+    other = LongformerModel(
+        LongformerConfig(
+            **{
+                k: getattr(config, k)
+                for k in ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers")
+            },
+            **{k: getattr(config, k) for k in ("intermediate_size", "hidden_act", "layer_norm_eps", "pad_token_id")},
+            max_position_embeddings=config.max_position_embeddings,
+            type_vocab_size=config.type_vocab_size,
+            attention_window=list(windows),
+        ),
+        add_pooling_layer=False,
+    )
+    weights = {name.replace(".efficient.", "."): tensor for name, tensor in model.state_dict().items()}
+    missing, unexpected = other.load_state_dict(weights, strict=False)
+    assert not missing and not unexpected, (missing, unexpected)
+    other = other.double().eval()
+    call = dict(inputs, position_ids=positions, global_attention_mask=chosen)
+    actual, expected = model(**call).last_hidden_state, other(**call).last_hidden_state
+    assert_close(actual, expected, 1e-5, where=keep)
+    if num_global:
+        without = model(**call | {"global_attention_mask": torch.zeros_like(chosen)}).last_hidden_state
+        assert (without - expected)[keep].abs().max() > 1e-2, "the global tokens made no difference"
+
+
+@pytest.mark.parametrize("num_random_blocks", [1, 2, 3])
+@pytest.mark.parametrize("length", [64, 88])
+def test_bigbird_against_transformers_bigbird(length: int, num_random_blocks: int) -> None:
+    """transformers' inference draws block 0 for every random block: no random blocks, but `log(1 + r)` on block 0.
+
+    So its output is the dense oracle with that logarithm, and ours without random blocks is the oracle without it.
+    """
+    from transformers import BigBirdConfig, BigBirdModel
+
+    size = 4
+    model = tiny_model("bert", positions=128).base_model
+    config = model.config
+    other = BigBirdModel(
+        BigBirdConfig(
+            **{
+                k: getattr(config, k)
+                for k in ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers")
+            },
+            **{k: getattr(config, k) for k in ("intermediate_size", "hidden_act", "layer_norm_eps", "pad_token_id")},
+            max_position_embeddings=config.max_position_embeddings,
+            type_vocab_size=config.type_vocab_size,
+            attention_type="block_sparse",
+            block_size=size,
+            num_random_blocks=num_random_blocks,
+        ),
+        add_pooling_layer=False,
+    )
+    missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
+    assert not missing and not unexpected, (missing, unexpected)
+    other.eval()
+    inputs = inputs_for(model, batch=2, length=length, padded=False)
+    expected = other(**inputs).last_hidden_state
+    assert other.config.attention_type == "block_sparse", "the input is too short: transformers ran full attention"
+
+    end = length // size - 1
+    visible = pairs(
+        length,
+        lambda i, j: i // size in (0, end) or j // size in (0, end) or abs(i // size - j // size) <= 1,
+    )
+    repeated = pairs(length, lambda i, j: i // size not in (0, end) and j < size)
+    mask = additive(visible, inputs["attention_mask"], torch.float32)
+    model.set_attn_implementation("eager")
+    stack = family_of(model).stacks(model)[0]
+    with masked(stack, [mask + repeated * math.log(1 + num_random_blocks)] * 2):
+        assert_close(model(**inputs).last_hidden_state, expected, 1e-5, "transformers against the oracle")
+    with masked(stack, [mask] * 2):
+        plain = model(**inputs).last_hidden_state
+    assert (plain - expected).abs().max() > 1e-3, "the logarithm made no difference"
+    with he.patch_attention(model, "bigbird", block_size=size, num_random_blocks=0):
+        assert_close(model(**inputs).last_hidden_state, plain, 1e-5, "ours against the oracle")
+
+
+# ---- Linformer ---------------------------------------------------------------------------------------------------
+
+
+def heads(*shape: int, seed: int = 0, count: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def linformer(max_length: int, **options: Any) -> LinformerAttention:
+    mechanism = LinformerAttention(LinformerAttentionConfig(max_length=max_length, **options), geometry()).double()
+    mechanism.reset_parameters()
+    return mechanism
+
+
+def linformer_by_formula(
+    q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, keep: Tensor, sizes: list[int], bias: Tensor | None
+) -> Tensor:
+    """The docstring's formula, one query, head and slot at a time; E, F: (H, R, max_length), bias: (H, N, N)."""
+    out = torch.zeros_like(q)
+    for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
+        real = [j for j in range(k.shape[2]) if keep[b, j]]
+        slots = []
+        for r in range(E.shape[1]):
+            mass = sum(abs(E[h, r, j]) for j in real) / E[h, r].abs().sum()
+            mass_value = sum(abs(F[h, r, j]) for j in real) / F[h, r].abs().sum()
+            if mass > 0:
+                key = sum(E[h, r, j] * k[b, h, j] for j in real) / mass
+                value = sum(F[h, r, j] * v[b, h, j] for j in real) / mass_value
+                slots.append((r, mass, key, value))
+        for i in range(q.shape[2]) if slots else ():
+            logits = []
+            for r, mass, key, _ in slots:
+                shift = 0.0 if bias is None else sum(E[h, r, j] * bias[h, i, j] for j in real) / mass
+                logits.append(0.6 * q[b, h, i] @ key + shift + torch.log(mass * sizes[r]))
+            weights = torch.softmax(torch.stack(logits), 0)
+            out[b, h, i] = sum(w * slot[3] for w, slot in zip(weights, slots, strict=True))
+    return out
+
+
+def clipped_bias(n: int) -> tuple[RelativeBias, Tensor]:
+    """A lazy bias over offsets -4 … 4 and its dense (H, N, N) form."""
+    table = heads(9, HEADS, seed=8, count=1)[0].requires_grad_()
+    ids = [[max(-4, min(4, j - i)) + 4 for j in range(n)] for i in range(n)]
+    return RelativeBias(table, lambda offsets: offsets.clamp(-4, 4) + 4, 4), table[torch.tensor(ids)].movedim(-1, 0)
+
+
+def segments(rank: int, max_length: int) -> list[list[int]]:
+    return [[j for j in range(max_length) if j * rank // max_length == r] for r in range(rank)]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("sharing", ["none", "headwise", "kv", "layerwise"])
+@pytest.mark.parametrize("n", [1, 9, 14])
+def test_linformer_equals_its_formula(n: int, sharing: str, with_bias: bool) -> None:
+    """Random signed projections, inputs shorter than max_length, padding at the end, holes, and a row of padding."""
+    rank, max_length = 4, 14
+    mechanism = linformer(max_length, rank=rank, sharing=sharing)
+    with torch.no_grad():
+        for seed, parameter in enumerate(mechanism.parameters()):
+            parameter.copy_(heads(*parameter.shape, seed=seed, count=1)[0])
+    q, k, v = heads(4, HEADS, n, WIDTH)
+    keep = torch.ones(4, n, dtype=torch.bool)
+    keep[1, n - n // 3 :] = False
+    keep[2, 1::3] = False
+    keep[3] = False
+    table, bias = clipped_bias(n)
+    E = mechanism.key_projection.detach().expand(HEADS, -1, -1)
+    F = getattr(mechanism, "value_projection", mechanism.key_projection).detach().expand(HEADS, -1, -1)
+    sizes = [len(segment) for segment in segments(rank, max_length)]
+    context = AttentionContext(
+        is_causal=False, scaling=0.6, key_padding_mask=keep, relative_bias=table if with_bias else None
+    )
+    expected = linformer_by_formula(q, k, v, E, F, keep, sizes, bias if with_bias else None)
+    assert_close(mechanism(q, k, v, context), expected, 1e-9)
+    context.key_padding_mask = None
+    everything = torch.ones_like(keep)
+    expected = linformer_by_formula(q, k, v, E, F, everything, sizes, bias if with_bias else None)
+    assert_close(mechanism(q, k, v, context), expected, 1e-9, "without a mask")
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("sharing", ["none", "headwise", "kv"])
+def test_linformer_gradients_equal_those_of_its_formula(sharing: str, with_bias: bool) -> None:
+    """With slots that no real token fell into, whose log-count is -∞, and with a row of padding."""
+    rank, max_length, n = 4, 14, 6
+    mechanism = linformer(max_length, rank=rank, sharing=sharing)
+    with torch.no_grad():
+        for seed, parameter in enumerate(mechanism.parameters()):
+            parameter.copy_(heads(*parameter.shape, seed=seed, count=1)[0])
+    q, k, v = (x.requires_grad_() for x in heads(3, HEADS, n, WIDTH))
+    keep = torch.ones(3, n, dtype=torch.bool)
+    keep[1, 2:] = False
+    keep[2] = False
+    table, bias = clipped_bias(n)
+    context = AttentionContext(
+        is_causal=False, scaling=0.6, key_padding_mask=keep, relative_bias=table if with_bias else None
+    )
+    E = mechanism.key_projection.expand(HEADS, -1, -1)
+    F = getattr(mechanism, "value_projection", mechanism.key_projection).expand(HEADS, -1, -1)
+    sizes = [len(segment) for segment in segments(rank, max_length)]
+    expected = linformer_by_formula(q, k, v, E, F, keep, sizes, bias if with_bias else None)
+    leaves = {"q": q, "k": k, "v": v, **dict(mechanism.named_parameters())}
+    if with_bias:
+        leaves["table"] = table.table
+    actual = mechanism(q, k, v, context)
+    for name, a, e in zip(
+        leaves,
+        torch.autograd.grad(actual.square().sum(), list(leaves.values())),
+        torch.autograd.grad(expected.square().sum(), list(leaves.values())),
+        strict=True,
+    ):
+        assert_close(a, e, 1e-9, f"gradient of {name}")
+
+
+def test_linformer_starts_as_segment_means() -> None:
+    mechanism = linformer(14, rank=4)
+    for r, segment in enumerate(segments(4, 14)):
+        expected = torch.tensor([(j in segment) / len(segment) for j in range(14)], dtype=torch.float64)
+        for name in ("key_projection", "value_projection"):
+            assert_close(getattr(mechanism, name)[0, r], expected, 1e-7, name)
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scaling: float) -> Tensor:
+    logits = (scaling * q @ k.transpose(-1, -2)).masked_fill(~keep[:, None, None], -math.inf)
+    return logits.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("projection", ["linear", "mean", "max"])
+@pytest.mark.parametrize("max_length, rank, n", [(12, 4, 12), (14, 4, 14), (14, 4, 11), (14, 5, 9), (9, 9, 7)])
+def test_linformer_is_exact_for_tokens_repeated_within_segments(
+    projection: str, max_length: int, rank: int, n: int
+) -> None:
+    """A slot then stands for equal tokens, and its log-count makes up for their number, with padding as well."""
+    mechanism = linformer(max_length, rank=rank, projection=projection)
+    owner = [j * rank // max_length for j in range(n)]
+    q, _, _ = heads(2, HEADS, n, WIDTH)
+    k, v = (x[:, :, owner] for x in heads(2, HEADS, rank, WIDTH, seed=1, count=2))
+    keep = torch.ones(2, n, dtype=torch.bool)
+    keep[1, n - 3 :] = False
+    context = AttentionContext(is_causal=False, scaling=0.6, key_padding_mask=keep)
+    # counts are taken in fp32
+    assert_close(mechanism(q, k, v, context), full_attention(q, k, v, keep, 0.6), 1e-6)
+
+
+def test_linformer_max_pools_real_tokens_only() -> None:
+    rank, n = 3, 10
+    mechanism = linformer(12, rank=rank, projection="max")
+    q, k, v = heads(2, HEADS, n, WIDTH)
+    keep = torch.ones(2, n, dtype=torch.bool)
+    keep[1, 6:] = False
+    context = AttentionContext(is_causal=False, scaling=0.6, key_padding_mask=keep)
+    actual = mechanism(q, k, v, context)
+    for row in range(2):
+        members = [[j for j in segment if j < n and keep[row, j]] for segment in segments(rank, 12)]
+        members = [segment for segment in members if segment]
+        keys, values = (torch.stack([x[row][:, m].amax(1) for m in members], 1) for x in (k, v))
+        counts = torch.tensor([len(m) for m in members], dtype=torch.float64)
+        weights = (0.6 * q[row] @ keys.transpose(-1, -2) + counts.log()).softmax(-1)
+        assert_close(actual[row], weights @ values, 1e-6, f"row {row}")
+
+
+# ---- Performer ---------------------------------------------------------------------------------------------------
+
+
+def performer(num_features: int, seed: int = 0, width: int = WIDTH, **options: Any) -> PerformerAttention:
+    config = PerformerAttentionConfig(num_features=num_features, seed=seed, **options)
+    mechanism = PerformerAttention(config, geometry(head_dim=width)).double()
+    mechanism.reset_parameters()
+    return mechanism
+
+
+def test_orthogonal_features_are_orthogonal_and_of_gaussian_length() -> None:
+    features = orthogonal_features(8 * 2000 + 3, 8, torch.Generator().manual_seed(0))
+    assert features.shape == (16003, 8)
+    gram = torch.einsum("brd,bsd->brs", *[features[:16000].view(-1, 8, 8)] * 2)
+    assert (gram - gram.diagonal(dim1=1, dim2=2).diag_embed()).abs().max() < 1e-10
+    squares = features.square().sum(-1)  # χ² with 8 degrees of freedom: mean 8, variance 16
+    assert abs(squares.mean() - 8) < 5 * 4 / math.sqrt(16003)
+    assert abs(squares.var() - 16) < 1.5
+
+
+def test_orthogonal_features_have_no_preferred_direction() -> None:
+    """Q of a Householder QR has a negative diagonal on average; its sign must be fixed. The control does not."""
+    blocks = 4000
+    generator = torch.Generator().manual_seed(0)
+    diagonal = orthogonal_features(8 * blocks, 8, generator).view(blocks, 8, 8).diagonal(dim1=1, dim2=2)
+    control = torch.linalg.qr(torch.randn(blocks, 8, 8, generator=generator)).Q.diagonal(dim1=1, dim2=2)
+    for name, entries, biased in (("fixed", diagonal, False), ("control", control, True)):
+        deviations = entries.mean(0) / (entries.std(0) / math.sqrt(blocks))
+        assert (deviations.abs().max() > 6) == biased, f"{name}: {deviations.tolist()}"
+
+
+@pytest.mark.parametrize("direction", ["ones", "first", "random"])
+def test_performer_kernel_is_unbiased(direction: str) -> None:
+    """The mean of φ(x)·φ(z) over many draws is exp(x·z), also along the axes that an unfixed QR would favour."""
+    blocks, width = 20_000, 8
+    generator = torch.Generator().manual_seed(1)
+    omega = orthogonal_features(width * blocks, width, generator)
+    total = {
+        "ones": torch.ones(width) / math.sqrt(width),
+        "first": torch.eye(width)[0],
+        "random": torch.nn.functional.normalize(torch.randn(width, generator=generator), dim=0),
+    }[direction].double()
+    x, z = 0.7 * total, 0.3 * total
+
+    def log_features(y: Tensor) -> Tensor:
+        return omega @ y - y @ y / 2
+
+    # rows of one block depend on each other: the blocks' means are the independent samples
+    samples = (log_features(x) + log_features(z)).exp().view(blocks, width).mean(1)
+    error = samples.std() / math.sqrt(blocks)
+    assert abs(samples.mean() - math.exp(x @ z)) < 4.5 * error
+    assert error < 0.01 * math.exp(x @ z)
+
+
+def test_performer_estimate_converges_to_the_softmax_kernel_over_seeds() -> None:
+    """The module's own features and scaling: the mean over seeds comes close to exp(s · q·k)."""
+    q, k = (0.5 * x for x in heads(1, 1, 5, WIDTH, count=2))
+    scaling = 0.5
+    estimates = []
+    for seed in range(200):
+        mechanism = performer(64, seed)
+        phi_q, phi_k = (mechanism._log_features(x * math.sqrt(scaling)).exp() for x in (q, k))
+        estimates.append((phi_q @ phi_k.transpose(-1, -2) / 64)[0, 0])
+    samples, truth = torch.stack(estimates), (scaling * q @ k.transpose(-1, -2)).exp()[0, 0]
+    deviations = (samples.mean(0) - truth) / (samples.std(0) / math.sqrt(200))
+    assert deviations.abs().max() < 4.5
+    assert ((samples.mean(0) - truth) / truth).abs().max() < 0.1
+
+
+def test_performer_error_falls_with_the_root_of_the_number_of_features() -> None:
+    q, k, v = heads(2, HEADS, 40, WIDTH)
+    q, k = 0.4 * q, 0.4 * k  # where they are long, the law holds only for very many features
+    keep = torch.ones(2, 40, dtype=torch.bool)
+    context = AttentionContext(is_causal=False, scaling=WIDTH**-0.5)
+    truth = full_attention(q, k, v, keep, context.scaling)
+    sizes, errors = (32, 128, 512, 2048), []
+    for size in sizes:
+        outputs = torch.stack([performer(size, seed)(q, k, v, context) for seed in range(8)])
+        errors.append((outputs - truth).square().mean().sqrt().item())
+    slopes = [math.log(b / a) / math.log(4) for a, b in pairwise(errors)]
+    assert all(-0.65 < slope < -0.35 for slope in slopes), (errors, slopes)
+    mean_of_values = (v.mean(2, keepdim=True) - truth).square().mean().sqrt()
+    assert errors[-1] < 0.2 * mean_of_values
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "relu"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_performer_equals_its_quadratic_formula(kernel: str, causal: bool) -> None:
+    mechanism = performer(24, kernel=kernel)
+    q, k, v = heads(2, HEADS, 150, WIDTH)
+    keep = torch.ones(2, 150, dtype=torch.bool)
+    keep[1, 100:] = False
+    context = AttentionContext(is_causal=causal, scaling=0.6, key_padding_mask=keep)
+
+    def features(y: Tensor) -> Tensor:
+        projected = torch.einsum("bhnd,md->bhnm", y * math.sqrt(0.6), mechanism.features)
+        if kernel == "relu":
+            return projected.clamp(min=0) + RELU_EPSILON
+        return (projected - 0.6 * (y * y).sum(-1, keepdim=True) / 2).exp()
+
+    weights = features(q) @ features(k).transpose(-1, -2) * keep[:, None, None]
+    if causal:
+        weights = weights.tril()
+    expected = weights @ v / weights.sum(-1, keepdim=True)
+    assert_close(mechanism(q, k, v, context), expected, 1e-9)
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "relu"])
+def test_performer_last_token_is_the_same_causal_or_not(kernel: str) -> None:
+    mechanism = performer(24, kernel=kernel)
+    q, k, v = heads(2, HEADS, 150, WIDTH)
+    both, causal = (mechanism(q, k, v, AttentionContext(is_causal=c, scaling=0.6)) for c in (False, True))
+    assert_close(causal[:, :, -1], both[:, :, -1], 1e-9)
+    assert (causal - both)[:, :, 0].abs().max() > 0.1

@@ -1,0 +1,95 @@
+"""Rules of the repository: every mechanism has its case and its card, files stay small, imports stay light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import CASES
+from pairs import MAIN, PLACES, REFUSED, mostly_skipped
+
+import hf_efficient as he
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("hf_efficient", "tests", "recipes", "conversion_scripts")
+MECHANISM_LINES, FILE_LINES, KERNEL_LINES = 260, 440, 500
+HEAVY = ("datasets", "evaluate", "peft", "triton", "sentence_transformers", "matplotlib", "sklearn", "scipy")
+
+
+def test_every_mechanism_has_a_case_and_every_case_a_mechanism():
+    assert he.list_mechanisms() == sorted(CASES)
+
+
+@pytest.mark.parametrize("name", he.list_mechanisms())
+def test_every_mechanism_has_a_file_and_a_card_of_its_name(name: str):
+    assert he.get_mechanism(name).__module__ == f"hf_efficient.attention.{name}"
+    card = ROOT / "model_cards" / f"{name}.md"
+    assert card.is_file(), f"{card.relative_to(ROOT)} is missing; start from model_cards/TEMPLATE.md"
+    assert len(card.read_text().split()) > 100, f"{card.relative_to(ROOT)} says nearly nothing"
+
+
+def test_every_mechanism_describes_itself():
+    for name in he.list_mechanisms():
+        facts = he.describe(name)
+        assert all(facts[key] for key in ("title", "paper", "time", "memory", "exact_when", "training")), name
+        assert he.get_mechanism(name).__doc__, name
+        assert he.get_mechanism(name).Config.__doc__, name
+
+
+def test_cases_agree_with_the_classes():
+    """What a case says of causality and bias is what the class says, so that nothing supported goes untested."""
+    for name, case in CASES.items():
+        cls = he.get_mechanism(name)
+        assert ("C" in case.sides) == (cls.causal_refusal is None), name
+        assert ("T5" in case.sides) == (cls.relative_bias_refusal is None), name
+        assert case.exact != bool(case.error_law), f"{name}: an exact limit, or a law of its error"
+        assert case.exact or case.finer, f"{name}: its law of error is not tested"
+        pairs = [pair for pair in MAIN if pair.mechanism == name]
+        assert len({pair.family for pair in pairs}) >= 2, f"{name} runs in too few families"
+    # every place either runs or is refused; "both" runs as a variant and is refused like the others
+    for name in CASES:
+        places = {(p.family, p.side) for p in MAIN + REFUSED if p.mechanism == name} | {("t5", "both")}
+        assert places == set(PLACES), name
+
+
+def test_files_stay_small():
+    files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(files) > 20
+    too_long = {}
+    for path in files:
+        lines = len(path.read_text().splitlines())
+        parent = path.parent.name
+        limit = {"attention": MECHANISM_LINES, "kernels": KERNEL_LINES}.get(parent, FILE_LINES)
+        if lines > limit:
+            too_long[str(path.relative_to(ROOT))] = f"{lines} lines, at most {limit}"
+    assert not too_long
+
+
+def test_mechanisms_name_no_family_and_families_no_mechanism():
+    models = ("bert", "roberta", "gpt2", "transformers.models")
+    for path in (ROOT / "hf_efficient" / "attention").glob("*.py"):
+        code = [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
+        assert not any(model in line.lower() for line in code for model in models), path.name
+    for path in (ROOT / "hf_efficient" / "families").glob("*.py"):
+        assert "attention." not in "".join(
+            line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))
+        ), path.name
+
+
+def test_import_is_light():
+    program = f"import sys, hf_efficient; print([name for name in {HEAVY!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    baseline = "import sys, torch, transformers; print([name for name in sys.argv[1:] if name in sys.modules])"
+    host = subprocess.run(
+        [sys.executable, "-c", baseline, *HEAVY], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout.strip() == "[]", f"imported: {result.stdout.strip()}; by torch and transformers alone: {host.stdout}"
+
+
+def test_a_mechanism_that_is_mostly_skipped_is_reported():
+    name = sorted(CASES)[0]
+    half = [(f"t.py::t[{name}-bert]", "passed")] * 6 + [(f"t.py::t[1-2-{name}-bert]", "skipped")] * 6
+    assert mostly_skipped(half) == {}
+    assert mostly_skipped([*half, (f"t.py::t[{name}-gpt2]", "skipped")]) == {name: (7, 13)}

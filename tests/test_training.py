@@ -1,0 +1,202 @@
+"""Training converted models: gradients, precision, checkpointing, compilation, and step-by-step agreement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES
+from pairs import MAIN, VARIANTS, Bench, Pair, Tokens, each, labelled, logits
+
+from hf_efficient.testing import assert_close, inputs_for
+
+ALL_PAIRS = MAIN + VARIANTS
+# a bias on keys adds the same to all logits of a query: its true gradient is 0, whatever rounding leaves
+NO_GRADIENT = ("key.bias", "key_global.bias")
+
+
+def _gradients(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------
+
+
+@each(ALL_PAIRS)
+def test_every_parameter_gets_a_finite_gradient(pair: Pair):
+    """Those of the host and of the mechanism alike, T5's table of relative biases included."""
+    model = pair.model()
+    inputs = labelled(model, inputs_for(model))
+    with pair.patch(model):
+        gradients = _gradients(model.train(), inputs)
+    own = {name: gradient for name, gradient in gradients.items() if ".efficient." in name}
+    case = CASES[pair.mechanism]
+    is_variant = pair.options not in (case.small, case.small | case.t5_options)
+    assert case.parameters or not own
+    assert own or is_variant or pair.is_causal or not case.parameters, "the mechanism's parameters are missing"
+    # a variant that needs none of the mechanism's parameters leaves all of them alone
+    idle = set(own) if is_variant and all(gradient is None for gradient in own.values()) else set()
+    for name, gradient in gradients.items():
+        if name.endswith(NO_GRADIENT) or name in idle:
+            continue
+        assert gradient is not None, f"{name} takes no part"
+        assert gradient.isfinite().all(), f"{name}: gradient is not finite"
+        assert (gradient != 0).any(), f"{name}: gradient is zero"
+    if pair.family == "t5":
+        assert any("relative_attention_bias" in name for name in gradients)
+
+
+@each([pair for pair in MAIN if pair.family == "t5"])
+def test_relative_bias_gradient_equals_the_unconverted_one(pair: Pair):
+    model = pair.model().double()
+    inputs = labelled(model, inputs_for(model))
+    config = pair.exact_config(model, 97)
+    expected = _gradients(model, inputs)
+    with pair.patch(model, config):
+        actual = _gradients(model, inputs)
+    tables = [name for name in expected if "relative_attention_bias" in name]
+    assert len(tables) == 2
+    for name in tables:
+        assert_close(actual[name], expected[name], 1e-9, name)
+
+
+@each(ALL_PAIRS)
+def test_gradcheck(pair: Pair):
+    """Analytic against numeric gradients in fp64: inputs, own parameters and the bias table, rows padded on both sides."""
+    bench = Bench(pair)
+    tokens = bench.tokens(2, 37)
+    keep = torch.ones(2, 37, dtype=torch.bool)
+    keep[0, 33:] = keep[1, :5] = False
+    used = tokens if bench.mechanism.needs_hidden_states else tokens[:3]
+    with torch.no_grad():
+        for parameter in bench.mechanism.parameters():
+            # away from zeros, where absolute weights have no derivative
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    extra = list(bench.mechanism.parameters()) + ([] if bench.table is None else [bench.table])
+
+    def function(*leaves: torch.Tensor) -> torch.Tensor:
+        heads = leaves[: len(used)]
+        return bench(Tokens(*heads, *tokens[len(used) :]), keep)
+
+    leaves = [tensor.requires_grad_() for tensor in used] + [p for p in extra if p.requires_grad]
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+# ---- precision ---------------------------------------------------------------------------------------------------
+
+
+@each(MAIN)
+def test_bf16_is_as_close_to_fp32_as_for_the_unconverted_model(pair: Pair):
+    """Error ≤ 3 × the unconverted model's own bf16 error, as a model in bf16 and under autocast."""
+    model = pair.model()
+    inputs = inputs_for(model)
+    real = inputs["attention_mask"].bool()
+
+    def errors() -> tuple[torch.Tensor, torch.Tensor]:
+        reference = logits(model, inputs)[real]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = logits(model, inputs)[real].float()
+        lower = logits(model.bfloat16(), inputs)[real].float()
+        assert mixed.isfinite().all() and lower.isfinite().all()
+        return (mixed - reference).square().mean().sqrt(), (lower - reference).square().mean().sqrt()
+
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = errors()
+    model.float().load_state_dict(state)
+    with pair.patch(model):
+        for name, own, stock in zip(("autocast", "bf16"), errors(), plain, strict=True):
+            assert own <= 3 * stock, f"{name}: error {own:.2e}, unconverted {stock:.2e}"
+
+
+@each(MAIN)
+def test_training_under_autocast(pair: Pair):
+    model = pair.model()
+    inputs = labelled(model, inputs_for(model))
+    with pair.patch(model), torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients = _gradients(model.train(), inputs)
+    assert all(gradient.isfinite().all() for gradient in gradients.values() if gradient is not None)
+    assert any(gradient is not None and (gradient != 0).any() for gradient in gradients.values())
+
+
+# ---- checkpointing and compilation -------------------------------------------------------------------------------
+
+
+@each(MAIN)
+def test_gradient_checkpointing_gives_the_same_gradients(pair: Pair):
+    model = pair.model()
+    inputs = labelled(model, inputs_for(model))
+    with pair.patch(model):
+        expected = _gradients(model.train(), inputs)
+        model.gradient_checkpointing_enable()
+        actual = _gradients(model, inputs)
+    compared = 0
+    for name, gradient in expected.items():
+        if gradient is None or name.endswith(NO_GRADIENT):
+            assert (actual[name] is None) == (gradient is None), name
+            continue
+        assert_close(actual[name], gradient, 1e-6, name)
+        compared += 1
+    assert compared > 10
+
+
+@pytest.mark.slow
+# roberta's attention is bert's; its stack is compiled no differently
+@each([pair for pair in MAIN if pair.family != "roberta"])
+def test_compiles_as_one_graph(pair: Pair):
+    """Forward and backward, padded rows; tracing and AOT autograd without a code generator."""
+    model = pair.model(layers=1)
+    inputs = inputs_for(model)
+    real = inputs["attention_mask"].bool()
+
+    def run(function: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+        model.zero_grad()
+        out = function(**inputs).logits
+        # the host's own loss is no part of the graph: it logs, which tracing refuses
+        out[real].square().mean().backward()
+        return out.detach(), {name: p.grad for name, p in model.named_parameters() if not name.endswith(NO_GRADIENT)}
+
+    torch.compiler.reset()
+    with pair.patch(model):
+        expected, gradients = run(model)
+        actual, compiled = run(torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False))
+    assert_close(actual, expected, 1e-5, where=inputs["attention_mask"])
+    assert sum(gradient is not None for gradient in gradients.values()) > 10
+    for name, gradient in gradients.items():
+        if gradient is None:
+            assert compiled[name] is None or not compiled[name].any(), name
+        else:
+            assert_close(compiled[name], gradient, 1e-4, name)
+    torch.compiler.reset()
+
+
+# ---- convergence -------------------------------------------------------------------------------------------------
+
+
+def _losses(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[float]:
+    # only what both models have; the exact limit holds while the mechanism's own parameters rest
+    own = [parameter for name, parameter in model.named_parameters() if ".efficient." not in name]
+    optimizer = torch.optim.SGD(own, lr=0.02, momentum=0.9)
+    losses = []
+    for inputs in batches:
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@each(MAIN)
+def test_training_in_the_exact_limit_tracks_the_unconverted_model(pair: Pair):
+    model = pair.model().train()
+    config = pair.exact_config(model, 41)
+    batches = [labelled(model, inputs_for(model, length=41, seed=seed % 4)) for seed in range(16)]
+    expected = _losses(model, batches)
+    model = pair.model().train()
+    with pair.patch(model, config):
+        actual = _losses(model, batches)
+    assert expected[-1] < expected[0] - 0.1, f"nothing was learnt: {expected}"
+    assert_close(torch.tensor(actual), torch.tensor(expected), 1e-4, "losses")
