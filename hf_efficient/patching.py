@@ -139,11 +139,9 @@ def _mixed(mechanism: Any, query: Tensor, key: Tensor, value: Tensor, context: A
         if (tensor := getattr(context, name)) is not None:
             setattr(context, name, shift_rows(tensor, start, 1))
     out = shift_rows(mechanism(query, key, value, context), -start, 2)
-    if not context.is_causal:
-        return out
     # queries before a row's first real token have no past, but the shift put them behind all its keys
-    before = torch.arange(n, device=start.device) < start[:, None]
-    return out.masked_fill(before[:, None, :, None], 0.0)
+    started = torch.arange(n, device=start.device) >= start[:, None]
+    return out.where(started[:, None, :, None], 0.0) if context.is_causal else out
 
 
 def _exact_attention(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:

@@ -45,7 +45,7 @@ SPEED_LENGTHS, SPEED_REPEATS = (512, 1024, 2048, 4096, 8192), 2
 MEMORY_LENGTHS = (512, 2048, 8192)
 SEED = 0
 
-console = Console(width=118)
+console = Console(width=118, record=True, highlight=False)
 
 
 def main() -> None:
@@ -84,6 +84,7 @@ def main() -> None:
     (output / "demo.json").write_text(json.dumps(figures | settings, indent=2) + "\n")
     console.print(f"\ncheckpoint: {path}   picture: {output / 'demo.png'}   figures: {output / 'demo.json'}")
     console.print(f"{settings['seconds']:.0f} s on {torch.get_num_threads()} threads")
+    (output / "demo.txt").write_text(console.export_text())
 
 
 def batches(tokens: dict[str, list[int]]) -> list[dict[str, torch.Tensor]]:

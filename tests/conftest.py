@@ -44,4 +44,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, (skipped, total) in mostly_skipped(_outcomes).items():
-        terminalreporter.write_line(f"FAILED {name}: {skipped} of its {total} cases are skipped, more than half", red=True)
+        terminalreporter.write_line(
+            f"FAILED {name}: {skipped} of its {total} cases are skipped, more than half", red=True
+        )

@@ -104,7 +104,9 @@ VARIANTS = [
     for number, options in enumerate(case.variants, 1)
     for place in _variant_places(name)
 ]
-REFUSED = [_pair(name, place, case.small) for name, case in CASES.items() for place in PLACES if not _fits(name, place)]
+REFUSED = [
+    _pair(name, place, case.small) for name, case in CASES.items() for place in PLACES if not _fits(name, place)
+]
 
 
 def each(pairs: list[Pair]) -> pytest.MarkDecorator:

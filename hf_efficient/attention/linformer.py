@@ -137,7 +137,8 @@ class LinformerAttention(EfficientAttention):
         if keep is None:
             keep = torch.ones(1, n, dtype=torch.bool, device=key.device)
         if self.config.projection == "max":
-            keys, values, weights, mass = *self._max_pool(key, value, keep), self._segment_means(key.device), None
+            keys, values = self._max_pool(key, value, keep)
+            weights, mass = self._segment_means(key.device).to(key.dtype), None
         else:
             weights = self._weights("key_projection", key)
             keys, mass = _project(weights, key, keep)
