@@ -169,14 +169,14 @@ class LongformerAttention(EfficientAttention):
             extra=extra,
         )
         if index is not None and self.has_global_rows:
-            rows = self._global_rows(index, exists, context)
-            # spare entries of a row with fewer global tokens go to a position past the end, which is cut off
-            target = torch.where(exists, index, out.shape[2])[:, None, :, None].expand(rows.shape)
-            out = F.pad(out, (0, 0, 0, 1)).scatter(2, target, rows.to(out.dtype))[:, :, :-1]
+            rows = self._global_rows(index, exists, context).to(out.dtype)
+            target = index[:, None, :, None].expand(rows.shape)
+            # spare entries of a row with fewer global tokens write back what is there
+            out = out.scatter(2, target, torch.where(exists[:, None, :, None], rows, out.gather(2, target)))
         return out
 
     def _global_tokens(self, key: Tensor, context: AttentionContext) -> tuple[Tensor | None, Tensor]:
-        """(B, G) key positions of the global tokens and (B, G) bool whether each entry is one; None without any."""
+        """(B, G) key positions, distinct in each row, and (B, G) bool whether each is a global token; None without any."""
         batch, length = key.shape[0], key.shape[2]
         keep, rule = context.key_padding_mask, self.config.global_tokens
         given = context.global_attention_mask
@@ -194,11 +194,13 @@ class LongformerAttention(EfficientAttention):
             return index, given.gather(-1, index)
         if rule in ("none", "question"):
             return None, torch.empty(0)
-        wanted = torch.tensor((0,) if rule == "first" else rule, device=key.device)
+        listed = [0] if isinstance(rule, str) else [position for position in rule if position < length]
+        if not listed:
+            return None, torch.empty(0)
         start = torch.zeros(batch, dtype=torch.long, device=key.device) if keep is None else first_real_token(keep)
-        index = start[:, None] + wanted
+        index = start[:, None] + torch.tensor(listed, device=key.device)
         exists = index < length
-        index = index.clamp(max=length - 1)
+        index = index % length
         return index, exists if keep is None else exists & keep.gather(-1, index)
 
     def _global_columns(
@@ -252,8 +254,6 @@ class LongformerAttention(EfficientAttention):
 
 def _clear(keep: Tensor | None, index: Tensor, exists: Tensor, key: Tensor) -> Tensor:
     """The keep-mask without the global tokens, which every query already sees as extra keys."""
-    batch, length = key.shape[0], key.shape[2]
     if keep is None:
-        keep = torch.ones(batch, length, dtype=torch.bool, device=key.device)
-    target = torch.where(exists, index, length)
-    return F.pad(keep, (0, 1)).scatter(1, target, False)[:, :-1]
+        keep = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    return keep.scatter(1, index, keep.gather(1, index) & ~exists)

@@ -48,17 +48,19 @@ def block_list_attention(
     keep = torch.ones(1, n, dtype=torch.bool, device=device) if key_padding_mask is None else key_padding_mask
     keep = F.pad(keep, (0, padding)).unflatten(1, (rows, block_size))
     within = torch.arange(block_size, device=device)
-    batch_index = torch.arange(batch, device=device)[:, None, None, None]
-    head_index = torch.arange(heads, device=device)[None, :, None, None]
-    keep_index = batch_index if keep.shape[0] > 1 else torch.zeros_like(batch_index[:1])
+    # whole blocks as rows of a matrix: gathering them is a plain copy of memory
+    key, value = (x.contiguous().view(batch * heads * rows, block_size * width) for x in (key, value))
+    first_row = rows * torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
+    keep_index = torch.arange(keep.shape[0], device=device)[:, None, None, None]
 
     group = max(1, GATHER_BUDGET // (batch * heads * count * block_size * max(width, block_size)))
     outputs = []
     for first in range(0, rows, group):
         part = columns[:, :, first : first + group]
         index = part.clamp(min=0)
-        k = key[batch_index, head_index, index].flatten(3, 4)  # (B, H, rows, K · block, D)
-        v = value[batch_index, head_index, index].flatten(3, 4)
+        flat = (first_row + index).flatten()
+        k = key.index_select(0, flat).view(batch * heads, -1, count * block_size, width)
+        v = value.index_select(0, flat).view(batch * heads, -1, count * block_size, width)
         mask = (keep[keep_index, index] & (part >= 0)[..., None]).flatten(3, 4)[..., None, :]
         bias = None
         if is_causal or relative_bias is not None:
@@ -73,9 +75,7 @@ def block_list_attention(
                 mask = torch.where(mask, bias.to(query.dtype), float("-inf"))
         q = query[:, :, first : first + group].flatten(0, 1)
         mask = mask.expand(batch, heads, -1, -1, -1).flatten(0, 1)
-        out = F.scaled_dot_product_attention(
-            q, k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask, dropout_p=dropout, scale=scaling
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
         outputs.append(out.unflatten(0, (batch, heads)))
     return torch.cat(outputs, dim=2).flatten(2, 3)[:, :, :n]
 
