@@ -66,8 +66,8 @@ def window_attention(
     """
     n = query.shape[2]
     block = _block_size(left + right, copies=extra is not None or query.shape[0] > 1)
-    # up to this length a single tile computes no more scores than the blocks would, or copies less than it computes
-    if n <= dilation * (block + left + right) * (4 if extra is not None else 3) // 3:
+    # up to this length a single tile computes no more scores than the blocks would
+    if n <= dilation * (block + left + right):
         return _one_tile(
             query,
             key,
