@@ -63,7 +63,9 @@ def _emit(document: Any, as_json: bool, title: str, columns: list[str], rows: li
         table.add_column(column, overflow="fold", no_wrap=index == 0)
     for row in rows:
         table.add_row(*map(as_text, row))
-    Console(markup=False, highlight=False, emoji=False).print(table)
+    # in a file or a pipe there is no window to fit into
+    width = None if sys.stdout.isatty() else 160
+    Console(markup=False, highlight=False, emoji=False, width=width).print(table)
 
 
 def _require_source(name: str) -> None:
