@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModel
 
 from .base import get_mechanism, list_mechanisms
 from .conversion import REPORT_NAME, _load_tokenizer, atomic_folder, load_converted, revert
+from .dispatch import CHILD
 from .families import ModelFamily, Stack, family_of
 from .models import MODELS
-from .patching import CHILD
 from .side_files import copy_side_files
 
 EXACT = "full attention"

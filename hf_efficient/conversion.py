@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from ._version import __version__
 from .base import ConfigLike, EfficientAttentionConfig, attention_configs
+from .dispatch import CHILD, IMPLEMENTATION
 from .families import family_of
 from .families.base import POSITION_METHODS
 from .models import CONFIGS, MODELS, EfficientModelMixin
-from .patching import CHILD, IMPLEMENTATION, install, is_installed, plan, resolve_side, uninstall
+from .patching import install, is_installed, plan, resolve_side, uninstall
 from .side_files import copy_side_files, max_seq_length
 
 REPORT_NAME = "conversion_report.json"

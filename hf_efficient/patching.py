@@ -1,4 +1,4 @@
-"""How a mechanism gets into a model: one registered attention function, one mask function, install and exact undo."""
+"""How mechanisms get into a model and out of it again: checks, installation, exact undo."""
 
 from __future__ import annotations
 
@@ -8,19 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers import PreTrainedModel
 
-from .base import AttentionContext, ConfigLike, EfficientAttentionConfig, attention_configs
+from .base import ConfigLike, EfficientAttentionConfig, attention_configs
+from .dispatch import CHILD, IMPLEMENTATION
 from .families import Stack, family_of
-from .ops.alignment import first_real_token, shift_rows
-from .ops.relative_bias import RelativeBias
 
-IMPLEMENTATION = "hf_efficient"
-CHILD = "efficient"
-_MISSING = object()
 # keywords that reach the attention function without being in any forward's signature
 KNOWN_KEYWORDS = {
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "global_attention_mask", "max_length_k", "max_length_q",
@@ -28,140 +22,6 @@ KNOWN_KEYWORDS = {
     "use_cache", "position_ids", "logits_to_keep", "token_type_ids", "is_causal", "encoder_attention_mask",
     "encoder_hidden_states", "head_mask",
 }  # fmt: skip
-
-
-# ---- what transformers calls -------------------------------------------------------------------------------------
-
-
-def efficient_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """transformers' mask interface: (B, S) bool keep-mask, or `None` where every key is real. Never N×S.
-
-    Raises:
-        ValueError: the call needs a mask that is neither causal nor bidirectional (packed sequences), or a cache whose
-            keys are longer than the tokens seen (static caches).
-    """
-    compiling = torch.compiler.is_compiling()
-    # while compiling, transformers always assumes packing; `_check_call` refuses explicit position_ids there
-    if mask_function not in (causal_mask_function, bidirectional_mask_function) and not compiling:
-        raise ValueError(
-            "efficient attention got a batch with restarting position_ids, i.e. several packed sequences per row, or a "
-            "custom mask function; neither is supported. Put one sequence into each row and pad, with attention_mask."
-        )
-    if isinstance(q_offset, Tensor) or (mask_function is causal_mask_function and kv_length != q_offset + q_length):
-        raise ValueError(
-            "efficient attention got a cache whose keys are longer than the tokens seen so far; use the default dynamic "
-            "cache (cache_implementation=None) instead of a static one."
-        )
-    if attention_mask is None:
-        return None
-    keep = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-    if keep.shape[-1] != kv_length:
-        raise ValueError(
-            f"attention_mask covers {keep.shape[-1]} tokens, but there are {kv_length} with those in the cache; give the "
-            "mask of all tokens seen so far."
-        )
-    if not compiling and bool(keep.all()):
-        return None
-    return keep
-
-
-def efficient_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    position_bias: RelativeBias | None = None,
-    global_attention_mask: Tensor | None = None,
-    efficient_hidden_states: Tensor | None = None,
-    efficient_input_ids: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: forwards to the child module `efficient`, or computes exact attention.
-
-    Args:
-        query: (B, H, N, D); key, value: (B, H or fewer, S, D). attention_mask: (B, S) from `efficient_mask`.
-
-    Returns:
-        (B, N, H, D) and `None`: there are no attention weights to show.
-    """
-    mechanism: Any = module._modules.get(CHILD, _MISSING)
-    if mechanism is _MISSING:
-        raise RuntimeError(
-            f"attn_implementation={IMPLEMENTATION!r} was selected, but no mechanism is installed in "
-            f"{type(module).__name__}: this would silently be another model. Load the checkpoint with an Auto class after "
-            "`import hf_efficient`, or install a mechanism with hf_efficient.patch_attention."
-        )
-    if key.shape[1] != query.shape[1]:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    context = AttentionContext(
-        is_causal=bool(getattr(module, "is_causal", False)),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        key_padding_mask=attention_mask,
-        query_offset=key.shape[2] - query.shape[2],
-        dropout=dropout,
-        relative_bias=position_bias,
-    )
-    if mechanism is None:
-        return _exact_attention(query, key, value, context).transpose(1, 2), None
-    context.global_attention_mask = global_attention_mask
-    context.hidden_states, context.input_ids = efficient_hidden_states, efficient_input_ids
-    return _mixed(mechanism, query, key, value, context).transpose(1, 2), None
-
-
-def _mixed(mechanism: Any, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-    """Call the mechanism, on rows aligned to the left where it needs that."""
-    n, keep = query.shape[2], context.key_padding_mask
-    if context.query_offset and not context.is_causal:
-        raise ValueError(
-            f"an encoder layer got {key.shape[2]} keys for {n} tokens (prefix tuning?); efficient attention needs as many "
-            "keys as tokens. Use LoRA instead of prefixes."
-        )
-    if keep is None or not mechanism.left_aligned:
-        return mechanism(query, key, value, context)
-    start = first_real_token(keep)
-    if n < key.shape[2]:
-        context.row_start = start
-        return mechanism(query, key, value, context)
-    query, key, value = (shift_rows(x, start, 2) for x in (query, key, value))
-    for name in ("key_padding_mask", "global_attention_mask", "hidden_states", "input_ids"):
-        if (tensor := getattr(context, name)) is not None:
-            setattr(context, name, shift_rows(tensor, start, 1))
-    out = shift_rows(mechanism(query, key, value, context), -start, 2)
-    # queries before a row's first real token have no past, but the shift put them behind all its keys
-    started = torch.arange(n, device=start.device) >= start[:, None]
-    return out.where(started[:, None, :, None], 0.0) if context.is_causal else out
-
-
-def _exact_attention(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-    """Full softmax attention, for cross-attention and for layers that no config names."""
-    n, s = query.shape[2], key.shape[2]
-    mask = None if context.key_padding_mask is None else context.key_padding_mask[:, None, None, :]
-    is_causal = context.is_causal and n > 1
-    if is_causal and (mask is not None or context.relative_bias is not None or n != s):
-        past = torch.ones(n, s, dtype=torch.bool, device=query.device).tril(s - n)
-        mask, is_causal = past if mask is None else mask & past, False
-    if context.relative_bias is not None:
-        bias = context.relative_bias.dense(n, s, context.query_offset, query.device).to(query.dtype)
-        mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=context.dropout, is_causal=is_causal, scale=context.scaling
-    )
-
-
-AttentionInterface.register(IMPLEMENTATION, efficient_attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, efficient_mask)
 
 
 # ---- checks of one call, as a forward pre-hook of each stack -----------------------------------------------------

@@ -20,10 +20,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from .base import attention_configs
 from .conversion import load_converted, load_stock, versions
+from .dispatch import CHILD
 from .families import family_of
 from .fidelity import compare, control_figures, output_mask, ragged, relative_difference, run, text_batches
 from .models import EfficientModelMixin
-from .patching import CHILD, patch_attention
+from .patching import patch_attention
 
 EXACT_TOLERANCE = 1e-5
 DOUBLE_TOLERANCE = 1e-8

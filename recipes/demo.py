@@ -16,6 +16,7 @@ import logging
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from hf_efficient.fidelity import compare, control_figures, mean_pool
 # ---- settings ----
 MAX_POSITIONS = 4096
 MECHANISMS = {
-    "longformer, window 512, first token global": ("longformer", dict(attention_window=512, global_tokens="first")),
+    "longformer 512, first token global": ("longformer", dict(attention_window=512, global_tokens="first")),
     "bigbird, block 64": ("bigbird", dict(block_size=64)),
 }
 FIDELITY_TEXTS, FIDELITY_LENGTH = 8, 512
@@ -45,7 +46,7 @@ SPEED_LENGTHS, SPEED_REPEATS = (512, 1024, 2048, 4096, 8192), 2
 MEMORY_LENGTHS = (512, 2048, 8192)
 SEED = 0
 
-console = Console(width=118, record=True, highlight=False)
+console = Console(width=112, record=True, highlight=False)
 
 
 def main() -> None:
@@ -68,13 +69,13 @@ def main() -> None:
                for name, (mechanism, options) in MECHANISMS.items()}  # fmt: skip
     for name, result in results.items():
         counts = ", ".join(f"{n} {status}" for status, n in result.report.counts().items() if n)
-        console.print(f"   converted to {name}, {MAX_POSITIONS} positions: {counts} tensors")
+        console.print(f"   to {name}, {MAX_POSITIONS} positions: {counts} tensors")
 
     tokens = {name: tokenizer(text, truncation=True, max_length=DOCUMENT_LENGTH)["input_ids"]
               for name, text in offline_documents().items()}  # fmt: skip
     figures = {"fidelity": show_fidelity(source, results, tokens)}
     figures["retrieval"] = show_retrieval(source, results, tokens)
-    figures["speed"] = show_speed(folder, output)
+    figures["speed"] = show_speed(folder)
     draw(figures, output / "demo.png")
 
     name, result = next(iter(results.items()))
@@ -137,7 +138,7 @@ def show_retrieval(source, results, tokens) -> dict:
     ways = {
         "original, cut to 512 tokens": (source, lambda ids: embed(source, [*ids[:511], last])),
         "original, mean over 512-token chunks": (source, chunked),
-        "original with 4096 positions, full attention": (full, lambda ids: embed(full, ids)),
+        "4096 positions, full attention": (full, lambda ids: embed(full, ids)),
         **{name: (r.model, lambda ids, m=r.model: embed(m, ids)) for name, r in results.items()},
     }
     rows = {}
@@ -164,26 +165,26 @@ def show_retrieval(source, results, tokens) -> dict:
     return rows
 
 
-def show_speed(folder: Path, output: Path) -> list[dict]:
+def show_speed(folder: Path) -> list[dict]:
     """One forward pass, batch 1, fp32: interleaved times, and peak memory in a fresh process per point."""
     longest = max(SPEED_LENGTHS)
     full = load_stock(str(folder))[0]
     family_of(full).resize_positions(full, longest)
     models = {"full": full}
-    models |= {name.split(",")[0]: he.convert(str(folder), mechanism, max_positions=longest, **options).model
-               for name, (mechanism, options) in MECHANISMS.items()}  # fmt: skip
-    paths = {name: output / "speed" / name for name in models}
-    for name, model in models.items():
-        model.save_pretrained(paths[name])
+    models |= {mechanism: he.convert(str(folder), mechanism, max_positions=longest, **options).model
+               for mechanism, options in MECHANISMS.values()}  # fmt: skip
     rows = []
-    for length in tqdm(SPEED_LENGTHS, desc="speed", leave=False):
-        inputs = random_inputs(full.config, length)
-        calls = {name: forward_call(model, inputs) for name, model in models.items()}
-        row = {"length": length, "time": ratios(interleaved(calls, SPEED_REPEATS), "full")}
-        row["memory"] = (
-            {name: peak_memory(path, length) for name, path in paths.items()} if length in MEMORY_LENGTHS else {}
-        )
-        rows.append(row)
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = {name: f"{scratch}/{name}" for name in models}
+        for name, model in models.items():
+            model.save_pretrained(paths[name])
+        for length in tqdm(SPEED_LENGTHS, desc="speed", leave=False):
+            inputs = random_inputs(full.config, length)
+            calls = {name: forward_call(model, inputs) for name, model in models.items()}
+            row = {"length": length, "time": ratios(interleaved(calls, SPEED_REPEATS), "full"), "memory": {}}
+            if length in MEMORY_LENGTHS:
+                row["memory"] = {name: peak_memory(path, length) for name, path in paths.items()}
+            rows.append(row)
     table = Table(title=f"4. One forward pass against full attention (SDPA), fp32, {torch.get_num_threads()} threads")
     table.add_column("tokens", justify="right")
     for column in ("full, s", *(f"{name}, × full" for name in models if name != "full")):
@@ -203,6 +204,7 @@ def show_speed(folder: Path, output: Path) -> list[dict]:
 
 def draw(figures: dict, path: Path) -> None:
     import matplotlib
+    import matplotlib.ticker
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -216,13 +218,16 @@ def draw(figures: dict, path: Path) -> None:
     left.set_yticks(range(len(names)), names, fontsize=8)
     left.invert_yaxis()
     left.set(xlabel="recall@1", title="Finding the document of a passage", xlim=(0, 1))
-    left.legend(fontsize=8, loc="lower left")
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     speed = figures["speed"]
     for name in speed[0]["time"]:
         right.plot([r["length"] for r in speed], [r["time"][name]["seconds"] for r in speed], marker="o", label=name)
     right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds per forward pass", title="Time on the CPU")
     right.set_xticks([r["length"] for r in speed], [str(r["length"]) for r in speed])
-    right.minorticks_off()
+    right.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
+    right.tick_params(which="minor", labelsize=7)
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
     picture.savefig(path, dpi=130)

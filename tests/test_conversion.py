@@ -14,8 +14,8 @@ from tiny import converted, save_source, tiny_tokenizer, words
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import hf_efficient as he
+from hf_efficient.dispatch import IMPLEMENTATION
 from hf_efficient.families import family_of
-from hf_efficient.patching import IMPLEMENTATION
 from hf_efficient.testing import FAMILIES, TINY, inputs_for, tiny_model
 
 LONGFORMER: dict[str, Any] = {"attention_window": 8, "global_tokens": "first"}

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..base import ConfigLike, EfficientAttentionConfig, attention_configs
+from ..dispatch import CHILD, IMPLEMENTATION
 from ..families import PREFIX, family_of
-from ..patching import CHILD, IMPLEMENTATION, install
+from ..patching import install
 
 LOCATION_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 

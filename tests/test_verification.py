@@ -1,0 +1,132 @@
+"""The proof ladder: it passes where it should, and every rung fails when what it proves is broken."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny import tiny_tokenizer, words
+
+import hf_efficient as he
+from hf_efficient import benchmark, verification
+from hf_efficient.attention.local import LocalAttention
+from hf_efficient.testing import tiny_model
+from hf_efficient.verification import verify
+
+TEXTS = [words(90), words(60, start=30), words(40, start=11)]
+
+
+def pair(model_type: str = "bert", mechanism: str = "local", **options):
+    source = tiny_model(model_type)
+    return he.convert(copy.deepcopy(source), mechanism, tokenizer=tiny_tokenizer(model_type), **options).model, source
+
+
+def check(model, source, **options):
+    return verify(model, source, TEXTS, tokenizer=tiny_tokenizer(source.config.model_type), **options)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "mechanism", "options"),
+    [
+        ("bert", "longformer", dict(attention_window=8, global_tokens="first")),
+        ("roberta", "performer", dict(num_features=16)),
+        ("gpt2", "bigbird", dict(block_size=4)),
+        ("t5", "linformer", dict(rank=16, max_length=128)),
+    ],
+)
+def test_a_right_conversion_passes(model_type, mechanism, options):
+    report = check(*pair(model_type, mechanism, **options))
+    assert report.passed, [rung for rung in report.rungs if rung.status == "failed"]
+    assert json.loads(json.dumps(report.to_dict()))["passed"] is True
+    assert report["padding and batch"].detail["padded_tokens"] > 0
+    assert report["exact limit"].status == ("not applicable" if mechanism == "performer" else "passed")
+    assert report["prefill = decode"].status == ("passed" if model_type in ("gpt2", "t5") else "not applicable")
+    assert len(report["fidelity"].detail["hidden_error_by_layer"]) == 3
+    # T5's own error is nearly the control's on random weights; both must be there to be compared
+    assert report["control: mean of values"].detail["hidden_error"] > 0
+
+
+def failed(report) -> list[str]:
+    return [rung.name for rung in report.rungs if rung.status == "failed"]
+
+
+def test_a_changed_weight_fails_the_first_rung():
+    model, source = pair(attention_window=8)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] += 1e-6
+    report = check(model, source)
+    assert failed(report) == ["copied tensors"]
+    assert report["copied tensors"].detail["different"] == ["bert.encoder.layer.1.output.dense.weight"]
+
+
+def test_a_wrong_mechanism_fails_the_exact_limit(monkeypatch):
+    forward = LocalAttention.forward
+    monkeypatch.setattr(LocalAttention, "forward", lambda self, q, k, v, c: forward(self, q, k, v, c) * 1.0001)
+    assert "exact limit" in failed(check(*pair(attention_window=8)))
+
+
+def test_a_mechanism_that_sees_padding_fails(monkeypatch):
+    def leaky(self, query, key, value, context):
+        return value.mean(2, keepdim=True).expand_as(query)
+
+    monkeypatch.setattr(LocalAttention, "forward", leaky)
+    assert "padding and batch" in failed(check(*pair(attention_window=8)))
+
+
+def test_a_mechanism_that_sees_the_future_fails_decoding(monkeypatch):
+    monkeypatch.setattr(LocalAttention, "forward", lambda self, q, k, v, c: v.mean(2, keepdim=True).expand_as(q))
+    assert "prefill = decode" in failed(check(*pair("gpt2", attention_window=8)))
+
+
+def test_what_is_not_saved_fails_the_fresh_process(monkeypatch):
+    forward = LocalAttention.forward
+    monkeypatch.setattr(LocalAttention, "forward", lambda self, q, k, v, c: forward(self, q, k, v, c) * 1.0001)
+    report = check(*pair(attention_window=8))
+    assert "fresh process" in failed(report)
+    assert report["fresh process"].detail["largest_difference"] > 0
+
+
+def test_a_checkpoint_that_does_not_load_fails_the_fresh_process(tmp_path, monkeypatch):
+    model, source = pair(attention_window=8)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(verification, "load_converted", lambda path: model)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
+    report = check(tmp_path, source)
+    assert failed(report) == ["fresh process"]
+    assert "can't be read" in report["fresh process"].detail["error"]
+
+
+def test_what_can_not_be_verified_is_refused():
+    model, source = pair(attention_window=8)
+    with pytest.raises(ValueError, match="no converted model"):
+        check(source, source)
+    with pytest.raises(ValueError, match="no texts"):
+        verify(model, source, [], tokenizer=tiny_tokenizer("bert"))
+    with pytest.raises(ValueError, match="tokenizer"):
+        verify(model, source, TEXTS)
+
+
+def test_speed_rung_measures_both_models():
+    model, source = pair(attention_window=8)
+    detail = check(model, source, speed_lengths=(64, 256))["speed and memory"].detail
+    assert [row["length"] for row in detail["rows"]] == [64], "256 tokens exceed the model's positions"
+    assert all(row["full_seconds"] > 0 and row["efficient_seconds"] > 0 for row in detail["rows"])
+    assert detail["hardware"]["threads"] == torch.get_num_threads()
+
+
+def test_peak_memory_grows_with_length(tmp_path):
+    model, _ = pair(attention_window=8)
+    he.revert(model)
+    model = he.convert(model, "local", attention_window=8, max_positions=4096, tokenizer=tiny_tokenizer("bert")).model
+    model.save_pretrained(tmp_path)
+    short, long = (benchmark.peak_memory(tmp_path, n) for n in (256, 4096))
+    assert short is not None and long is not None
+    assert long > 2 * short
+
+
+def test_ratios_are_taken_round_by_round():
+    seconds = {"a": [2.0, 4.0, 8.0], "b": [1.0, 4.0, 2.0]}
+    row = benchmark.ratios(seconds, "b")["a"]
+    assert row == {"seconds": 4.0, "ratio": 2.0, "ratio_min": 1.0, "ratio_max": 4.0}
