@@ -24,7 +24,7 @@ from .families import family_of
 from .families.base import POSITION_METHODS
 from .models import CONFIGS, MODELS, EfficientModelMixin
 from .patching import install, is_installed, plan, resolve_side, uninstall
-from .side_files import copy_side_files, max_seq_length
+from .side_files import checkpoint_folder, copy_side_files, max_seq_length
 
 REPORT_NAME = "conversion_report.json"
 
@@ -170,7 +170,7 @@ def convert(
     else:
         name = str(source)
         model, info = load_stock(name, revision)
-        folder = Path(name) if Path(name).is_dir() else None
+        folder = checkpoint_folder(name, revision)
         tokenizer = tokenizer or _load_tokenizer(name, revision)
     if isinstance(model, EfficientModelMixin) or is_installed(model):
         raise ValueError(f"{name} already has efficient attention; revert it before converting it to something else.")

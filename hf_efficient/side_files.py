@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+
 NAMES = (
     "modules.json",
     "sentence_bert_config.json",
@@ -14,6 +16,14 @@ NAMES = (
     "2_Normalize",
 )
 SETTINGS = "sentence_bert_config.json"
+
+
+def checkpoint_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint with these files in it: itself, or the local copy of a Hub repository."""
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = [pattern for file in NAMES for pattern in (file, f"{file}/*")]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
 def max_seq_length(folder: Path) -> int | None:

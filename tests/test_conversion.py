@@ -339,3 +339,20 @@ def test_loading_info_is_given_for_original_and_converted_checkpoints(tmp_path):
         "classifier.weight",
         "classifier.bias",
     }
+
+
+def test_a_hub_repository_brings_its_side_files(tmp_path, monkeypatch):
+    """What sentence-transformers keeps beside the weights comes along from the Hub as it does from a folder."""
+    import hf_efficient.side_files as side_files
+
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(side_files, "snapshot_download", download)
+    assert side_files.checkpoint_folder("somebody/something", "v1") == tmp_path
+    assert asked["name"] == "somebody/something" and asked["revision"] == "v1"
+    assert {"modules.json", "1_Pooling/*"} <= set(asked["allow_patterns"])
+    assert side_files.checkpoint_folder(str(tmp_path)) == tmp_path
