@@ -64,7 +64,7 @@ def _emit(document: Any, as_json: bool, title: str, columns: list[str], rows: li
     for row in rows:
         table.add_row(*map(as_text, row))
     # in a file or a pipe there is no window to fit into
-    width = None if sys.stdout.isatty() else 160
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
     Console(markup=False, highlight=False, emoji=False, width=width).print(table)
 
 
