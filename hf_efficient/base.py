@@ -12,6 +12,7 @@ import json
 import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -118,7 +119,7 @@ class AttentionContext:
         scaling: factor on q·k, as the host gives it (1.0 in T5).
         dropout: probability for attention weights; 0.0 in eval mode.
         relative_bias: lazy additive bias over key - query offsets, or `None`.
-        global_attention_mask: (B, N) bool, True = global token, or `None`.
+        global_attention_mask: (B, S) bool or 0/1, True = global token, or `None`; may be shorter while decoding.
         hidden_states: (B, N, hidden_size), only for mechanisms with `needs_hidden_states`.
         input_ids: (B, N), only for mechanisms with `needs_input_ids`.
         row_start: (B,) index of each row's first real key, where rows were *not* aligned to the left (decoding);
@@ -243,11 +244,16 @@ def register_mechanism(cls: type[EfficientAttention]) -> type[EfficientAttention
     return cls
 
 
-def _registry() -> dict[str, type[EfficientAttention]]:
+@cache
+def _discover() -> None:
     from . import attention
 
     for module in pkgutil.iter_modules(attention.__path__):
         importlib.import_module(f"{attention.__name__}.{module.name}")
+
+
+def _registry() -> dict[str, type[EfficientAttention]]:
+    _discover()
     return _REGISTRY
 
 

@@ -102,9 +102,14 @@ def random_inputs(config: Any, length: int) -> dict[str, torch.Tensor]:
 def forward_call(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
     """A forward pass without gradients and without a cache, to be timed."""
 
+    inputs = {k: v.to(model.device) for k, v in inputs.items()}
+    options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
     def call() -> None:
         with torch.no_grad():
-            model(**inputs, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
+            model(**inputs, **options)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
 
     return call
 
@@ -160,13 +165,17 @@ def peak_memory(checkpoint: str | Path, length: int) -> float | None:
     return _worker("checkpoint", str(checkpoint), length)
 
 
+def fresh_python(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own that finds this package, also where it is not installed."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
 def _worker(kind: str, what: str, length: int) -> float | None:
     if not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, "-m", __name__, kind, what, str(length), str(torch.get_num_threads())]
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = fresh_python("-m", __name__, kind, what, length, torch.get_num_threads())
     if done.returncode:
         raise RuntimeError(f"measuring {what} at {length} tokens failed:\n{done.stderr[-2000:]}")
     return float(done.stdout.splitlines()[-1])

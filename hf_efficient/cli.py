@@ -75,15 +75,12 @@ def _require_source(name: str) -> None:
 
 
 def _require_free(out: Path, overwrite: bool, source: str) -> None:
-    """Refuse what saving would refuse, before minutes of work; and never delete what is no checkpoint."""
-    if not out.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{out} exists; choose another folder, or overwrite it with --overwrite.")
-    if out.resolve() == Path(source).resolve():
+    """Refuse what saving would refuse, before minutes of work; and never replace the source itself."""
+    from .saving import require_free
+
+    require_free(out, overwrite)
+    if out.exists() and out.resolve() == Path(source).resolve():
         raise ValueError(f"{out} is the source itself; choose another folder.")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-        raise FileExistsError(f"{out} is no checkpoint folder (it has no config.json), so it is not overwritten.")
 
 
 # ---- convert -----------------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from .families import family_of
 from .families.base import POSITION_METHODS
 from .models import CONFIGS, MODELS, EfficientModelMixin
 from .patching import install, is_installed, plan, resolve_side, uninstall
+from .saving import atomic_folder
 from .side_files import checkpoint_folder, copy_side_files, max_seq_length
 
 REPORT_NAME = "conversion_report.json"
@@ -99,39 +98,6 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-@contextmanager
-def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block succeeds, and vanishes when it does not.
-
-    Raises:
-        FileExistsError: `path` exists and `overwrite` is False; raised before any work is done.
-    """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"{path} exists; choose another folder, or overwrite it with --overwrite / overwrite=True."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.rename(old / path.name)
-            try:
-                folder.rename(path)
-            except BaseException:
-                (old / path.name).rename(path)
-                raise
-            finally:
-                shutil.rmtree(old)
-        else:
-            folder.rename(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def convert(
@@ -227,20 +193,24 @@ def convert_in_place(
         )
     sides = [stack.side for stack in family.stacks(model)]
     configs = [replace(config, side=_stored_side(config, sides)) for config in configs]
-    plan(model, configs)  # refuse before anything changes
     before = family.max_positions(model.config)
+    if max_positions is not None and before is not None and max_positions < before:
+        raise ValueError(
+            f"max_positions={max_positions} would drop positions; the source has {before}: give at least that."
+        )
+    plan(model, configs, max_positions if before is not None else None)  # refuse before anything changes
+    implementation = model.config._attn_implementation
+    tables = family.position_tables(model)
     resized = []
     if max_positions is not None and before is not None and max_positions != before:
-        if max_positions < before:
-            raise ValueError(
-                f"max_positions={max_positions} would drop positions; the source has {before}: give at least that."
-            )
         resized = family.resize_positions(model, max_positions, positions)
     try:
         origins = install(model, configs)
     except BaseException:
         if resized and before is not None:
             family.resize_positions(model, before, positions)
+            for owner, name, table in tables:  # the very parameters that an optimiser may hold
+                setattr(owner, name, table)
         raise
     efficient: Any = model
     config = model.config
@@ -248,7 +218,7 @@ def convert_in_place(
         config.to_dict() | {"model_type": CONFIGS[family.model_type].model_type}, attn_implementation=IMPLEMENTATION
     )
     new.efficient_attention = [c.to_dict() for c in configs]
-    new.efficient_source = {"max_positions": before, "positions": positions}
+    new.efficient_source = {"max_positions": before, "positions": positions, "attn_implementation": implementation}
     new._name_or_path = config._name_or_path
     new.attn_implementation = IMPLEMENTATION
     _change_class(model, MODELS[type(model)], new)
@@ -286,9 +256,9 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} is no converted model: there is nothing to revert.")
     family = family_of(model)
     config, stock = model.config, model.stock_class
-    uninstall(model)
     # a model built from its config never had an original: its position table stays
     source = getattr(config, "efficient_source", {"max_positions": None})
+    uninstall(model, source.get("attn_implementation") or "sdpa")
     if source["max_positions"] is not None and source["max_positions"] != family.max_positions(config):
         family.resize_positions(model, source["max_positions"], source["positions"])
     # the stacks of a reloaded encoder-decoder model hold copies

@@ -22,7 +22,8 @@ def offline_documents(minimum_characters: int = 2000) -> dict[str, str]:
     from pydoc_data.topics import topics
 
     documents = {f"python/{name}": text for name, text in sorted(topics.items())}
-    for distribution in sorted(metadata.distributions(), key=lambda d: d.name.lower()):
+    named = [d for d in metadata.distributions() if d.name]  # a broken installation has no name
+    for distribution in sorted(named, key=lambda d: d.name.lower()):
         description = distribution.metadata.json.get("description", "")
         documents[f"package/{distribution.name.lower()}"] = "".join(description)
         for file in sorted(distribution.files or (), key=str):

@@ -104,8 +104,9 @@ def run(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
     batch = {k: v.to(device) for k, v in batch.items()}
     with torch.no_grad():
         out = model(**batch, output_hidden_states=True)
-    hidden = getattr(out, "encoder_hidden_states", None) or out.hidden_states
+    hidden = [state.cpu() for state in getattr(out, "encoder_hidden_states", None) or out.hidden_states]
     logits = getattr(out, "logits", None)
+    logits = None if logits is None else logits.cpu()
     return {"hidden": hidden, "logits": logits, "output": hidden[-1] if logits is None else logits}
 
 

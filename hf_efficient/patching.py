@@ -17,10 +17,10 @@ from .families import Stack, family_of
 
 # keywords that reach the attention function without being in any forward's signature
 KNOWN_KEYWORDS = {
-    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "global_attention_mask", "max_length_k", "max_length_q",
+    "cache_position", "global_attention_mask",
     "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
-    "use_cache", "position_ids", "logits_to_keep", "token_type_ids", "is_causal", "encoder_attention_mask",
-    "encoder_hidden_states", "head_mask",
+    "use_cache", "position_ids", "logits_to_keep", "token_type_ids", "encoder_attention_mask",
+    "encoder_hidden_states",
 }  # fmt: skip
 
 
@@ -51,12 +51,8 @@ def _check_call(
             "For another pattern convert with the mechanism that has it."
         )
     _check_length(call, info)
-    if torch.compiler.is_compiling():
-        if mask is None and call.get("position_ids") is not None and call.get("past_key_values") is None:
-            raise ValueError(
-                "compiled models can't tell packed position_ids from plain ones: pass attention_mask beside position_ids."
-            )
-    else:
+    _check_form(call, info)
+    if not torch.compiler.is_compiling():
         unknown = sorted(set(kwargs) - info.known - info.warned)
         if unknown:
             info.warned.update(unknown)
@@ -64,13 +60,14 @@ def _check_call(
                 f"keywords {unknown} are known neither to the model nor to efficient attention.", stacklevel=3
             )
     kwargs = dict(kwargs)
-    if kwargs.get("global_attention_mask") is not None and not info.uses_global_attention_mask:
-        # in an encoder-decoder model the keyword is meant for the encoder, but reaches both stacks
-        if not config.is_encoder_decoder or not config.is_decoder:
+    if kwargs.get("global_attention_mask") is not None:
+        if config.is_encoder_decoder and config.is_decoder:
+            # the keyword is meant for the encoder's tokens, but reaches both stacks
+            kwargs.pop("global_attention_mask")
+        elif not info.uses_global_attention_mask:
             raise ValueError(
                 "global_attention_mask was given, but no converted layer of this model has global tokens; use longformer."
             )
-        kwargs.pop("global_attention_mask")
     if info.needs_input_ids:
         if call.get("input_ids") is None:
             raise ValueError("global_tokens='question' looks for separators and needs input_ids, not inputs_embeds.")
@@ -91,6 +88,30 @@ def _check_length(call: dict[str, Any], info: _StackInfo) -> None:
         )
 
 
+def _check_form(call: dict[str, Any], info: _StackInfo) -> None:
+    """Refuse packed rows, and keywords that would change who sees whom."""
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "head_mask"):
+        if call.get(name) is not None:
+            raise ValueError(
+                f"{name} is not supported by efficient attention: leave it out, and pad instead of packing."
+            )
+    if call.get("is_causal") is not None and bool(call["is_causal"]) != info.is_causal:
+        raise ValueError(f"is_causal={call['is_causal']}: these layers were converted as is_causal={info.is_causal}.")
+    positions, cache = call.get("position_ids"), call.get("past_key_values")
+    if positions is None or call.get("attention_mask") is not None or not info.is_causal:
+        return
+    if torch.compiler.is_compiling():
+        if cache is None:
+            raise ValueError(
+                "compiled models can't tell packed position_ids from plain ones: pass attention_mask beside position_ids."
+            )
+    elif (cache is None or cache.get_seq_length() == 0) and bool((positions.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            "position_ids restart within a row, i.e. several packed sequences per row: put one sequence into each row and "
+            "pad, with attention_mask."
+        )
+
+
 def _pass_hidden_states(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -108,6 +129,7 @@ class _StackInfo:
         self.known = set(self.parameters) | KNOWN_KEYWORDS
         self.warned: set[str] = set()
         self.max_positions = max_positions
+        self.is_causal = any(bool(getattr(site.module, "is_causal", False)) for site in stack.sites)
         self.uses_global_attention_mask = any(getattr(m, "uses_global_attention_mask", False) for m in mechanisms)
         self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
 
@@ -120,8 +142,13 @@ def is_installed(model: nn.Module) -> bool:
     return any(hasattr(module, "_efficient_info") for module in model.modules())
 
 
-def plan(model: nn.Module, configs: list[EfficientAttentionConfig]) -> dict[str, EfficientAttentionConfig]:
+def plan(
+    model: nn.Module, configs: list[EfficientAttentionConfig], max_positions: int | None = None
+) -> dict[str, EfficientAttentionConfig]:
     """{qualified name of a self-attention module: its config}; nothing is changed.
+
+    Args:
+        max_positions: positions that the model will have by then, if they are still to be lengthened.
 
     Raises:
         ValueError: sides or layers that do not exist, groups that overlap, or mechanisms that can't work where they are
@@ -149,8 +176,12 @@ def plan(model: nn.Module, configs: list[EfficientAttentionConfig]) -> dict[str,
                     if site.name in chosen:
                         problems.append(f"{stack.side} layer {site.layer} is named by more than one config")
                     chosen[site.name] = config
-                    geometry = family.geometry(stack, site)
+                    geometry = family.geometry(stack, site, max_positions)
                     problems += config.attention_class.unsupported(config, geometry)
+                    if not family.source_attention(site.module).query.weight.is_floating_point():
+                        problems.append(
+                            "the weights are quantised: convert the original, then quantise the converted one"
+                        )
     if any(getattr(stack.module.config, "is_causal", True) is False and stack.side == "decoder" for stack in stacks):
         problems.append("config.is_causal=False makes this decoder bidirectional: remove it")
     problems = list(dict.fromkeys(problems))

@@ -8,13 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-NAMES = (
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling",
-    "2_Normalize",
-)
+NAMES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+MODULE_FOLDERS = "[0-9]*_*"
 SETTINGS = "sentence_bert_config.json"
 
 
@@ -22,8 +17,7 @@ def checkpoint_folder(name: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint with these files in it: itself, or the local copy of a Hub repository."""
     if Path(name).is_dir():
         return Path(name)
-    patterns = [pattern for file in NAMES for pattern in (file, f"{file}/*")]
-    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=[*NAMES, f"{MODULE_FOLDERS}/*"]))
 
 
 def max_seq_length(folder: Path) -> int | None:
@@ -35,11 +29,11 @@ def max_seq_length(folder: Path) -> int | None:
 def copy_side_files(source: Path, folder: Path, length: int | None) -> None:
     """Copy them from one checkpoint folder to another; `length` replaces `max_seq_length` unless it is `None`."""
     for name in NAMES:
-        path = source / name
-        if path.is_dir():
-            shutil.copytree(path, folder / name)
-        elif path.is_file():
-            shutil.copy(path, folder / name)
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
+    for module in source.glob(MODULE_FOLDERS):
+        if module.is_dir():
+            shutil.copytree(module, folder / module.name)
     settings = folder / SETTINGS
     if settings.is_file() and length is not None:
         values = json.loads(settings.read_text()) | {"max_seq_length": length}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .base import attention_configs
+from .benchmark import compare_with_full_attention, fresh_python
 from .conversion import load_converted, load_stock, versions
 from .dispatch import CHILD
 from .families import family_of
@@ -120,9 +118,11 @@ def verify(
         lambda: _decoding(model, short),
         lambda: _speed(model, source, speed_lengths),
     ]
-    rungs = [check() for check in tqdm(checks, desc="verify", disable=not progress, unit="rung")]
-    model.train(modes[0])
-    source.train(modes[1])
+    try:
+        rungs = [check() for check in tqdm(checks, desc="verify", disable=not progress, unit="rung")]
+    finally:
+        model.train(modes[0])
+        source.train(modes[1])
     settings = {
         "source": source.config._name_or_path,
         "efficient_attention": model.config.efficient_attention,
@@ -229,15 +229,13 @@ def _fresh_process(model: PreTrainedModel, batch: dict[str, Tensor], path: Path 
             path = Path(scratch) / "checkpoint"
             model.save_pretrained(path)
         save_file({k: v.contiguous() for k, v in batch.items()}, f"{scratch}/batch.safetensors")
-        command = [sys.executable, "-c", FRESH, str(path), scratch, str(torch.get_num_threads())]
-        # the child must find this package also where it is not installed
-        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = fresh_python("-c", FRESH, path, scratch, torch.get_num_threads())
         if done.returncode:
             return Rung("fresh process", "failed", {"error": done.stderr[-2000:]}, rule)
         loaded = load_file(f"{scratch}/out.safetensors")["output"]
-    expected = run(model, batch)["output"].cpu()
+    # the child loads to the CPU, so that is where both are compared
+    on_cpu = model if model.device.type == "cpu" else copy.deepcopy(model).cpu()
+    expected = run(on_cpu, batch)["output"]
     equal = torch.equal(loaded, expected)
     detail = {"bit_equal": equal, "largest_difference": float((loaded - expected).abs().max())}
     return Rung("fresh process", "passed" if equal else "failed", detail, rule)
@@ -250,7 +248,9 @@ def _decoding(model: PreTrainedModel, batch: dict[str, Tensor], steps: int = 8) 
     double: Any = copy.deepcopy(model).double()
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     rows = {
-        k: v[:1, : int(batch["attention_mask"][0].sum()) if k in ("input_ids", "attention_mask") else None]
+        k: v[:1, : int(batch["attention_mask"][0].sum()) if k in ("input_ids", "attention_mask") else None].to(
+            model.device
+        )
         for k, v in batch.items()
     }
     ids = rows[name]
@@ -273,8 +273,6 @@ def _speed(model: Any, source: PreTrainedModel, lengths: Sequence[int]) -> Rung:
     rule = "medians of interleaved runs against full SDPA attention; memory in a fresh process per point"
     if not lengths:
         return Rung("speed and memory", "not applicable", {"why": "no lengths were asked for"}, rule)
-    from .benchmark import compare_with_full_attention
-
     return Rung("speed and memory", "measured", compare_with_full_attention(model, source, lengths), rule)
 
 

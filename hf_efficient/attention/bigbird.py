@@ -76,7 +76,7 @@ class BigBirdAttention(EfficientAttention):
         time="n·β·(5 + r)",
         memory="n·β·(5 + r)",
         exact_when="block_size ≥ n / 4 (causal: with num_random_blocks ≥ 1)",
-        training="works unconverted; finetuning restores long range",
+        training="works untrained; training restores long range",
     )
     left_aligned = True
 

@@ -74,7 +74,7 @@ class LinformerAttention(EfficientAttention):
         time="n·r",
         memory="n·r",
         exact_when="rank = max_length",
-        training="needed: zero-shot quality is near the mean-of-values control",
+        training="needed: untrained it loses much of the model",
     )
     causal_refusal = (
         "a projection along the sequence puts future keys into every slot; use local, longformer, bigbird or performer"

@@ -65,7 +65,7 @@ class LocalAttention(EfficientAttention):
         time="n·w",
         memory="n·w",
         exact_when="attention_window ≥ 2n",
-        training="works unconverted; finetuning restores long range",
+        training="works untrained; training restores long range",
     )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:

@@ -60,8 +60,13 @@ class LongformerAttentionConfig(EfficientAttentionConfig):
             "even integers ≥ 2 (half of each lies on each side), one for all layers or one per layer",
         )
         rule = self.global_tokens
-        fits = rule in GLOBAL_RULES if isinstance(rule, str) else all(type(i) is int and i >= 0 for i in rule)
-        self._require("global_tokens", bool(fits and rule), f"one of {', '.join(GLOBAL_RULES)}, or positions ≥ 0")
+        if isinstance(rule, tuple):
+            fits = bool(rule) and all(type(i) is int and i >= 0 for i in rule) and len(set(rule)) == len(rule)
+        else:
+            fits = rule in GLOBAL_RULES
+        self._require("global_tokens", fits, f"one of {', '.join(GLOBAL_RULES)}, or distinct positions ≥ 0")
+        separator = self.separator_token_id
+        self._require("separator_token_id", separator is None or type(separator) is int, "a token id, or None")
         if rule == "question" and self.separator_token_id is None:
             raise ValueError(
                 "longformer: global_tokens='question' needs separator_token_id; pass tokenizer.sep_token_id."
@@ -79,7 +84,8 @@ class LongformerAttention(EfficientAttention):
 
     qᵍ, kᵍ, vᵍ start as copies of the pretrained projections. Causal layers have global *columns* only: W(i) ∪ G over
     j ≤ i, and no new projections, since a global row would need keys that a cache no longer has.
-    `global_attention_mask` (B, N) in the call overrides `global_tokens`.
+    `global_attention_mask` (B, S) in the call overrides `global_tokens`; S counts the tokens in a cache too, and while
+    generating the mask may end earlier: later tokens are not global.
 
     O(N (w + |G|)) time and memory. Source: Beltagy et al. 2020 (arXiv 2004.05150), §3.1; the global projections follow
     transformers' `LongformerSelfAttention`.
@@ -93,7 +99,7 @@ class LongformerAttention(EfficientAttention):
         time="n·(w + g)",
         memory="n·(w + g)",
         exact_when="attention_window ≥ 2n and no global tokens, or all tokens global",
-        training="works unconverted; finetuning restores long range",
+        training="works untrained; training restores long range",
     )
     uses_global_attention_mask = True
 
@@ -141,6 +147,11 @@ class LongformerAttention(EfficientAttention):
                 f"attention_window lists {len(windows)} windows, but the {geometry.side} has {geometry.num_layers} "
                 "layers: give one number, or one window per layer"
             )
+        if geometry.is_causal and config.global_tokens == "question":
+            reasons.append(
+                "global_tokens='question' looks ahead for the separator, which a causal model must not: name positions, "
+                "or give global_attention_mask in the call"
+            )
         return reasons
 
     @classmethod
@@ -173,6 +184,9 @@ class LongformerAttention(EfficientAttention):
             target = index[:, None, :, None].expand(rows.shape)
             # spare entries of a row with fewer global tokens write back what is there
             out = out.scatter(2, target, torch.where(exists[:, None, :, None], rows, out.gather(2, target)))
+        if self.training and torch.is_grad_enabled() and self.has_global_rows:
+            # data-parallel training waits for a gradient of every parameter, also of those without a part in this call
+            out = out + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad).to(out.dtype)  # type: ignore[union-attr]
         return out
 
     def _global_tokens(self, key: Tensor, context: AttentionContext) -> tuple[Tensor | None, Tensor]:
@@ -185,7 +199,17 @@ class LongformerAttention(EfficientAttention):
             separator = torch.eq(context.input_ids, separator_id)
             given = (separator.cumsum(-1) - separator.int() == 0) & separator.any(-1, keepdim=True)
         if given is not None:
-            given = given.bool() if keep is None else given.bool() & keep
+            if given.dim() != 2 or given.shape[1] > length or (given.shape[1] < length and not context.is_causal):
+                raise ValueError(
+                    f"global_attention_mask of shape {tuple(given.shape)}: it must be (batch, {length}), one entry per token"
+                    + (
+                        "; while generating it may end earlier, and later tokens are not global."
+                        if context.is_causal
+                        else "."
+                    )
+                )
+            given = F.pad(given.bool(), (0, length - given.shape[1]))
+            given = given if keep is None else given & keep
             count = int(given.sum(-1).max())
             if count == 0:
                 return None, given

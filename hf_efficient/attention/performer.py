@@ -51,7 +51,7 @@ class PerformerAttentionConfig(EfficientAttentionConfig):
         self._require("kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}")
         for name in ("redraw_interval", "seed"):
             value = getattr(self, name)
-            self._require(name, isinstance(value, int) and value >= 0, "an integer ≥ 0")
+            self._require(name, type(value) is int and value >= 0, "an integer ≥ 0")
 
 
 @register_mechanism
@@ -82,7 +82,7 @@ class PerformerAttention(EfficientAttention):
         time="n·m·d",
         memory="n·m",
         exact_when="never; error falls as num_features^-½",
-        training="needed: zero-shot quality is near the mean-of-values control",
+        training="needed: untrained it loses most of the model",
     )
     relative_bias_refusal = (
         "random features factorise exp(q·k) alone and an additive bias does not factorise; use local, longformer, "

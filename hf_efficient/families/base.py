@@ -87,7 +87,8 @@ class ModelFamily:
 
     # what they are like
 
-    def geometry(self, stack: Stack, site: AttentionSite) -> AttentionGeometry:
+    def geometry(self, stack: Stack, site: AttentionSite, max_positions: int | None = None) -> AttentionGeometry:
+        """Where a mechanism would sit; `max_positions` is that of a table which is still to be lengthened."""
         config = stack.module.config
         heads, width = self.heads(site.module)
         return AttentionGeometry(
@@ -100,7 +101,7 @@ class ModelFamily:
             is_causal=stack.side == "decoder",
             has_relative_bias=self.has_relative_bias,
             projection_bias=self.source_attention(site.module).query.bias is not None,
-            max_positions=self.max_positions(config),
+            max_positions=max_positions or self.max_positions(config),
         )
 
     has_relative_bias = False
@@ -125,6 +126,14 @@ class ModelFamily:
         if self.position_table is None:
             return None
         return config.max_position_embeddings - self.position_offset(config)
+
+    def position_tables(self, model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+        """(owner, attribute name, table) of every table of absolute positions."""
+        if self.position_table is None:
+            return []
+        path, _, leaf = self.position_table.rpartition(".")
+        owners = [stack.module.get_submodule(path) for stack in self.stacks(model)]
+        return [(owner, leaf, getattr(owner, leaf)) for owner in owners]
 
     @torch.no_grad()
     def resize_positions(self, model: PreTrainedModel, max_positions: int, method: str = "tile") -> list[str]:

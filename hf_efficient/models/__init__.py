@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from ..families import efficient_type, families
-from .mixin import EfficientModelMixin, stock_heads
+from .mixin import EfficientModelMixin, honours_loss_kwargs, stock_heads
 
 CONFIGS: dict[str, type[PreTrainedConfig]] = {}
 """Efficient config classes by stock `model_type`."""
@@ -45,6 +45,7 @@ def _define_all() -> None:
                 __doc__=f"{stock.__name__} with efficient attention: see `EfficientModelMixin`.",
                 stock_class=stock,
                 config_class=CONFIGS[model_type],
+                accepts_loss_kwargs=honours_loss_kwargs(stock),
             )
 
 

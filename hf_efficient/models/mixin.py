@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -20,9 +21,7 @@ class EfficientModelMixin:
 
     stock_class: ClassVar[Any]
     all_tied_weights_keys: dict[str, str]
-    # the Trainer would otherwise multiply loss and gradients by accumulation steps and processes for heads whose loss
-    # ignores num_items_in_batch (huggingface/transformers#47688)
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs: ClassVar[bool]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         if not getattr(config, "efficient_attention", None):
@@ -102,6 +101,7 @@ class EfficientModelMixin:
             ValueError: an original checkpoint without `efficient_attention`, a converted one with it, a checkpoint of
                 another architecture, or converted weights with mechanism tensors missing.
         """
+        kwargs.setdefault("use_safetensors", True)  # weights of unknown origin are never unpickled
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
             location = {k: kwargs[k] for k in LOCATION_KEYWORDS if k in kwargs}
@@ -156,3 +156,12 @@ def stock_heads(model_type: str) -> list[Any]:
         for cls in exported
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and not cls.__name__.endswith("PreTrainedModel")
     ]
+
+
+def honours_loss_kwargs(stock: Any) -> bool:
+    """Whether a stock head's loss divides by `num_items_in_batch`, which it then takes from `loss_function`.
+
+    The Trainer passes that number to every forward with `**kwargs` and leaves out its own division; a head that ignores it
+    would get loss and gradients multiplied by accumulation steps and processes.
+    """
+    return "self.loss_function(" in inspect.getsource(stock.forward)

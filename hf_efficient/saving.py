@@ -1,0 +1,66 @@
+"""Writing checkpoint folders: all of one or nothing, and nothing deleted that is no checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def require_free(path: str | Path, overwrite: bool = False) -> None:
+    """Refuse what `atomic_folder` would refuse, before any work is done.
+
+    Raises:
+        FileExistsError: `path` exists and `overwrite` is False, or it is anything but an empty folder or a checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{path} exists; choose another folder, or overwrite it with --overwrite / overwrite=True."
+        )
+    if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").is_file()):
+        raise FileExistsError(f"{path} is no checkpoint folder (it has no config.json), so it is not overwritten.")
+
+
+@contextmanager
+def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block succeeds, and vanishes when it does not.
+
+    Raises:
+        FileExistsError: see `require_free`.
+        OSError: the finished folder could not be put in place; what stood there is back, or the message says where it is.
+    """
+    path = Path(path)
+    require_free(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if path.exists():
+            _swap(folder, path)
+        else:
+            folder.rename(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put `new` at `path`; the old folder is deleted only after that has worked."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    old = aside / path.name
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        try:
+            old.rename(path)
+        except OSError as error:
+            raise OSError(f"{path} could not be replaced; its former content is in {old}.") from error
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
