@@ -372,6 +372,12 @@ def test_existing_folder_is_kept(source, tmp_path):
         with pytest.raises(FileExistsError, match="overwrite"):
             result.save(tmp_path / name)
     assert contents(tmp_path) == before
+    # not even when told to: what is no checkpoint is somebody's work
+    for name in ("out", "file"):
+        with pytest.raises(FileExistsError, match="no checkpoint folder"):
+            result.save(tmp_path / name, overwrite=True)
+    assert contents(tmp_path) == before
+    (tmp_path / "out" / "config.json").write_text("{}")
     result.save(tmp_path / "out", overwrite=True)
     assert "notes.txt" not in contents(tmp_path / "out") and (tmp_path / "out" / "config.json").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]

@@ -168,5 +168,6 @@ def test_existing_folder_is_left_alone(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="exists; choose another folder"):
         run_here(monkeypatch, "convert_bert_to_bigbird.py", source, tmp_path / "out", "--no-verify")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    (tmp_path / "out" / "config.json").write_text("{}")
     run_here(monkeypatch, "convert_bert_to_bigbird.py", source, tmp_path / "out", "--no-verify", "--overwrite")
     assert load_converted(tmp_path / "out").config.efficient_attention[0]["mechanism"] == "bigbird"

@@ -38,7 +38,7 @@ def test_every_parameter_gets_a_finite_gradient(pair: Pair):
     assert case.parameters or not own
     assert own or is_variant or pair.is_causal or not case.parameters, "the mechanism's parameters are missing"
     # a variant that needs none of the mechanism's parameters leaves all of them alone
-    idle = set(own) if is_variant and all(gradient is None for gradient in own.values()) else set()
+    idle = set(own) if is_variant and not any(g is not None and g.any() for g in own.values()) else set()
     for name, gradient in gradients.items():
         if name.endswith(NO_GRADIENT) or name in idle:
             continue
@@ -200,3 +200,14 @@ def test_training_in_the_exact_limit_tracks_the_unconverted_model(pair: Pair):
         actual = _losses(model, batches)
     assert expected[-1] < expected[0] - 0.1, f"nothing was learnt: {expected}"
     assert_close(torch.tensor(actual), torch.tensor(expected), 1e-4, "losses")
+
+
+@each(ALL_PAIRS)
+def test_no_parameter_of_a_mechanism_is_without_gradient_in_training(pair: Pair):
+    """Data-parallel training waits for every parameter's gradient, also for one that has no part in a call."""
+    model = pair.model()
+    with pair.patch(model):
+        gradients = _gradients(model.train(), labelled(model, inputs_for(model)))
+    own = {name: gradient for name, gradient in gradients.items() if ".efficient." in name}
+    assert own or not CASES[pair.mechanism].parameters or pair.is_causal or pair.options.get("projection")
+    assert not [name for name, gradient in own.items() if gradient is None]

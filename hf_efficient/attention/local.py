@@ -16,12 +16,7 @@ from ..base import (
     MechanismFacts,
     register_mechanism,
 )
-from ..ops.windows import window_attention
-
-
-def window_sides(attention_window: int, is_causal: bool) -> tuple[int, int]:
-    """Visible keys on the left and on the right, the token itself not counted."""
-    return (attention_window - 1, 0) if is_causal else (attention_window // 2, attention_window // 2)
+from ..ops.windows import window_attention, window_sides
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ from ..base import (
     SourceAttention,
     register_mechanism,
 )
-from ..ops.alignment import first_real_token
-from ..ops.windows import ExtraKeys, window_attention
-from .local import window_sides
+from ..ops.global_tokens import GlobalTokens, listed_tokens, masked_tokens, up_to_separator, without_tokens
+from ..ops.projected_rows import projected_rows
+from ..ops.windows import ExtraKeys, window_attention, window_sides
 
 GLOBAL_RULES = ("none", "first", "question")
 
@@ -160,11 +160,11 @@ class LongformerAttention(EfficientAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         left, right = window_sides(self.window, context.is_causal)
-        index, exists = self._global_tokens(key, context)
+        tokens = self._global_tokens(key, context)
         keep, extra = context.key_padding_mask, None
-        if index is not None:
-            extra = self._global_columns(query, key, value, index, exists, context)
-            keep = _clear(keep, index, exists, key)
+        if tokens is not None:
+            extra = self._global_columns(query, key, value, tokens, context)
+            keep = without_tokens(keep, tokens, key)
         out = window_attention(
             query,
             key,
@@ -179,105 +179,63 @@ class LongformerAttention(EfficientAttention):
             query_offset=context.query_offset,
             extra=extra,
         )
-        if index is not None and self.has_global_rows:
-            rows = self._global_rows(index, exists, context).to(out.dtype)
-            target = index[:, None, :, None].expand(rows.shape)
+        if tokens is not None and self.has_global_rows:
+            rows = self._global_rows(tokens.positions, context).to(out.dtype)
+            target = tokens.positions[:, None, :, None].expand(rows.shape)
             # spare entries of a row with fewer global tokens write back what is there
-            out = out.scatter(2, target, torch.where(exists[:, None, :, None], rows, out.gather(2, target)))
+            out = out.scatter(2, target, torch.where(tokens.exists[:, None, :, None], rows, out.gather(2, target)))
         if self.training and torch.is_grad_enabled() and self.has_global_rows:
             # data-parallel training waits for a gradient of every parameter, also of those without a part in this call
             out = out + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad).to(out.dtype)  # type: ignore[union-attr]
         return out
 
-    def _global_tokens(self, key: Tensor, context: AttentionContext) -> tuple[Tensor | None, Tensor]:
-        """(B, G) key positions, distinct in each row, and (B, G) bool whether each is a global token; None without any."""
-        batch, length = key.shape[0], key.shape[2]
-        keep, rule = context.key_padding_mask, self.config.global_tokens
-        given = context.global_attention_mask
-        separator_id = self.config.separator_token_id
+    def _global_tokens(self, key: Tensor, context: AttentionContext) -> GlobalTokens | None:
+        """The call's mask if there is one, else what the config's rule says."""
+        length, keep, rule = key.shape[2], context.key_padding_mask, self.config.global_tokens
+        given, separator_id = context.global_attention_mask, self.config.separator_token_id
         if given is None and rule == "question" and context.input_ids is not None and separator_id is not None:
-            separator = torch.eq(context.input_ids, separator_id)
-            given = (separator.cumsum(-1) - separator.int() == 0) & separator.any(-1, keepdim=True)
+            given = up_to_separator(context.input_ids, separator_id)
         if given is not None:
             if given.dim() != 2 or given.shape[1] > length or (given.shape[1] < length and not context.is_causal):
                 raise ValueError(
-                    f"global_attention_mask of shape {tuple(given.shape)}: it must be (batch, {length}), one entry per token"
-                    + (
-                        "; while generating it may end earlier, and later tokens are not global."
-                        if context.is_causal
-                        else "."
-                    )
+                    f"global_attention_mask of shape {tuple(given.shape)} must be (batch, {length}), one entry per token; "
+                    "only a causal model takes a shorter one, whose missing tokens are not global."
                 )
             given = F.pad(given.bool(), (0, length - given.shape[1]))
-            given = given if keep is None else given & keep
-            count = int(given.sum(-1).max())
-            if count == 0:
-                return None, given
-            # stable sort: global tokens first, in order
-            index = (~given).int().argsort(dim=-1, stable=True)[:, :count]
-            return index, given.gather(-1, index)
+            return masked_tokens(given if keep is None else given & keep)
         if rule in ("none", "question"):
-            return None, torch.empty(0)
-        listed = [0] if isinstance(rule, str) else [position for position in rule if position < length]
-        if not listed:
-            return None, torch.empty(0)
-        start = torch.zeros(batch, dtype=torch.long, device=key.device) if keep is None else first_real_token(keep)
-        index = start[:, None] + torch.tensor(listed, device=key.device)
-        exists = index < length
-        index = index % length
-        return index, exists if keep is None else exists & keep.gather(-1, index)
+            return None
+        return listed_tokens([0] if isinstance(rule, str) else list(rule), key, keep)
 
     def _global_columns(
-        self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, exists: Tensor, context: AttentionContext
+        self, query: Tensor, key: Tensor, value: Tensor, tokens: GlobalTokens, context: AttentionContext
     ) -> ExtraKeys:
         """The global tokens as keys of every query; causal: of every later query."""
+        index = tokens.positions
         gather = index[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
         positions = torch.arange(query.shape[2], device=key.device) + context.query_offset
         offset = index[:, None, :] - positions[:, None]  # (B, N, G)
-        keep = exists[:, None]
+        keep = tokens.exists[:, None]
         if context.is_causal:
             keep = keep & (offset <= 0)
         bias = None if context.relative_bias is None else context.relative_bias.at(offset).transpose(0, 1)
         return ExtraKeys(key.gather(2, gather), value.gather(2, gather), keep, bias)
 
-    def _global_rows(self, index: Tensor, exists: Tensor, context: AttentionContext) -> Tensor:
-        """(B, H, G, D): what the global tokens see, through the projections of their own.
-
-        Few global tokens do not need keys and values of all tokens: `qᵍ·(W_k h + c) = (W_kᵀ qᵍ)·h + qᵍ·c`, and the last
-        term is the same for all keys; likewise `Σ p (W_v h + c) = W_v Σ p h + c`. That costs n·D per head and global
-        token against n·D² once, so it pays up to head_dim global tokens.
-        """
+    def _global_rows(self, index: Tensor, context: AttentionContext) -> Tensor:
+        """(B, H, G, D): what the global tokens see, through the projections of their own."""
         hidden = context.hidden_states
         assert hidden is not None
-        heads, width = self.geometry.num_heads, self.geometry.head_dim
-        n = hidden.shape[1]
-        gather = index[..., None].expand(-1, -1, hidden.shape[-1])
-        q = self._heads(self.query_global(hidden.gather(1, gather)))  # (B, H, G, D)
         mask = None if context.key_padding_mask is None else context.key_padding_mask[:, None, None, :]
         if context.relative_bias is not None:
-            offset = torch.arange(n, device=index.device) - index[..., None]
-            bias = context.relative_bias.at(offset).transpose(0, 1).to(q.dtype)  # (B, H, G, n)
+            offset = torch.arange(hidden.shape[1], device=index.device) - index[..., None]
+            bias = context.relative_bias.at(offset).transpose(0, 1).to(hidden.dtype)  # (B, H, G, n)
             mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-        options: dict[str, Any] = dict(dropout_p=context.dropout, scale=context.scaling)
-        if index.shape[1] > width:
-            k, v = self._heads(self.key_global(hidden)), self._heads(self.value_global(hidden))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
-        key_weight = self.key_global.weight.unflatten(0, (heads, width))
-        value_weight = self.value_global.weight.unflatten(0, (heads, width))
-        probe = torch.einsum("bhgd,hdc->bhgc", q, key_weight.to(q.dtype))
-        shared = hidden[:, None].expand(-1, heads, -1, -1)
-        mixed = F.scaled_dot_product_attention(probe, shared, shared, attn_mask=mask, **options)
-        out = torch.einsum("bhgc,hdc->bhgd", mixed, value_weight.to(mixed.dtype))
-        if self.value_global.bias is not None:
-            out = out + self.value_global.bias.view(heads, 1, width).to(out.dtype)
-        return out
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.geometry.num_heads, self.geometry.head_dim)).transpose(1, 2)
-
-
-def _clear(keep: Tensor | None, index: Tensor, exists: Tensor, key: Tensor) -> Tensor:
-    """The keep-mask without the global tokens, which every query already sees as extra keys."""
-    if keep is None:
-        keep = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-    return keep.scatter(1, index, keep.gather(1, index) & ~exists)
+        return projected_rows(
+            hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])),
+            hidden,
+            (self.query_global, self.key_global, self.value_global),
+            num_heads=self.geometry.num_heads,
+            mask=mask,
+            scaling=context.scaling,
+            dropout=context.dropout,
+        )

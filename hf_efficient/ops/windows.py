@@ -31,6 +31,11 @@ class ExtraKeys(NamedTuple):
     bias: Tensor | None
 
 
+def window_sides(attention_window: int, is_causal: bool) -> tuple[int, int]:
+    """Visible keys on the left and on the right, the token itself not counted."""
+    return (attention_window - 1, 0) if is_causal else (attention_window // 2, attention_window // 2)
+
+
 def window_attention(
     query: Tensor,
     key: Tensor,
