@@ -3,9 +3,9 @@
     make demo                      # or: python recipes/demo.py [--output demo-output]
 
 Takes the checkpoint from the Hub or from the installed package, English text from what every Python has, and prints:
-fidelity beside a control, retrieval over documents four times as long as the original reads, time and memory over lengths;
-then saves the converted checkpoint, loads it in a fresh process, and shows the same numbers. One picture and one JSON file hold
-everything that was printed.
+fidelity beside a control, retrieval over documents four times as long as the original reads, time and memory over
+lengths; then saves the converted checkpoint, loads it in a fresh process, and shows the same numbers. One picture and one
+JSON file hold everything that was printed.
 """
 
 from __future__ import annotations
