@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -43,7 +44,6 @@ MECHANISMS = {
 FIDELITY_TEXTS, FIDELITY_LENGTH = 8, 512
 DOCUMENTS, DOCUMENT_LENGTH, PASSAGE = 20, 2048, 40
 SPEED_LENGTHS, SPEED_REPEATS = (512, 1024, 2048, 4096, 8192), 2
-MEMORY_LENGTHS = (512, 2048, 8192)
 SEED = 0
 
 console = Console(width=112, record=True, highlight=False)
@@ -181,10 +181,13 @@ def show_speed(folder: Path) -> list[dict]:
         for length in tqdm(SPEED_LENGTHS, desc="speed", leave=False):
             inputs = random_inputs(full.config, length)
             calls = {name: forward_call(model, inputs) for name, model in models.items()}
-            row = {"length": length, "time": ratios(interleaved(calls, SPEED_REPEATS), "full"), "memory": {}}
-            if length in MEMORY_LENGTHS:
-                row["memory"] = {name: peak_memory(path, length) for name, path in paths.items()}
-            rows.append(row)
+            rows.append({"length": length, "time": ratios(interleaved(calls, SPEED_REPEATS), "full")})
+        # each point in a process of its own; unlike time, memory does not suffer from two at once
+        points = [(path, row["length"]) for row in rows for path in paths.values()]
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            peaks = list(tqdm(pool.map(lambda point: peak_memory(*point), points), "memory", len(points), leave=False))
+        for index, row in enumerate(rows):
+            row["memory"] = dict(zip(paths, peaks[index * len(paths) :], strict=False))
     table = Table(title=f"4. One forward pass against full attention (SDPA), fp32, {torch.get_num_threads()} threads")
     table.add_column("tokens", justify="right")
     for column in ("full, s", *(f"{name}, × full" for name in models if name != "full")):
@@ -196,7 +199,7 @@ def show_speed(folder: Path) -> list[dict]:
             f"{row['time']['full']['seconds']:.2f}",
             *(f"{row['time'][n]['ratio']:.2f}" for n in models if n != "full"),
         ]
-        memory = ["" if row["memory"].get(name) is None else f"{row['memory'][name]:.0f}" for name in models]
+        memory = ["not measured" if row["memory"][name] is None else f"{row['memory'][name]:.0f}" for name in models]
         table.add_row(str(row["length"]), *times, *memory)
     console.print(table)
     return rows
