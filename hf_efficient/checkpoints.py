@@ -11,10 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from .base import get_mechanism, list_mechanisms
-from .conversion import REPORT_NAME, _load_tokenizer, atomic_folder, load_converted, revert
+from .conversion import REPORT_NAME, load_converted, load_tokenizer, revert
 from .dispatch import CHILD
 from .families import ModelFamily, Stack, family_of
 from .models import MODELS
+from .saving import atomic_folder
 from .side_files import copy_side_files
 
 EXACT = "full attention"
@@ -95,7 +96,7 @@ def revert_checkpoint(converted: str, out: str | Path, overwrite: bool = False) 
     model = load_converted(converted)
     before = getattr(model.config, "efficient_source", {})
     model = revert(model)
-    tokenizer = _load_tokenizer(converted, None)
+    tokenizer = load_tokenizer(converted, None)
     if tokenizer is None:
         warnings.warn(f"{converted} has no tokenizer: only the model is reverted.", stacklevel=2)
     elif "model_max_length" in before:

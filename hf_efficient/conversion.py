@@ -137,7 +137,7 @@ def convert(
         name = str(source)
         model, info = load_stock(name, revision)
         folder = checkpoint_folder(name, revision)
-        tokenizer = tokenizer or _load_tokenizer(name, revision)
+        tokenizer = tokenizer or load_tokenizer(name, revision)
     if isinstance(model, EfficientModelMixin) or is_installed(model):
         raise ValueError(f"{name} already has efficient attention; revert it before converting it to something else.")
     stock_name = type(model).__name__
@@ -330,7 +330,7 @@ def _readable(name: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _load_tokenizer(name: str, revision: str | None) -> Any:
+def load_tokenizer(name: str, revision: str | None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError):

@@ -58,8 +58,8 @@ def compare(model: PreTrainedModel, source: PreTrainedModel, batches: Iterable[d
         for layer, (a, b) in enumerate(zip(ours["hidden"], theirs["hidden"], strict=True)):
             if len(squares) <= layer:
                 squares.append([0.0, 0.0])
-            squares[layer][0] += float((a - b)[mask].square().sum())
-            squares[layer][1] += float(b[mask].square().sum())
+            squares[layer][0] += float((a - b)[mask].double().square().sum())
+            squares[layer][1] += float(b[mask].double().square().sum())
         a, b = ours["hidden"][-1].float(), theirs["hidden"][-1].float()
         token_cosine += float(F.cosine_similarity(a[mask], b[mask], dim=-1).sum())
         tokens += float(mask.sum())

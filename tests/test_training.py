@@ -211,3 +211,27 @@ def test_no_parameter_of_a_mechanism_is_without_gradient_in_training(pair: Pair)
     own = {name: gradient for name, gradient in gradients.items() if ".efficient." in name}
     assert own or not CASES[pair.mechanism].parameters or pair.is_causal or pair.options.get("projection")
     assert not [name for name, gradient in own.items() if gradient is None]
+
+
+@each(ALL_PAIRS)
+def test_gradients_of_a_short_row_do_not_depend_on_its_batch_mates(pair: Pair):
+    """A row of three tokens beside one of 97, so that every first block, window and slot of it is also the last."""
+    model = pair.model().double()
+    batch = labelled(model, inputs_for(model, batch=2, padded=False))
+    short = {k: v[1:, :3] for k, v in batch.items()}
+    for key in batch:
+        if key.endswith("attention_mask"):
+            batch[key] = batch[key].clone()
+            batch[key][1, 3:] = 0
+
+    def gradients(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        model(**inputs).logits[row, :3].square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with pair.patch(model):
+        together, alone = gradients(batch, 1), gradients(short, 0)
+    for parameter, expected in alone.items():
+        if expected.abs().max() > 1e-9:
+            assert_close(together[parameter], expected, 1e-8, parameter)

@@ -164,7 +164,9 @@ class BigBirdAttention(EfficientAttention):
         """Replace the rows of the first and of the last real block, which see every key."""
         n, size = query.shape[2], self.config.block_size
         within = torch.arange(size, device=key.device)
-        index = torch.cat([within.expand(len(last), -1), last[:, None] * size + within], -1)
+        # where the last real block is the first one too, it is written once: a second writer would double its gradient
+        end = torch.where(last[:, None] > 0, last[:, None] * size + within, n)
+        index = torch.cat([within.expand(len(last), -1), end], -1)
         index = index.expand(query.shape[0], -1)
         clamped = index.clamp(max=n - 1)
         gather = clamped[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
