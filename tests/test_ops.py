@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_efficient.ops import attend as attend_module
 from hf_efficient.ops import blocks, linear_attention, windows
 from hf_efficient.ops.alignment import first_real_token, real_length, shift_rows
-from hf_efficient.ops.blocks import block_list_attention
+from hf_efficient.ops.attend import attend
+from hf_efficient.ops.blocks import BlockPlan, block_list_attention
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.windows import ExtraKeys, window_attention
 from hf_efficient.testing import LargestTensor, assert_close
@@ -101,7 +103,7 @@ PATHS = {"own": None, "tile": 10**6, "blocks": 4}
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     block = PATHS[request.param]
     if block is not None:
-        monkeypatch.setattr(windows, "_block_size", lambda reach, copies: block)
+        monkeypatch.setattr(windows, "_block_size", lambda reach: block)
     return request.param
 
 
@@ -231,7 +233,8 @@ def test_window_does_not_depend_on_how_rows_are_grouped(
     monkeypatch.setattr(windows, budget, rows * per_row)
     sizes = []
     attend = windows._attend
-    monkeypatch.setattr(windows, "_attend", lambda q, *rest: (sizes.append(len(q) // batch), attend(q, *rest))[1])
+    record = lambda q, *rest, **options: (sizes.append(len(q) // batch), attend(q, *rest, **options))[1]  # noqa: E731
+    monkeypatch.setattr(windows, "_attend", record)
     assert_close(window_attention(q, k, v, **whole), expected, TOLERANCE)
     total = math.ceil(math.ceil(n / dilation) / block)
     assert sizes == [rows] * (total // rows) + [total % rows] * (total % rows > 0), "the budget did not cut the rows"
@@ -302,6 +305,13 @@ def random_columns(batch: int, num_heads: int, rows: int, count: int, seed: int 
     return columns
 
 
+def plan(columns: Tensor, size: int) -> BlockPlan:
+    """All query blocks in one group, each tile wholly visible."""
+    return BlockPlan(
+        [(torch.arange(columns.shape[2]), columns, None)], torch.zeros(0, size, size, dtype=torch.bool), None
+    )
+
+
 def block_mask(columns: Tensor, n: int, size: int, causal: bool) -> Tensor:
     """(B, H, N, N) bool by looking up every pair."""
     lists = columns.tolist()
@@ -331,13 +341,13 @@ def test_block_lists(
     mask, keep, bias = block_mask(columns, n, size, causal), padding(4, n), table_bias()
     expected = attention(q, k, v, mask) if n > 1 else torch.zeros_like(q)  # the last row of lists is empty
     if n == 1:
-        assert block_list_attention(q, k, v, columns, **options).abs().max() == 0
+        assert block_list_attention(q, k, v, plan(columns, size), **options).abs().max() == 0
         return
-    assert_close(block_list_attention(q, k, v, columns, **options), expected, TOLERANCE, "plain")
-    actual = block_list_attention(q, k, v, columns, key_padding_mask=keep, **options)
+    assert_close(block_list_attention(q, k, v, plan(columns, size), **options), expected, TOLERANCE, "plain")
+    actual = block_list_attention(q, k, v, plan(columns, size), key_padding_mask=keep, **options)
     assert_close(actual, attention(q, k, v, mask & keep[:, None, None]), TOLERANCE, "padded")
     assert actual[3].abs().max() == 0
-    actual = block_list_attention(q, k, v, columns, key_padding_mask=keep, relative_bias=bias, **options)
+    actual = block_list_attention(q, k, v, plan(columns, size), key_padding_mask=keep, relative_bias=bias, **options)
     expected = attention(q, k, v, mask & keep[:, None, None], dense_bias(bias, range(n), range(n)))
     assert_close(actual, expected, TOLERANCE, "padded, with bias")
 
@@ -353,7 +363,7 @@ def test_block_list_gradients(shape: tuple[int, int], causal: bool, monkeypatch:
         q,
         k,
         v,
-        columns,
+        plan(columns, size),
         block_size=size,
         scaling=SCALING,
         is_causal=causal,
@@ -363,6 +373,21 @@ def test_block_list_gradients(shape: tuple[int, int], causal: bool, monkeypatch:
     mask = block_mask(columns, n, size, causal) & keep[:, None, None]
     expected = attention(q, k, v, mask, dense_bias(bias, range(n), range(n)))
     assert_same_with_gradients(actual, expected, {"q": q, "k": k, "v": v, "table": bias.table})
+
+
+@pytest.mark.parametrize("shape", [None, (5, 1, 33, 33), (33, 33), (1, 2, 33, 33)])
+def test_scores_are_held_in_parts(shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cutting the batch bounds the scores held at once, and changes nothing."""
+    q, k, v = heads(5, 2, 33, 8)
+    logits = None if shape is None else heads(*shape, count=1)[0].requires_grad_()
+    leaves = {"q": q, "k": k, "v": v} | ({} if logits is None else {"logits": logits})
+    whole = torch.cat([x.flatten() for x in attend(q, k, v, logits, scaling=SCALING, return_lse=True)])
+    monkeypatch.setattr(attend_module, "SCORE_BUDGET", 2 * 33 * 33)
+    with torch.no_grad(), LargestTensor() as recorder:
+        attend(q, k, v, logits, scaling=SCALING, return_lse=True)
+    assert recorder.numel < 5 * 2 * 33 * 33 / 3, "all scores at once"
+    parts = torch.cat([x.flatten() for x in attend(q, k, v, logits, scaling=SCALING, return_lse=True)])
+    assert_same_with_gradients(parts, whole, leaves)
 
 
 # ---- linear attention --------------------------------------------------------------------------------------------

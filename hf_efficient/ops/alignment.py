@@ -17,18 +17,21 @@ def real_length(key_padding_mask: Tensor) -> Tensor:
     return (positions * key_padding_mask).amax(dim=-1)
 
 
-def shift_rows(tensor: Tensor, shift: Tensor, dim: int) -> Tensor:
+def shift_rows(tensor: Tensor, shift: Tensor, dim: int, skip: int = 0) -> Tensor:
     """Roll each batch row of `tensor` by `-shift[b]` along `dim`: entry j of the result is entry j + shift[b] (mod n).
 
     Args:
         tensor: (B, …).
         shift: (B,) integers; negative values roll to the right, which undoes a former shift.
         dim: the axis of tokens.
+        skip: entries at the front that stay where they are (extra tokens); the others roll among themselves.
 
     Static shapes and no look at values, so it compiles full-graph. O(elements) time and memory.
     """
-    n = tensor.shape[dim]
+    n = tensor.shape[dim] - skip
     index = (torch.arange(n, device=tensor.device)[None, :] + shift[:, None]) % n
+    if skip:
+        index = torch.cat([torch.arange(skip, device=index.device).expand(len(index), -1), index + skip], dim=1)
     shape = [1] * tensor.dim()
     shape[0], shape[dim] = index.shape
     return tensor.gather(dim, index.view(shape).expand_as(tensor))

@@ -1,22 +1,112 @@
-"""Block-sparse attention from lists of key blocks: each block of queries gathers the key blocks it sees."""
+"""Block-sparse attention in plain PyTorch: each block of queries gathers the blocks of keys that it sees."""
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attend import additive_mask, attend
+from .patterns import Pattern, parse_pattern
 from .relative_bias import RelativeBias
+from .tile_table import tile_table
+from .windows import ExtraKeys, extra_logits
 
 # elements of the keys that one call gathers: bounds working memory, not results
-GATHER_BUDGET = 2**23
+GATHER_BUDGET = 2**22
+# query blocks of one call: few enough that those with more key blocks do not make the others pay
+GROUP = 16
+
+
+class BlockPlan(NamedTuple):
+    """Which key blocks each query block gathers, as tensors.
+
+    Attributes:
+        groups: query blocks (U,) of each group, with their key blocks (B or 1, H or 1, U, K), -1 = none, and the index
+            (H or 1, U, K) of each tile's element mask, or `None` where every tile is all visible.
+        masks: (M, block, block) bool; index -1 of a group is all False, -2 all True.
+        order: (rows,) where each query block stands among the concatenated groups; `None` = in order.
+    """
+
+    groups: list[tuple[Tensor, Tensor, Tensor | None]]
+    masks: Tensor
+    order: Tensor | None
+
+
+@lru_cache(maxsize=64)
+def _plan(spec: str, length: int, block: int, is_causal: bool, device: str) -> BlockPlan:
+    """The plan of a pattern for `length` tokens: query blocks with similarly many key blocks share a group."""
+    # a plan is kept: it must serve training also if it was made for inference, and on any default device
+    with torch.inference_mode(False), torch.device("cpu"):
+        return _planned(spec, length, block, is_causal, device)
+
+
+def _planned(spec: str, length: int, block: int, is_causal: bool, device: str) -> BlockPlan:
+    table = tile_table(parse_pattern(spec), length, length, block, block, is_causal=is_causal)
+    rows = -(-length // block)
+    heads = table.heads
+    head = torch.arange(heads).repeat_interleave((table.class_start[:, -1] - table.class_start[:, 0]).long())
+    row, column, mask = (x.long() for x in (table.class_row, table.class_column, table.class_mask))
+    owner = head * rows + row
+    at = torch.argsort(owner * rows + column)
+    owner, column, mask = owner[at], column[at], mask[at]
+    count = torch.bincount(owner, minlength=heads * rows)
+    within = torch.arange(len(owner)) - (count.cumsum(0) - count)[owner]
+    most = count.view(heads, rows).amax(0)
+    width = max(1, int(most.max()))
+    columns = torch.full((heads * rows, width), -1)
+    masks = torch.full((heads * rows, width), -1)
+    columns[owner, within], masks[owner, within] = column, torch.where(mask < 0, -2, mask)
+    columns, masks = columns.view(heads, rows, width), masks.view(heads, rows, width)
+    heavy = most > 2 * most.double().median()
+    parts = [
+        part for kind in (~heavy, heavy) for part in kind.nonzero().flatten().split(1 if kind is heavy else GROUP)
+    ]
+    groups = []
+    for part in parts:
+        if not len(part):
+            continue
+        k = max(1, int(most[part].max()))
+        index = masks[:, part, :k]
+        partial_tiles = None if bool((index == -2).all()) else index.to(device)
+        groups.append((part.to(device), columns[None, :, part, :k].to(device), partial_tiles))
+    order = torch.cat(parts).argsort()
+    in_order = bool((order == torch.arange(rows)).all())
+    return BlockPlan(groups, table.masks.bool().to(device), None if in_order else order.to(device))
+
+
+def _constant_plan(spec: str, length: int, block: int, is_causal: bool, device: str) -> Any:
+    plan = _plan(spec, length, block, is_causal, device)
+    return plan.groups, plan.masks, plan.order
+
+
+# a plan depends on nothing but its arguments: while compiling it is a constant, not something to trace
+_constant_plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def pattern_block(pattern: Pattern) -> int:
+    """The tile size at which a pattern is computed here: its own blocks where they are of a handy size."""
+    size = getattr(pattern, "block_size", 64)
+    return size if 16 <= size <= 256 else 64
+
+
+def table_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, **options: Any) -> Any:
+    """Attention in which each query sees the keys that `pattern` shows it; arguments as for `block_list_attention`."""
+    block = pattern_block(pattern)
+    # compiled code is specialised to the length: tables of tiles have no symbolic form
+    length = len(range(query.shape[2]))
+    plan = BlockPlan(*_constant_plan(pattern.spec(), length, block, options["is_causal"], str(query.device)))
+    return block_list_attention(query, key, value, plan, block_size=block, **options)
 
 
 def block_list_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    columns: Tensor,
+    plan: BlockPlan,
     *,
     block_size: int,
     scaling: float,
@@ -24,63 +114,199 @@ def block_list_attention(
     key_padding_mask: Tensor | None = None,
     relative_bias: RelativeBias | None = None,
     dropout: float = 0.0,
-) -> Tensor:
-    """Softmax attention in which query block u sees exactly the key blocks `columns[b, h, u]`.
+    extra: ExtraKeys | None = None,
+    segments: tuple[Tensor, Tensor] | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Softmax attention in which each query block sees exactly the key blocks, and their elements, of `plan`.
 
     Args:
         query, key, value: (B, H, N, D); the last block may be short.
-        columns: (B or 1, H or 1, ⌈N / block_size⌉, K) key block numbers, each at most once per row; -1 = none.
         is_causal: additionally key position ≤ query position.
         key_padding_mask: (B, N) bool, True = may be seen.
         relative_bias: added to the logits, tile by tile.
+        extra: further keys that every query may see, in the same softmax.
+        segments: (B, 1 or H, N) numbers of queries and of keys: visible only where they are equal.
+        positions: likewise; visible only where the key's is at most the query's.
 
     Returns:
-        (B, H, N, D); 0 for a query that may see nothing. O(N · K · block_size) time; the gathered keys of one call are
-        bounded, so memory beyond the result is O(1) in N without gradients.
+        (B, H, N, D), and the log-sum-exp (B, H, N) with `return_lse`. 0 for a query that may see nothing. O(N · K ·
+        block_size) time; the gathered keys of one call are bounded, so memory beyond the result is O(1) in N without
+        gradients.
 
     Source: Zaheer et al. 2020 (arXiv 2007.14062), App. D.
     """
     batch, heads, n, width = query.shape
-    rows, count = columns.shape[-2:]
+    rows = -(-n // block_size)
     padding = rows * block_size - n
     query, key, value = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (rows, block_size)) for x in (query, key, value))
-    device = query.device
-    keep = torch.ones(1, n, dtype=torch.bool, device=device) if key_padding_mask is None else key_padding_mask
-    keep = F.pad(keep, (0, padding)).unflatten(1, (rows, block_size))
-    within = torch.arange(block_size, device=device)
-    # whole blocks as rows of a matrix: gathering them is a plain copy of memory
-    key, value = (x.contiguous().view(batch * heads * rows, block_size * width) for x in (key, value))
-    first_row = rows * torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
-    keep_index = torch.arange(keep.shape[0], device=device)[:, None, None, None]
+    gathered = _Gathered(key, value, block_size, n, key_padding_mask, segments, positions)
+    logits_of = _Logits(plan.masks, block_size, is_causal, relative_bias, query, segments, positions)
+    outputs, sums = [], []
+    for members, columns, tile_masks in plan.groups:
+        per_block = batch * heads * columns.shape[-1] * block_size * max(width, block_size)
+        step = max(1, GATHER_BUDGET // per_block)
+        for first in range(0, len(members), step):
+            part = slice(first, first + step)
+            own, index = members[part], columns[:, :, part]
+            k, v, keep = gathered(index)
+            mask = logits_of(own, index, keep, None if tile_masks is None else tile_masks[:, part], gathered)
+            q = query.index_select(2, own) if len(own) < rows else query
+            if extra is not None:
+                k, v, mask = _with_extra(k, v, mask, extra, own, block_size, n, q)
+            logits = _fold(mask, batch, heads)
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+            out, lse = attend(q, k, v, logits, scaling=scaling, dropout=dropout, return_lse=return_lse)
+            outputs.append(out.unflatten(0, (batch, heads)))
+            sums += [] if lse is None else [lse.unflatten(0, (batch, heads))]
+    out, *rest = (_in_order(x, plan.order).flatten(2, 3)[:, :, :n] for x in (outputs, sums) if x)
+    return (out, rest[0]) if return_lse else out
 
-    group = max(1, GATHER_BUDGET // (batch * heads * count * block_size * max(width, block_size)))
-    outputs = []
-    for first in range(0, rows, group):
-        part = columns[:, :, first : first + group]
-        index = part.clamp(min=0)
-        flat = (first_row + index).flatten()
-        k = key.index_select(0, flat).view(batch * heads, -1, count * block_size, width)
-        v = value.index_select(0, flat).view(batch * heads, -1, count * block_size, width)
-        mask = (keep[keep_index, index] & (part >= 0)[..., None]).flatten(3, 4)[..., None, :]
-        bias = None
-        if is_causal or relative_bias is not None:
-            key_position = (index[..., None] * block_size + within).flatten(3, 4)
-            row = torch.arange(first, first + part.shape[2], device=device)
-            query_position = row[:, None] * block_size + within
-            offset = key_position[..., None, :] - query_position[..., None]  # (·, ·, rows, block, K · block)
-            if is_causal:
+
+def _fold(mask: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """(B or 1, H or 1, …) to (B · H or 1, …), without a copy where all rows and heads share it."""
+    if mask is None or mask.shape[:2] == (1, 1):
+        return None if mask is None else mask[0]
+    return mask.expand(batch, heads, -1, -1, -1).flatten(0, 1)
+
+
+def _in_order(parts: list[Tensor], order: Tensor | None) -> Tensor:
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return whole if order is None else whole.index_select(2, order)
+
+
+class _Gathered:
+    """Keys, values and per-key facts by block."""
+
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        block_size: int,
+        n: int,
+        keep: Tensor | None,
+        segments: tuple[Tensor, Tensor] | None,
+        positions: tuple[Tensor, Tensor] | None,
+    ):
+        self.shape = batch, heads, rows, _, width = key.shape
+        # whole blocks as rows of a matrix: gathering them is a plain copy of memory
+        self.key, self.value = (x.contiguous().view(batch * heads * rows, block_size * width) for x in (key, value))
+        self.first = rows * torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1)
+        self.padding = rows * block_size - n
+        self.keep = None
+        if keep is not None or self.padding:
+            keep = torch.ones(1, n, dtype=torch.bool, device=key.device) if keep is None else keep
+            self.keep = F.pad(keep, (0, self.padding)).unflatten(1, (rows, block_size))
+        self.segments, self.positions = (None if x is None else self.blocks(x[1]) for x in (segments, positions))
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """(B, 1 or H, N) to (B, 1 or H, rows, block)."""
+        return F.pad(x, (0, self.padding), value=-1).unflatten(2, (self.shape[2], -1))
+
+    def __call__(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(B, H, U, K · block, D) keys and values, and (B or 1, H or 1, U, K · block) which of them are there."""
+        batch, heads = self.shape[:2]
+        index = columns.clamp(min=0)
+        flat = (self.first + index).flatten()
+        shape = (batch, heads, columns.shape[2], -1, self.shape[-1])
+        k, v = (x.index_select(0, flat).view(shape) for x in (self.key, self.value))
+        if self.keep is None:
+            return k, v, None
+        at = torch.arange(self.keep.shape[0], device=k.device)[:, None, None, None]
+        return k, v, self.keep[at, index].flatten(3, 4)
+
+    def facts(self, x: Tensor, columns: Tensor) -> Tensor:
+        """(B, 1 or H, U, K · block) of per-key numbers (B, 1 or H, rows, block)."""
+        b = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
+        h = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
+        return x[b, h, columns.clamp(min=0)].flatten(3, 4)
+
+
+class _Logits:
+    """What is added to the scores of a group of query blocks: element masks, padding, causality, bias."""
+
+    def __init__(
+        self,
+        masks: Tensor,
+        block_size: int,
+        is_causal: bool,
+        relative_bias: RelativeBias | None,
+        query: Tensor,
+        segments: tuple[Tensor, Tensor] | None,
+        positions: tuple[Tensor, Tensor] | None,
+    ):
+        self.block_size, self.is_causal, self.relative_bias = block_size, is_causal, relative_bias
+        self.heads, self.dtype = query.shape[1], query.dtype
+        size = (1, block_size, block_size)
+        ends = (masks.new_ones(size), masks.new_zeros(size))
+        self.masks = torch.cat([masks, *ends])  # so that -1 is all False and -2 all True
+        self.queries = segments, positions
+
+    def __call__(
+        self, members: Tensor, columns: Tensor, keep: Tensor | None, tile_masks: Tensor | None, gathered: _Gathered
+    ) -> Tensor | None:
+        """(B or 1, H or 1, U, block, K · block) additive, or `None` where everything is visible."""
+        size = self.block_size
+        mask: Any = None if keep is None else keep[..., None, :]
+        if tile_masks is None:
+            # lists of whole blocks: which entries are there, and where causal also which elements
+            there = (columns >= 0).repeat_interleave(size, -1)[..., None, :]
+            mask = there if mask is None else mask & there
+        else:
+            tiles = self.masks[tile_masks].transpose(-3, -2).flatten(-2)[None]
+            mask = tiles if mask is None else mask & tiles
+        within = torch.arange(size, device=columns.device)
+        own = members[:, None] * size + within
+        offset = None
+        if (self.is_causal and tile_masks is None) or self.relative_bias is not None:
+            key_position = (columns.clamp(min=0)[..., None] * size + within).flatten(3, 4)
+            offset = key_position[..., None, :] - own[..., None]
+            if self.is_causal and tile_masks is None:
                 mask = mask & (offset <= 0)
-            if relative_bias is not None:
-                bias = _per_head(relative_bias, offset, heads)
-                mask = torch.where(mask, bias.to(query.dtype), float("-inf"))
-        q = query[:, :, first : first + group].flatten(0, 1)
-        mask = mask.expand(batch, heads, -1, -1, -1).flatten(0, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
-        outputs.append(out.unflatten(0, (batch, heads)))
-    return torch.cat(outputs, dim=2).flatten(2, 3)[:, :, :n]
+        for pair, numbers in zip(self.queries, (gathered.segments, gathered.positions), strict=True):
+            if pair is not None and numbers is not None:
+                mine = gathered.blocks(pair[0])[:, :, members][..., None]
+                other = gathered.facts(numbers, columns)[..., None, :]
+                mask = mask & ((mine == other) if pair is self.queries[0] else (other <= mine))
+        if self.relative_bias is None or offset is None:
+            return None if bool_all(mask) else additive_mask(mask, self.dtype)
+        bias = per_head_bias(self.relative_bias, offset, self.heads).to(self.dtype)
+        return torch.where(mask, bias, float("-inf"))
 
 
-def _per_head(relative_bias: RelativeBias, offset: Tensor, heads: int) -> Tensor:
+def bool_all(mask: Tensor) -> bool:
+    """Everything visible; not asked while compiling, where values are unknown."""
+    return not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.all())
+
+
+def _with_extra(
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    extra: ExtraKeys,
+    own: Tensor,
+    block_size: int,
+    n: int,
+    query: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The extra keys in front of the gathered ones."""
+    blocks, size = query.shape[2:4]
+    logits = extra_logits(extra, query.dtype)
+    if logits.shape[2] > 1:
+        position = (own[:, None] * block_size + torch.arange(size, device=own.device)).clamp(max=n - 1)
+        logits = logits[:, :, position]
+    else:
+        logits = logits[:, :, None].expand(-1, -1, blocks, size, -1)
+    front = [x[:, :, None].expand(-1, -1, blocks, -1, -1) for x in (extra.key, extra.value)]
+    if mask is None:
+        mask = logits.new_zeros(1, 1, 1, 1, 1).expand(1, 1, blocks, size, key.shape[3])
+    shape = torch.broadcast_shapes(mask.shape[:-1], logits.shape[:-1])
+    mask = torch.cat([logits.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)
+    return torch.cat([front[0], key], dim=3), torch.cat([front[1], value], dim=3), mask
+
+
+def per_head_bias(relative_bias: RelativeBias, offset: Tensor, heads: int) -> Tensor:
     """(B or 1, H, …) bias of (B or 1, H or 1, …) offsets, each head with its own offsets where they differ."""
     if offset.shape[1] == 1:
         return relative_bias.at(offset[:, 0]).transpose(0, 1)

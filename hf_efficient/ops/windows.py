@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attend import additive_mask, attend
 from .relative_bias import RelativeBias
 
 # elements of one call's mask and of one call's copied keys: bounds working memory, not results
 MASK_BUDGET = 2**23
 COPY_BUDGET = 2**24
+# elements up to which the mask of a single tile is kept from call to call
+KEPT_MASK = 2**20
 
 
 class ExtraKeys(NamedTuple):
@@ -50,7 +53,9 @@ def window_attention(
     dropout: float = 0.0,
     query_offset: int = 0,
     extra: ExtraKeys | None = None,
-) -> Tensor:
+    skip: int | None = None,
+    return_lse: bool = False,
+) -> Any:
     """Softmax attention in which query i sees key j iff `j - i = dilation · m` with `-left ≤ m ≤ right`.
 
     Query n stands at position `query_offset + n` among the keys. A query that may see nothing returns 0.
@@ -63,17 +68,19 @@ def window_attention(
         key_padding_mask: (B, S) bool, True = may be seen.
         relative_bias: added to the logits, tile by tile.
         extra: further keys in the same softmax; clear their bits of `key_padding_mask` if they are also in windows.
+        skip: offsets that are multiples of this number are not visible (another pattern has them).
 
     Returns:
-        (B, H, N, D). O(N · (left + right + block)) time and memory; the largest tensor is one span per query block.
+        (B, H, N, D); with `return_lse` also the log-sum-exp (B, H, N). O(N · (left + right + block)) time and memory; the
+        largest tensor is one span per query block.
 
     Source: Beltagy et al. 2020 (arXiv 2004.05150), §3.1.
     """
     n = query.shape[2]
-    block = _block_size(left + right, copies=extra is not None or query.shape[0] > 1)
+    block = _block_size(left + right)
     # up to this length a single tile computes no more scores than the blocks would
     if n <= dilation * (block + left + right):
-        return _one_tile(
+        out, lse = _one_tile(
             query,
             key,
             value,
@@ -86,7 +93,10 @@ def window_attention(
             right=right * dilation,
             dilation=dilation,
             query_offset=query_offset,
+            skip=skip,
+            return_lse=return_lse,
         )
+        return (out, lse) if return_lse else out
     blocked = partial(
         _blocked,
         relative_bias=relative_bias,
@@ -96,43 +106,44 @@ def window_attention(
         step=dilation,
         scaling=scaling,
         dropout=dropout,
+        skip=skip,
+        return_lse=return_lse,
     )
     if dilation == 1:
-        return blocked(query, key, value, key_padding_mask, extra=extra, query_offset=query_offset)
+        out, lse = blocked(query, key, value, key_padding_mask, extra=extra, query_offset=query_offset)
+        return (out, lse) if return_lse else out
     # tokens of one residue class are neighbours at this dilation: fold the classes into the batch
     past = query_offset
     query = F.pad(query, (0, 0, past, 0))
     if extra is not None and past:
         extra = _extend_queries(extra, past)
     keep = key_padding_mask if key_padding_mask is not None else _all_true(key)
-    out = blocked(
-        _fold(query, dilation, 2),
-        _fold(key, dilation, 2),
-        _fold(value, dilation, 2),
-        _fold(keep.expand(key.shape[0], -1), dilation, 1),
+    out, lse = blocked(
+        fold(query, dilation, 2),
+        fold(key, dilation, 2),
+        fold(value, dilation, 2),
+        fold(keep.expand(key.shape[0], -1), dilation, 1),
         extra=None if extra is None else _fold_extra(extra, dilation, key.shape[0]),
         query_offset=0,
     )
-    return _unfold(out, dilation)[:, :, past : past + n]
+    out = unfold(out, dilation)[:, :, past : past + n]
+    return out if lse is None else (out, unfold(lse[..., None], dilation)[:, :, past : past + n, 0])
 
 
-def _block_size(reach: int, copies: bool) -> int:
-    """Query rows per block: half the window within bounds; larger where the spans of neighbouring blocks are copied."""
-    return min(256 if copies else 128, max(16, -(-reach // 32) * 16))
+def _block_size(reach: int) -> int:
+    """Query rows per block: half the window within bounds. Larger blocks compute more scores outside the window, smaller
+    ones have more overlapping spans, whose gradients must be added up.
+    """
+    return min(256, max(16, -(-reach // 32) * 16))
 
 
 def _all_true(key: Tensor) -> Tensor:
     return torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
 
 
-def _additive(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where kept, -inf elsewhere: attention kernels take this form without another pass over it."""
-    return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, float("-inf"))
-
-
-def _extra_logits(extra: ExtraKeys, dtype: torch.dtype) -> Tensor:
+def extra_logits(extra: ExtraKeys, dtype: torch.dtype) -> Tensor:
     """(B or 1, H or 1, N or 1, G) what is added to the logits of extra keys."""
-    logits = _additive(extra.keep, dtype)[:, None]
+    logits = additive_mask(extra.keep, dtype)[:, None]
     return logits if extra.bias is None else logits + extra.bias.to(dtype)
 
 
@@ -142,17 +153,38 @@ def _attend(
     value: Tensor,
     logits: Tensor | None,
     extra: tuple[Tensor, Tensor, Tensor] | None,
-    scaling: float,
-    dropout: float,
-) -> Tensor:
-    """SDPA with additive `logits` (B or 1, H or 1, N, K), after the extra keys, values and logits were put in front."""
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` with additive `logits` (B or 1, H or 1, N, K), after the extra keys, values and logits were put in front."""
     if extra is not None:
         extra_key, extra_value, extra_logits = extra
         assert logits is not None
         shape = torch.broadcast_shapes(logits.shape[:-1], extra_logits.shape[:-1])
         logits = torch.cat([extra_logits.expand(*shape, -1), logits.expand(*shape, -1)], dim=-1)
         key, value = torch.cat([extra_key, key], dim=2), torch.cat([extra_value, value], dim=2)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=logits, dropout_p=dropout, scale=scaling)
+    return attend(query, key, value, logits, **options)
+
+
+def _tile_mask(
+    first: int,
+    n: int,
+    low: int,
+    high: int,
+    left: int,
+    right: int,
+    dilation: int,
+    skip: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(1, 1, n, high - low) additive window of queries from `first` on over keys from `low` on."""
+    with torch.inference_mode(False):  # a kept mask must serve training also
+        offset = torch.arange(low, high, device=device)[None] - torch.arange(first, first + n, device=device)[:, None]
+        mask = (offset >= -left) & (offset <= right) & (offset % dilation == 0)
+        return additive_mask((mask if skip is None else mask & (offset % skip != 0))[None, None], dtype)
+
+
+_kept_tile_mask = lru_cache(maxsize=16)(_tile_mask)
 
 
 def _one_tile(
@@ -169,24 +201,29 @@ def _one_tile(
     right: int,
     dilation: int,
     query_offset: int,
-) -> Tensor:
+    skip: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """All queries against the one span of keys that any of them may see."""
     n, s = query.shape[2], key.shape[2]
     low, high = max(0, query_offset - left), min(s, query_offset + n + right)
     key, value = key[:, :, low:high], value[:, :, low:high]
     device, dtype = query.device, query.dtype
     logits = None
-    everything = dilation == 1 and left >= query_offset + n - 1 - low and right >= high - 1 - query_offset
+    everything = (
+        dilation == 1 and skip is None and left >= query_offset + n - 1 - low and right >= high - 1 - query_offset
+    )
     if not everything or keep is not None or extra is not None:
-        rows = torch.arange(query_offset, query_offset + n, device=device)[:, None]
-        offset = torch.arange(low, high, device=device)[None] - rows
-        mask = ((offset >= -left) & (offset <= right) & (offset % dilation == 0))[None, None]
-        logits = _additive(mask if keep is None else mask & keep[:, None, None, low:high], dtype)
+        is_kept = n * (high - low) <= KEPT_MASK and not torch.compiler.is_compiling()
+        mask_of = _kept_tile_mask if is_kept else _tile_mask
+        logits = mask_of(query_offset, n, low, high, left, right, dilation, skip, device, dtype)
+        if keep is not None:
+            logits = torch.where(keep[:, None, None, low:high], logits, float("-inf"))
     if relative_bias is not None:
         bias = relative_bias.toeplitz(n, high - low, low - query_offset, device=device)[None].to(dtype)
         logits = bias if logits is None else logits + bias
-    first = None if extra is None else (extra.key, extra.value, _extra_logits(extra, dtype))
-    return _attend(query, key, value, logits, first, scaling, dropout)
+    first = None if extra is None else (extra.key, extra.value, extra_logits(extra, dtype))
+    return _attend(query, key, value, logits, first, scaling=scaling, dropout=dropout, return_lse=return_lse)
 
 
 def _blocked(
@@ -204,7 +241,9 @@ def _blocked(
     query_offset: int,
     scaling: float,
     dropout: float,
-) -> Tensor:
+    skip: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Blocks of queries, folded into the batch, against overlapping views of the padded keys."""
     batch, heads, n, width = query.shape
     rows, span = -(-n // block), left + block + right
@@ -217,42 +256,54 @@ def _blocked(
     keys = spans(key, 2).permute(0, 2, 1, 4, 3)  # (B, rows, H, span, D), a view
     values = spans(value, 2).permute(0, 2, 1, 4, 3)
     queries = _split_rows(query, 2, rows, block).transpose(1, 2)  # (B, rows, H, block, D)
-    seen = _additive(spans(keep if keep is not None else _all_true(key), 1), query.dtype)  # (B or 1, rows, span)
-    tile = _window_tile(query, left, right, block, step, relative_bias)
-    num_extra, extra_logits = 0, None
+    seen = additive_mask(spans(keep if keep is not None else _all_true(key), 1), query.dtype)  # (B or 1, rows, span)
+    tile = _window_tile(query, left, right, block, step, relative_bias, skip)
+    num_extra, front_logits = 0, None
     if extra is not None:
         num_extra = extra.key.shape[2]
-        extra_logits = _extra_logits(extra, query.dtype)
-        extra_logits = extra_logits.expand(-1, -1, n, -1) if extra_logits.shape[2] == 1 else extra_logits
-        extra_logits = _split_rows(extra_logits, 2, rows, block).transpose(1, 2)  # (B or 1, rows, H or 1, block, G)
+        front_logits = extra_logits(extra, query.dtype)
+        front_logits = front_logits.expand(-1, -1, n, -1) if front_logits.shape[2] == 1 else front_logits
+        front_logits = _split_rows(front_logits, 2, rows, block).transpose(1, 2)  # (B or 1, rows, H or 1, block, G)
 
     per_row = batch * block * (span + num_extra) * tile.shape[0]
     copied = batch * heads * (span + num_extra) * width if extra is not None or batch > 1 else 1
     group = max(1, min(MASK_BUDGET // per_row, COPY_BUDGET // copied))
-    outputs = []
+    outputs, sums = [], []
     for first in range(0, rows, group):
         part = slice(first, min(first + group, rows))
-        fold = partial(_fold_rows, batch=batch, rows=part.stop - part.start)
-        logits = fold(seen[:, part, None, None, :] + tile)
+        rows_of = partial(_fold_rows, batch=batch, rows=part.stop - part.start)
+        logits = rows_of(seen[:, part, None, None, :] + tile)
         front = None
-        if extra is not None and extra_logits is not None:
-            front = fold(extra.key[:, None]), fold(extra.value[:, None]), fold(extra_logits[:, part])
-        out = _attend(
-            fold(queries[:, part]), fold(keys[:, part]), fold(values[:, part]), logits, front, scaling, dropout
-        )
+        if extra is not None and front_logits is not None:
+            front = rows_of(extra.key[:, None]), rows_of(extra.value[:, None]), rows_of(front_logits[:, part])
+        q, k, v = (rows_of(x[:, part]) for x in (queries, keys, values))
+        out, lse = _attend(q, k, v, logits, front, scaling=scaling, dropout=dropout, return_lse=return_lse)
         # attention kernels lay their result out as (·, block, H, D), so this order needs no copy
         outputs.append(out.transpose(1, 2).unflatten(0, (batch, -1)))
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return out.flatten(1, 2)[:, :n].transpose(1, 2)
+        sums += [] if lse is None else [lse.transpose(1, 2).unflatten(0, (batch, -1))]
+    out, *sum_of_rows = (
+        (x[0] if len(x) == 1 else torch.cat(x, dim=1)).flatten(1, 2)[:, :n].transpose(1, 2)
+        for x in (outputs, sums)
+        if x
+    )
+    return out, sum_of_rows[0] if sum_of_rows else None
 
 
 def _window_tile(
-    query: Tensor, left: int, right: int, block: int, step: int, relative_bias: RelativeBias | None
+    query: Tensor,
+    left: int,
+    right: int,
+    block: int,
+    step: int,
+    relative_bias: RelativeBias | None,
+    skip: int | None,
 ) -> Tensor:
     """(H or 1, block, span) additive logits of the window's shape, the same for every block."""
     span = left + block + right
     reach = torch.arange(span, device=query.device)[None] - torch.arange(block, device=query.device)[:, None]
-    tile = _additive((reach >= 0) & (reach <= left + right), query.dtype)[None]
+    mask = (reach >= 0) & (reach <= left + right)
+    mask = mask if skip is None else mask & (step * (reach - left) % skip != 0)
+    tile = additive_mask(mask, query.dtype)[None]
     if relative_bias is None:
         return tile
     return tile + relative_bias.toeplitz(block, span, -left, step, device=query.device).to(query.dtype)
@@ -280,23 +331,23 @@ def _split_rows(x: Tensor, dim: int, rows: int, block: int) -> Tensor:
     return _fit(x, dim, 0, rows * block - x.shape[dim]).unflatten(dim, (rows, block))
 
 
-def _fold(x: Tensor, dilation: int, dim: int) -> Tensor:
+def fold(x: Tensor, dilation: int, dim: int) -> Tensor:
     """Split axis `dim` (padded) into residue classes and put these into the batch: (B · dilation, …, n / dilation)."""
     length = -(-x.shape[dim] // dilation)
     x = _split_rows(x, dim, length, dilation)  # position = row · dilation + class
     return x.movedim(dim + 1, 1).flatten(0, 1)
 
 
-def _unfold(x: Tensor, dilation: int) -> Tensor:
-    """Undo `_fold` for (B · dilation, H, n / dilation, D)."""
+def unfold(x: Tensor, dilation: int) -> Tensor:
+    """Undo `fold` for (B · dilation, H, n / dilation, D)."""
     return x.unflatten(0, (-1, dilation)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
 def _fold_extra(extra: ExtraKeys, dilation: int, batch: int) -> ExtraKeys:
     key, value = (x.repeat_interleave(dilation, dim=0) for x in (extra.key, extra.value))
     keep = extra.keep.expand(batch, -1, -1)
-    keep = keep.repeat_interleave(dilation, dim=0) if keep.shape[1] == 1 else _fold(keep, dilation, 1)
-    bias = None if extra.bias is None else _fold(extra.bias.expand(batch, -1, -1, -1), dilation, 2)
+    keep = keep.repeat_interleave(dilation, dim=0) if keep.shape[1] == 1 else fold(keep, dilation, 1)
+    bias = None if extra.bias is None else fold(extra.bias.expand(batch, -1, -1, -1), dilation, 2)
     return ExtraKeys(key, value, keep, bias)
 
 

@@ -1,0 +1,197 @@
+"""Softmax attention over a pattern: one function for every fixed pattern, on every device.
+
+`reference_attention` is the definition. `block_sparse_attention` computes the same without N×N tensors: it takes a pattern
+apart into pieces that have a fast form (windows, tables of tiles, residue classes of a stride, a few dense rows) and merges
+the pieces exactly by their log-sum-exps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attend import additive_mask, attend
+from .decode_rows import rows_attention
+from .implementation import require_torch, resolve
+from .patterns import Pattern, Window
+from .pieces import Call
+from .relative_bias import RelativeBias
+from .torch_attention import torch_attention
+from .windows import ExtraKeys, window_attention
+
+DECODING = "queries of new tokens against a cache are computed by PyTorch alone"
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    scaling: float,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    relative_bias: RelativeBias | None = None,
+    dropout: float = 0.0,
+    query_offset: int = 0,
+    row_start: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    extra: ExtraKeys | None = None,
+    segments: tuple[Tensor, Tensor] | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Any:
+    """`y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j` over the keys j that `pattern` shows query i.
+
+    Args:
+        query: (B, H, N, D). key, value: (B, HK, S, D); H a multiple of HK (grouped queries), S ≥ N.
+        pattern: on token positions, counted from each row's first token; of 1 or H heads.
+        is_causal: additionally key ≤ query.
+        key_padding_mask: (B, S) bool, True = may be seen.
+        relative_bias: b, added to the logits; gradients reach its table.
+        dropout: on the attention weights.
+        query_offset, row_start, key_positions: while decoding (N < S): position of the first query among all tokens, (B,)
+            index of each row's first token, and (B, S) positions of keys, -1 = nothing there, where the cache forgot some.
+        extra: further keys in the same softmax; `key_padding_mask` must hide them where the pattern shows them as well.
+        segments, positions: (of queries, of keys), integers (B, 1 or H, N) and (B, 1 or H, S): visible only where segments
+            are equal, and where the key's position is at most the query's.
+        return_lse: also return the log-sum-exp of the logits, with its gradient, see `merge_attention`.
+        implementation: `"auto"`, `"torch"`, `"triton"` or `"flex"`; an explicit one never falls back: while decoding only
+            the first two are possible.
+
+    Returns:
+        (B, H, N, D), and with `return_lse` (B, H, N); a query that sees nothing gives 0 and -inf. Time and memory grow with
+        the tiles that the pattern touches.
+
+    Raises:
+        ValueError: shapes, devices, dtypes or options that do not fit together, or that `implementation` can't take.
+    """
+    _check(query, key, value, pattern, key_padding_mask, positions, relative_bias)
+    if query.shape[2] < key.shape[2] or key_positions is not None:
+        if return_lse or segments is not None or positions is not None or extra is not None:
+            raise ValueError(
+                "decoding (fewer queries than keys) takes no segments, positions or extra keys, and gives no log-sum-exp."
+            )
+        if not is_causal:
+            raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys: only a causal pattern can decode.")
+        require_torch(implementation, DECODING)
+        key, value = _expand_heads(query, key, value)
+        if isinstance(pattern, Window):
+            # what the cache forgot lies to the left of all windows, so the queries end a gapless run of tokens
+            return window_attention(
+                query,
+                key,
+                value,
+                left=pattern.left,
+                right=0,
+                dilation=pattern.dilation,
+                scaling=scaling,
+                key_padding_mask=key_padding_mask,
+                relative_bias=relative_bias,
+                dropout=dropout,
+                query_offset=key.shape[2] - query.shape[2],
+            )
+        return rows_attention(
+            query,
+            key,
+            value,
+            pattern.visible_per_head,
+            scaling=scaling,
+            key_padding_mask=key_padding_mask,
+            relative_bias=relative_bias,
+            dropout=dropout,
+            query_offset=query_offset,
+            row_start=row_start,
+            key_positions=key_positions,
+        )
+    call = Call(scaling, is_causal, key_padding_mask, relative_bias, dropout, extra, segments, positions, return_lse)
+    backend = resolve(implementation, query, key, value, dropout=dropout)
+    if backend != "triton":
+        key, value = _expand_heads(query, key, value)
+    out, lse = _core(backend)(query, key, value, pattern, call)
+    return (out, lse) if return_lse else out
+
+
+def _core(backend: str) -> Any:
+    if backend == "torch":
+        return torch_attention
+    # Triton and FlexAttention are imported only where they are used
+    from ..kernels import pieces
+
+    return pieces.triton_attention if backend == "triton" else pieces.flex_attention
+
+
+def reference_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    scaling: float,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    relative_bias: RelativeBias | None = None,
+    query_offset: int = 0,
+    segments: tuple[Tensor, Tensor] | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """The definition of `block_sparse_attention` with an N×S tensor of logits; for tests, O(N·S)."""
+    key, value = _expand_heads(query, key, value)
+    rows = torch.arange(query_offset, query_offset + query.shape[2], device=query.device)[:, None]
+    columns = torch.arange(key.shape[2], device=query.device)[None]
+    seen = _dense_mask(pattern, rows, columns, is_causal)[None]
+    if key_padding_mask is not None:
+        seen = seen & key_padding_mask[:, None, None]
+    if segments is not None:
+        seen = seen & (segments[0][..., None] == segments[1][..., None, :])
+    if positions is not None:
+        seen = seen & (positions[1][..., None, :] <= positions[0][..., None])
+    logits = additive_mask(seen, query.dtype)
+    if relative_bias is not None:
+        logits = logits + relative_bias.at(columns - rows)[None].to(query.dtype)
+    out, lse = attend(query, key, value, logits, scaling=scaling, return_lse=True)
+    return (out, lse) if return_lse else out
+
+
+def _dense_mask(pattern: Pattern, rows: Tensor, columns: Tensor, is_causal: bool) -> Tensor:
+    """(H or 1, N, S) bool."""
+    seen = pattern.visible_per_head(rows, columns)
+    return seen & (columns <= rows) if is_causal else seen
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    keep: Tensor | None,
+    positions: tuple[Tensor, Tensor] | None,
+    relative_bias: RelativeBias | None,
+) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if query.dim() != 4 or key.shape != value.shape or key.shape[::3] != query.shape[::3] or heads % kv_heads:
+        raise ValueError(f"{shapes} do not fit: (B, H, N, D) and twice (B, H or a divisor of H, S, D) are needed.")
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys: every query needs a key of its own.")
+    if len({x.device for x in (query, key, value)}) > 1 or len({x.dtype for x in (query, key, value)}) > 1:
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (query, key, value))
+        raise ValueError(f"query, key and value must have one dtype on one device, not {kinds}.")
+    if pattern.num_heads not in (1, heads):
+        raise ValueError(f"the pattern is made for {pattern.num_heads} heads, but there are {heads}.")
+    if keep is not None and (keep.dtype != torch.bool or keep.shape != (key.shape[0], key.shape[2])):
+        raise ValueError(
+            f"key_padding_mask of {keep.dtype} {tuple(keep.shape)} must be bool {(key.shape[0], key.shape[2])}."
+        )
+    if positions is not None and relative_bias is not None:
+        raise ValueError("a relative bias counts positions in order: it does not go with `positions`.")
+
+
+def _expand_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    if key.shape[1] == query.shape[1]:
+        return key, value
+    return tuple(x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))  # type: ignore[return-value]

@@ -1,0 +1,68 @@
+"""Sliding-window attention whose logits also depend on the query and on the clipped distance (relative position labels)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .relative_bias import RelativeBias
+from .windows import ExtraKeys, extra_logits
+
+MIN_BLOCK = 64
+
+
+def labelled_window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    labels: Tensor,
+    *,
+    reach: int,
+    scaling: float,
+    key_padding_mask: Tensor | None = None,
+    relative_bias: RelativeBias | None = None,
+    dropout: float = 0.0,
+    extra: ExtraKeys | None = None,
+) -> Tensor:
+    """Softmax attention over `|j - i| ≤ reach` with logits `s · q_i·k_j + b(j - i) + labels[i, clip(j - i, -m, m) + m]`.
+
+    Args:
+        query, key, value: (B, H, N, D).
+        labels: (B, H, N, 2m + 1) logits of each query for the clipped distances -m … m.
+        key_padding_mask: (B, N) bool, True = may be seen. relative_bias: b, added tile by tile.
+        extra: further keys in the same softmax, as for `window_attention`.
+
+    Returns:
+        (B, H, N, D); 0 for a query that may see nothing. O(N (reach + G)) time and memory; the largest tensor is one tile's
+        logits.
+
+    Source: Ainslie et al. 2020 (arXiv 2004.08483), §3.2, after Shaw et al. 2018 (arXiv 1803.02155).
+    """
+    n, clip, device = query.shape[2], labels.shape[3] // 2, query.device
+    block = max(MIN_BLOCK, reach)
+    front = None if extra is None else extra_logits(extra, query.dtype)
+    outputs = []
+    for start in range(0, n, block):
+        stop = min(n, start + block)
+        low, high = max(0, start - reach), min(n, stop + reach)
+        offset = torch.arange(low, high, device=device) - torch.arange(start, stop, device=device)[:, None]
+        index = offset.clamp(-clip, clip) + clip
+        logits = labels[:, :, start:stop].gather(3, index.expand(*query.shape[:2], -1, -1))
+        if relative_bias is not None:
+            logits = logits + relative_bias.toeplitz(stop - start, high - low, low - start, device=device)
+        visible = (offset.abs() <= reach)[None, None]
+        if key_padding_mask is not None:
+            visible = visible & key_padding_mask[:, None, None, low:high]
+        logits = logits.to(query.dtype).masked_fill(~visible, float("-inf"))
+        keys, values = key[:, :, low:high], value[:, :, low:high]
+        if extra is not None and front is not None:
+            part = front if front.shape[2] == 1 else front[:, :, start:stop]
+            logits = torch.cat([part.expand(*logits.shape[:3], -1), logits], dim=-1)
+            keys, values = torch.cat([extra.key, keys], dim=2), torch.cat([extra.value, values], dim=2)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, start:stop], keys, values, attn_mask=logits, dropout_p=dropout, scale=scaling
+            )
+        )
+    return torch.cat(outputs, dim=2)

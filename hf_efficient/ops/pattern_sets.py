@@ -1,0 +1,122 @@
+"""Patterns made of patterns: unions, differences, and one pattern per head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .patterns import Pattern, parts_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Union(Pattern):
+    """A key is visible if one of the parts shows it; a pair that several parts show counts once."""
+
+    is_union = True
+    parts: tuple[Pattern, ...]
+
+    def __post_init__(self) -> None:
+        heads = {part.num_heads for part in self.parts} - {1}
+        if not self.parts or len(heads) > 1:
+            raise ValueError(f"a union needs parts made for one number of heads, not {sorted(heads)} of {self.parts}.")
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return all(part.shift_invariant for part in self.parts)
+
+    @property
+    def depends_on_length(self) -> bool:  # type: ignore[override]
+        return any(part.depends_on_length for part in self.parts)
+
+    @property
+    def num_heads(self) -> int:
+        return max(part.num_heads for part in self.parts)
+
+    def head(self, index: int) -> Pattern:
+        return Union(parts=tuple(p for part in self.parts for p in parts_of(part.head(index))))
+
+    def at_length(self, length: int) -> Pattern:
+        return Union(parts=tuple(part.at_length(length) for part in self.parts))
+
+    def visible(self, query: Tensor, key: Tensor) -> Tensor:
+        seen = self.parts[0].visible(query, key)
+        for part in self.parts[1:]:
+            seen = seen | part.visible(query, key)
+        return seen
+
+    def tiles(self, num_queries: int, num_keys: int, block_q: int, block_k: int, offset: int) -> tuple[Tensor, Tensor]:
+        found = [part.tiles(num_queries, num_keys, block_q, block_k, offset) for part in self.parts]
+        return torch.cat([row for row, _ in found]), torch.cat([column for _, column in found])
+
+    def tile_key(self, query: Tensor, key: Tensor, block_q: int, block_k: int) -> list[Tensor] | None:
+        keys = [part.tile_key(query, key, block_q, block_k) for part in self.parts]
+        return None if any(k is None for k in keys) else [entry for k in keys if k is not None for entry in k]
+
+    def needed(self, key: Tensor, following: Tensor | int) -> Tensor:
+        kept = self.parts[0].needed(key, following)
+        for part in self.parts[1:]:
+            kept = kept | part.needed(key, following)
+        return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Without(Pattern):
+    """What `pattern` shows and `excluded` does not."""
+
+    pattern: Pattern
+    excluded: Pattern
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return self.pattern.shift_invariant and self.excluded.shift_invariant
+
+    def visible(self, query: Tensor, key: Tensor) -> Tensor:
+        return self.pattern.visible(query, key) & ~self.excluded.visible(query, key)
+
+    def tiles(self, num_queries: int, num_keys: int, block_q: int, block_k: int, offset: int) -> tuple[Tensor, Tensor]:
+        return self.pattern.tiles(num_queries, num_keys, block_q, block_k, offset)
+
+    def tile_key(self, query: Tensor, key: Tensor, block_q: int, block_k: int) -> list[Tensor] | None:
+        keys = [p.tile_key(query, key, block_q, block_k) for p in (self.pattern, self.excluded)]
+        return None if any(k is None for k in keys) else [entry for k in keys if k is not None for entry in k]
+
+    def needed(self, key: Tensor, following: Tensor | int) -> Tensor:
+        return self.pattern.needed(key, following)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerHead(Pattern):
+    """One pattern for each head."""
+
+    parts: tuple[Pattern, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts or any(part.num_heads != 1 for part in self.parts):
+            raise ValueError(f"one pattern per head needs patterns of a single head each, not {self.parts}.")
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return all(part.shift_invariant for part in self.parts)
+
+    @property
+    def depends_on_length(self) -> bool:  # type: ignore[override]
+        return any(part.depends_on_length for part in self.parts)
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.parts)
+
+    def head(self, index: int) -> Pattern:
+        return self.parts[index]
+
+    def at_length(self, length: int) -> Pattern:
+        return PerHead(parts=tuple(part.at_length(length) for part in self.parts))
+
+    def visible_per_head(self, query: Tensor, key: Tensor) -> Tensor:
+        known = {part: part.visible(query, key) for part in dict.fromkeys(self.parts)}
+        return torch.stack([known[part] for part in self.parts], dim=-3)
+
+    def needed(self, key: Tensor, following: Tensor | int) -> Tensor:
+        return Union(parts=tuple(dict.fromkeys(self.parts))).needed(key, following)

@@ -1,0 +1,294 @@
+"""Taking a pattern apart by length, head and stride into pieces with a fast form, and merging their results exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .alignment import real_length
+from .attend import attend, merge_attention
+from .pattern_sets import Union, Without
+from .patterns import Columns, Full, Pattern, Strided, Summary, Window, parse_pattern, parts_of
+from .relative_bias import RelativeBias
+from .windows import ExtraKeys, extra_logits, fold, unfold
+
+Result = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything of one call but the heads and the pattern; see `block_sparse_attention`."""
+
+    scaling: float
+    is_causal: bool
+    keep: Tensor | None
+    bias: RelativeBias | None
+    dropout: float
+    extra: ExtraKeys | None
+    segments: tuple[Tensor, Tensor] | None
+    positions: tuple[Tensor, Tensor] | None
+    return_lse: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of `block_list_attention`."""
+        return dict(
+            scaling=self.scaling,
+            is_causal=self.is_causal,
+            key_padding_mask=self.keep,
+            relative_bias=self.bias,
+            dropout=self.dropout,
+            extra=self.extra,
+            segments=self.segments,
+            positions=self.positions,
+            return_lse=self.return_lse,
+        )
+
+    @property
+    def by_vectors(self) -> bool:
+        """Visibility depends on numbers that tokens carry, not on where they stand alone."""
+        return self.segments is not None or self.positions is not None
+
+    def rows(self, index: Tensor) -> Call:
+        """The call for some rows of the batch."""
+
+        def own(x: Any) -> Any:
+            if isinstance(x, (tuple, list)) and not isinstance(x, Tensor):
+                return type(x)(*map(own, x)) if hasattr(x, "_fields") else tuple(map(own, x))
+            return x if x is None or x.shape[0] == 1 else x.index_select(0, index)
+
+        names = ("keep", "extra", "segments", "positions")
+        return dataclasses.replace(self, **{name: own(getattr(self, name)) for name in names})
+
+
+Core = Callable[[Tensor, Tensor, Tensor, Pattern, Call], Result]
+
+
+def without(pattern: Pattern, *kinds: type[Pattern]) -> Pattern | None:
+    """The union of the parts that are of none of these kinds; `None` where nothing is left."""
+    rest = tuple(part for part in parts_of(pattern) if not isinstance(part, kinds))
+    return None if not rest else rest[0] if len(rest) == 1 else Union(parts=rest)
+
+
+def by_head(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    call: Call,
+    core: Core,
+) -> Result:
+    """Heads with the same pattern together, each group in its own fast form."""
+    groups: dict[Pattern, list[int]] = {}
+    for head in range(pattern.num_heads):
+        groups.setdefault(pattern.head(head), []).append(head)
+    outputs, sums = [], []
+    for single, heads in groups.items():
+        index = torch.tensor(heads, device=query.device)
+
+        def own(x: Tensor, index: Tensor = index) -> Tensor:
+            return x.index_select(1, index) if x.shape[1] > 1 else x
+
+        def pair(x: tuple[Tensor, Tensor] | None, own: Callable[[Tensor], Tensor] = own) -> Any:
+            return None if x is None else (own(x[0]), own(x[1]))
+
+        extra, bias = call.extra, call.bias
+        if extra is not None:
+            extra = extra._replace(
+                key=own(extra.key), value=own(extra.value), bias=None if extra.bias is None else own(extra.bias)
+            )
+        if bias is not None:
+            bias = RelativeBias(bias.table.index_select(1, index.to(bias.table.device)), bias.bucket, bias.saturation)
+        part = dataclasses.replace(
+            call, extra=extra, bias=bias, segments=pair(call.segments), positions=pair(call.positions)
+        )
+        out, lse = core(own(query), own(key), own(value), single, part)
+        outputs.append(out)
+        sums += [] if lse is None else [lse]
+    order = torch.tensor([head for heads in groups.values() for head in heads], device=query.device).argsort()
+    out, *rest = (torch.cat(x, dim=1).index_select(1, order) for x in (outputs, sums) if x)
+    return out, rest[0] if rest else None
+
+
+def by_length(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: Call, core: Core) -> Result:
+    """Rows with the same number of real tokens together, each group with its own pattern.
+
+    Raises:
+        ValueError: while compiling, where lengths are not known.
+    """
+    n = query.shape[2]
+    if call.keep is None:
+        return core(query, key, value, pattern.at_length(n), call)
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "this pattern depends on each row's number of tokens, which compiled code does not know: give batches without "
+            "padding, or run it uncompiled."
+        )
+    groups: dict[Pattern, list[int]] = {}
+    for row, length in enumerate(real_length(call.keep).tolist()):
+        groups.setdefault(pattern.at_length(max(1, length)), []).append(row)
+    parts = []
+    for single, rows in groups.items():
+        index = torch.tensor(rows, device=query.device)
+        q, k, v = (x.index_select(0, index) for x in (query, key, value))
+        parts.append(core(q, k, v, single, call.rows(index)))
+    order = torch.tensor([row for rows in groups.values() for row in rows], device=query.device).argsort()
+    out = torch.cat([part[0] for part in parts]).index_select(0, order)
+    sums = [lse for _, lse in parts if lse is not None]
+    return out, torch.cat(sums).index_select(0, order) if sums else None
+
+
+def as_window(pattern: Pattern) -> tuple[Window, tuple[int, ...], int | None] | None:
+    """(window, global columns, stride left out) if the pattern is a window with at most these; else `None`."""
+    skip = None
+    if isinstance(pattern, Without) and isinstance(pattern.excluded, Strided):
+        skip, pattern = pattern.excluded.stride, pattern.pattern
+    windows = [part for part in parts_of(pattern) if isinstance(part, Window)]
+    rest = without(pattern, Window, Columns)
+    if len(windows) != 1 or rest is not None:
+        return None
+    columns = {p for part in parts_of(pattern) if isinstance(part, Columns) for p in part.positions}
+    if columns and skip is not None:
+        return None
+    return windows[0], tuple(sorted(columns)), skip
+
+
+def shared_columns(key: Tensor, value: Tensor, columns: tuple[int, ...], call: Call) -> tuple[Tensor, ExtraKeys]:
+    """Which keys are left beside those at `columns`, and these as extra keys of every query; causal: of later queries."""
+    n = key.shape[2]
+    index = torch.tensor(columns, device=key.device)
+    position = torch.arange(n, device=key.device)
+    there = torch.ones(1, n, dtype=torch.bool, device=key.device) if call.keep is None else call.keep
+    offset = index - position[:, None]
+    shown = there[:, None, index] & ((offset <= 0) if call.is_causal else torch.ones_like(offset, dtype=torch.bool))
+    bias = None if call.bias is None else call.bias.at(offset)[None]
+    extra = _joined(call.extra, ExtraKeys(key[:, :, index], value[:, :, index], shown, bias))
+    return there & ~torch.isin(position, index), extra
+
+
+def _joined(first: ExtraKeys | None, second: ExtraKeys) -> ExtraKeys:
+    if first is None:
+        return second
+    batch, heads, _, _ = first.key.shape
+    n = max(first.keep.shape[1], second.keep.shape[1])
+    keep = torch.cat([x.keep.expand(batch, n, -1) for x in (first, second)], dim=-1)
+    bias = None
+    if first.bias is not None or second.bias is not None:
+        bias = torch.cat(
+            [
+                first.key.new_zeros(1).expand(batch, heads, n, x.keep.shape[-1])
+                if x.bias is None
+                else x.bias.expand(batch, -1, n, -1)
+                for x in (first, second)
+            ],
+            dim=-1,
+        )
+    return ExtraKeys(
+        torch.cat([first.key, second.key], dim=2), torch.cat([first.value, second.value], dim=2), keep, bias
+    )
+
+
+@lru_cache(maxsize=256)
+def _summary_keys(spec: str, length: int) -> tuple[int, ...]:
+    position = torch.arange(length)
+    return tuple(parse_pattern(spec).visible(position, position).nonzero().flatten().tolist())
+
+
+def _positions(spec: str, length: int) -> tuple[int, ...]:
+    return _summary_keys(spec, length)
+
+
+_positions._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def summaries_of(pattern: Pattern, n: int) -> tuple[int, ...]:
+    """Positions of the keys that the summary parts show everyone."""
+    summaries = tuple(part for part in parts_of(pattern) if isinstance(part, Summary))
+    # compiled code is specialised to the length
+    return _positions(Union(parts=summaries).spec(), len(range(n))) if summaries else ()
+
+
+def with_summaries(
+    query: Tensor, key: Tensor, value: Tensor, rest: Pattern | None, columns: tuple[int, ...], call: Call, core: Core
+) -> Result:
+    """Summaries as a short sequence of further keys: their tiles would mostly hold keys that nobody sees."""
+    keep, extra = shared_columns(key, value, columns, call)
+    call = dataclasses.replace(call, keep=keep, extra=extra)
+    return extra_only(query, call) if rest is None else core(query, key, value, rest, call)
+
+
+def left_out(pattern: Pattern) -> tuple[Pattern, tuple[Strided, ...]] | None:
+    """(what is shown, strides left out of it); `None` where something else is left out."""
+    if not isinstance(pattern, Without):
+        return pattern, ()
+    out = tuple(part for part in parts_of(pattern.excluded) if isinstance(part, Strided))
+    return (pattern.pattern, out) if len(out) == len(parts_of(pattern.excluded)) else None
+
+
+def stride_of(pattern: Pattern) -> Strided | None:
+    """The first strided part, which folds into residue classes; also where other strides are left out."""
+    found = left_out(pattern)
+    return None if found is None else next((p for p in parts_of(found[0]) if isinstance(p, Strided)), None)
+
+
+def fold_call(call: Call, key: Tensor, step: int) -> Call:
+    """The call for the residue classes of `step`, folded into the batch by `windows.fold`; without extra keys."""
+    keep = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device) if call.keep is None else call.keep
+    bias = None
+    if (whole := call.bias) is not None:
+        bias = RelativeBias(whole.table, lambda o: whole.bucket(o * step), -(-whole.saturation // step))
+    return dataclasses.replace(call, keep=fold(keep.expand(key.shape[0], -1), step, 1), bias=bias)
+
+
+def with_stride(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    strided: Strided,
+    call: Call,
+    core: Core,
+) -> Result:
+    """The residue classes of the stride as short dense sequences, merged with all other keys.
+
+    Source: Child et al. 2019 (arXiv 1904.10509), §4.3, where the strided heads attend within transposed blocks.
+    """
+    step, n = strided.stride, query.shape[2]
+    found = left_out(pattern)
+    assert found is not None
+    shown, out_before = found
+    others = tuple(part for part in parts_of(shown) if part is not strided)
+    rest = None if not others else others[0] if len(others) == 1 else Union(parts=others)
+    both = rest is not None or call.extra is not None
+    folded = dataclasses.replace(fold_call(call, key, step), extra=None, return_lse=both or call.return_lse)
+    q, k, v = (fold(x, step, 2) for x in (query, key, value))
+    # of a residue class, every so many tokens are multiples of another stride apart
+    every = tuple(Strided(stride=other.stride // math.gcd(other.stride, step)) for other in out_before)
+    inside = Without(pattern=Full(), excluded=Union(parts=every)) if every else Full()
+    out, lse = core(q, k, v, inside, folded)
+    out = unfold(out, step)[:, :, :n]
+    lse = None if lse is None else unfold(lse[..., None], step)[:, :, :n, 0]
+    if not both:
+        return out, lse
+    near = dataclasses.replace(call, return_lse=True)
+    excluded = Union(parts=(*out_before, strided)) if out_before else strided
+    other = Without(pattern=rest, excluded=excluded) if rest is not None else None
+    parts = [(out, lse), core(query, key, value, other, near) if other is not None else extra_only(query, near)]
+    merged = merge_attention(*parts)  # type: ignore[arg-type]
+    return merged if call.return_lse else (merged[0], None)
+
+
+def extra_only(query: Tensor, call: Call) -> Result:
+    """Attention over the extra keys alone."""
+    extra = call.extra
+    assert extra is not None
+    logits = extra_logits(extra, query.dtype)
+    options = dict(scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
+    return attend(query, extra.key, extra.value, logits, **options)  # type: ignore[arg-type]

@@ -1,0 +1,304 @@
+"""The pieces of a pattern in plain PyTorch: windows as views, tables by gathering, strides by folding, dense rows apart."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .alignment import real_length
+from .attend import additive_mask, attend
+from .blocks import BlockPlan, block_list_attention, bool_all, pattern_block, per_head_bias, table_attention
+from .patterns import BlockList, Pattern, Rows, Strided, Summary, Window, parse_pattern, parts_of
+from .pieces import (
+    Call,
+    Result,
+    as_window,
+    by_head,
+    by_length,
+    extra_only,
+    left_out,
+    shared_columns,
+    stride_of,
+    summaries_of,
+    with_stride,
+    with_summaries,
+    without,
+)
+from .tile_table import tile_table
+from .windows import ExtraKeys, extra_logits, window_attention
+
+# above this share of computed pairs one dense tile is faster than pieces; beyond this length it would be too large
+DENSE_SHARE = 0.4
+DENSE_LIMIT = 4096
+# pieces that are merged compute their softmax in plain operations; one dense tile is faster up to this many strides
+DENSE_STRIDES = 8
+# lists of blocks differ from head to head, so that their dense masks are large: most elements of one
+BLOCK_MASK_LIMIT = 2**24
+# up to this length dense masks are kept from call to call
+KEPT_LENGTH = 2048
+
+
+def torch_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: Call) -> Result:
+    """The pieces in plain PyTorch: windows as views, tables by gathering, strides by folding, dense rows apart."""
+    if isinstance(pattern, BlockList):
+        return _block_list(query, key, value, pattern, call)
+    if pattern.num_heads > 1:
+        return by_head(query, key, value, pattern, call, torch_attention)
+    if pattern.depends_on_length:
+        return by_length(query, key, value, pattern, call, torch_attention)
+    if rows := _dense_rows_of(pattern, query.shape[2]):
+        return _with_rows(query, key, value, without(pattern, Rows), rows, call)
+    if _is_dense(pattern, query.shape[2], call.is_causal):
+        return _dense(query, key, value, pattern, call)
+    if not call.by_vectors:
+        if summaries := summaries_of(pattern, query.shape[2]):
+            rest = without(pattern, Summary)
+            return with_summaries(query, key, value, rest, summaries, call, torch_attention)
+        if stride := stride_of(pattern):
+            return with_stride(query, key, value, pattern, stride, call, torch_attention)
+        if (window := as_window(pattern)) is not None:
+            return _window(query, key, value, *window, call)
+    return _pair(table_attention(query, key, value, pattern, **call.options))
+
+
+def _pair(result: Any) -> Result:
+    return result if isinstance(result, tuple) else (result, None)
+
+
+# dense rows and dense tiles
+
+
+def _dense_rows_of(pattern: Pattern, n: int) -> tuple[int, ...]:
+    positions = {p for part in parts_of(pattern) if isinstance(part, Rows) for p in part.positions if p < n}
+    return tuple(sorted(positions))
+
+
+def _with_rows(
+    query: Tensor, key: Tensor, value: Tensor, rest: Pattern | None, rows: tuple[int, ...], call: Call
+) -> Result:
+    index = torch.tensor(rows, device=query.device)[None]
+    dense = _rows(query, key, value, index, call)
+    if rest is None and call.extra is not None:
+        out, lse = extra_only(query, call)
+    elif rest is None:
+        batch, heads, n, _ = query.shape
+        out, lse = torch.zeros_like(query), None
+        if call.return_lse:
+            lse = query.new_full((batch, heads, n), float("-inf"), dtype=dense[1].dtype)  # type: ignore[union-attr]
+    else:
+        out, lse = torch_attention(query, key, value, rest, call)
+    return _written(out, lse, index, torch.ones_like(index, dtype=torch.bool), dense)
+
+
+def _rows(query: Tensor, key: Tensor, value: Tensor, index: Tensor, call: Call) -> Result:
+    """Full attention of the queries at `index` (B or 1, G)."""
+    batch, heads, n, width = query.shape
+    at = index.expand(batch, -1)
+    rows = query.gather(2, at[:, None, :, None].expand(-1, heads, -1, width))
+    offset = torch.arange(n, device=query.device) - index[..., None]  # (B or 1, G, n)
+    mask = torch.ones_like(offset, dtype=torch.bool)[:, None]
+    if call.is_causal:
+        mask = mask & (offset <= 0)[:, None]
+    if call.keep is not None:
+        mask = mask & call.keep[:, None, None]
+    for pair, compare in ((call.segments, torch.eq), (call.positions, torch.ge)):
+        if pair is not None:
+            mine = pair[0].gather(2, at[:, None].expand(-1, pair[0].shape[1], -1))
+            mask = mask & compare(mine[..., None], pair[1][..., None, :])
+    logits = additive_mask(mask, query.dtype)
+    if call.bias is not None:
+        logits = logits + per_head_bias(call.bias, offset[:, None], heads).to(query.dtype)
+    if call.extra is not None:
+        front = extra_logits(call.extra, query.dtype)
+        if front.shape[2] > 1:
+            front = front.expand(batch, -1, -1, -1).gather(
+                2, at[:, None, :, None].expand(-1, front.shape[1], -1, front.shape[3])
+            )
+        shape = torch.broadcast_shapes(front.shape[:-1], logits.shape[:-1])
+        logits = torch.cat([front.expand(*shape, -1), logits.expand(*shape, -1)], dim=-1)
+        key, value = torch.cat([call.extra.key, key], dim=2), torch.cat([call.extra.value, value], dim=2)
+    return attend(rows, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
+
+
+def _written(out: Tensor, lse: Tensor | None, index: Tensor, exists: Tensor, dense: Result) -> Result:
+    """`out` with the rows `index` (B or 1, G) replaced where they exist; each row at most once."""
+    n = out.shape[2]
+    # rows that do not exist go to a spare row, which is cut off: a second writer would double a gradient
+    target = torch.where(exists, index, n).expand(out.shape[0], -1)[:, None]
+    rows, row_lse = dense
+    place = target[..., None].expand(-1, out.shape[1], -1, out.shape[3])
+    out = torch.cat([out, out.new_zeros(*out.shape[:2], 1, out.shape[3])], dim=2).scatter(2, place, rows)[:, :, :n]
+    if lse is not None and row_lse is not None:
+        spare = torch.cat([lse, lse.new_zeros(*lse.shape[:2], 1)], dim=2)
+        lse = spare.scatter(2, target.expand(-1, lse.shape[1], -1), row_lse)[:, :, :n]
+    return out, lse
+
+
+@lru_cache(maxsize=256)
+def table_share(spec: str, n: int, is_causal: bool) -> float:
+    """Pairs in the tiles that a pattern touches, over all pairs."""
+    pattern = parse_pattern(spec)
+    block = pattern_block(pattern)
+    return tile_table(pattern, n, n, block, block, is_causal=is_causal).density
+
+
+def _share(spec: str, n: int, is_causal: bool) -> float:
+    return table_share(spec, n, is_causal)
+
+
+_share._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _is_dense(pattern: Pattern, n: int, is_causal: bool) -> bool:
+    """One dense tile costs less than the pieces, which would compute most pairs anyway."""
+    if n > DENSE_LIMIT or as_window(pattern) is not None:
+        return False  # windows find their own crossover
+    length = len(range(n))  # a plain number, also while compiling
+    if (found := left_out(pattern)) is not None:
+        pattern = found[0]
+    share = sum(part.size / part.stride for part in parts_of(pattern) if isinstance(part, Summary))
+    strides = [part.stride for part in parts_of(pattern) if isinstance(part, Strided)]
+    is_merged = bool(strides) and len(parts_of(pattern)) > 1
+    share += 1.0 if is_merged and n <= DENSE_STRIDES * min(strides) else sum(1 / stride for stride in strides)
+    rest = without(pattern, Strided, Summary)
+    return share + (0.0 if rest is None else _share(rest.spec(), length, is_causal)) > DENSE_SHARE
+
+
+def _mask(pattern: Pattern, n: int, is_causal: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(1, 1, n, n) additive form of a pattern."""
+    with torch.inference_mode(False):  # a kept mask must serve training also
+        position = torch.arange(n, device=device)
+        mask = pattern.visible(position[:, None], position)[None, None]
+        return additive_mask(mask & (position <= position[:, None]) if is_causal else mask, dtype)
+
+
+_kept_mask = lru_cache(maxsize=8)(_mask)
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: Call) -> Result:
+    n = query.shape[2]
+    mask_of = _kept_mask if n <= KEPT_LENGTH and not torch.compiler.is_compiling() else _mask
+    logits = mask_of(pattern, n, call.is_causal, query.device, query.dtype)
+    if call.keep is not None:
+        logits = torch.where(call.keep[:, None, None], logits, float("-inf"))
+    for pair, compare in ((call.segments, torch.eq), (call.positions, torch.ge)):
+        if pair is not None:
+            logits = torch.where(compare(pair[0][..., None], pair[1][..., None, :]), logits, float("-inf"))
+    if call.bias is not None:
+        logits = logits + call.bias.dense(n, n, 0, query.device).to(query.dtype)
+    key, value, logits = _with_extra(key, value, logits, call.extra)
+    return attend(query, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
+
+
+def _window(
+    query: Tensor, key: Tensor, value: Tensor, window: Window, columns: tuple[int, ...], skip: int | None, call: Call
+) -> Result:
+    here = tuple(p for p in columns if p < query.shape[2])
+    keep, extra = shared_columns(key, value, here, call) if here else (call.keep, call.extra)
+    return _pair(
+        window_attention(
+            query,
+            key,
+            value,
+            left=window.left,
+            right=0 if call.is_causal else window.right,
+            dilation=window.dilation,
+            skip=skip,
+            scaling=call.scaling,
+            key_padding_mask=keep,
+            relative_bias=call.bias,
+            dropout=call.dropout,
+            extra=extra,
+            return_lse=call.return_lse,
+        )
+    )
+
+
+def _with_extra(key: Tensor, value: Tensor, logits: Tensor, extra: ExtraKeys | None) -> tuple[Tensor, Tensor, Tensor]:
+    if extra is None:
+        return key, value, logits
+    front = extra_logits(extra, logits.dtype)
+    shape = torch.broadcast_shapes(front.shape[:-1], logits.shape[:-1])
+    logits = torch.cat([front.expand(*shape, -1), logits.expand(*shape, -1)], dim=-1)
+    return torch.cat([extra.key, key], dim=2), torch.cat([extra.value, value], dim=2), logits
+
+
+# lists of blocks that depend on each row's length
+
+
+def _lists(
+    pattern: BlockList, n: int, is_causal: bool, device: torch.device
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Key blocks and full rows of rows without padding."""
+    with torch.inference_mode(False):  # kept lists must serve training also
+        length = torch.full((1,), n, device=device)
+        return pattern.columns(-(-n // pattern.block_size), length, is_causal), pattern.full_rows(n, length, is_causal)
+
+
+_kept_lists = lru_cache(maxsize=64)(_lists)
+
+
+def _block_list(query: Tensor, key: Tensor, value: Tensor, pattern: BlockList, call: Call) -> Result:
+    n, size = query.shape[2], pattern.block_size
+    rows = -(-n // size)
+    if call.keep is None:
+        lists_of = _lists if torch.compiler.is_compiling() else _kept_lists
+        columns, full = lists_of(pattern, n, call.is_causal, key.device)
+    else:
+        length = real_length(call.keep)
+        columns, full = pattern.columns(rows, length, call.is_causal), pattern.full_rows(n, length, call.is_causal)
+    is_small = columns.shape[0] * columns.shape[1] * n * n <= BLOCK_MASK_LIMIT
+    if is_small and columns.shape[-1] > DENSE_SHARE * rows and not call.by_vectors:
+        return _dense_blocks(query, key, value, columns, full, size, call)
+    plan = BlockPlan(
+        [(torch.arange(rows, device=key.device), columns, None)],
+        torch.zeros(0, size, size, dtype=torch.bool, device=key.device),
+        None,
+    )
+    out, lse = _pair(block_list_attention(query, key, value, plan, block_size=size, **call.options))
+    if full is None:
+        return out, lse
+    index, exists = full
+    return _written(out, lse, index, exists, _rows(query, key, value, index, call))
+
+
+def _dense_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    columns: Tensor,
+    full: tuple[Tensor, Tensor] | None,
+    size: int,
+    call: Call,
+) -> Result:
+    """Few blocks: one dense tile, without a mask where every block sees every block."""
+    n, rows = query.shape[2], columns.shape[2]
+    seen = columns.new_zeros(*columns.shape[:3], rows + 1, dtype=torch.bool)
+    seen = seen.scatter(3, columns % (rows + 1), True)[..., :rows]  # -1 falls into the spare column
+    if full is not None:
+        block = torch.where(full[1], full[0] // size, rows)
+        everything = columns.new_zeros(block.shape[0], rows + 1, dtype=torch.bool).scatter(1, block, True)[:, :rows]
+        seen = seen | everything[:, None, :, None]
+    logits = None
+    if (
+        not bool_all(seen)
+        or call.is_causal
+        or call.keep is not None
+        or call.bias is not None
+        or call.extra is not None
+    ):
+        # every block becomes size × size equal entries in one copy
+        blocks = additive_mask(seen, query.dtype)[:, :, :, None, :, None]
+        logits = blocks.expand(-1, -1, -1, size, -1, size).flatten(4, 5).flatten(2, 3)[:, :, :n, :n]
+        if call.is_causal:
+            position = torch.arange(n, device=query.device)
+            logits = torch.where(position <= position[:, None], logits, float("-inf"))
+        if call.keep is not None:
+            logits = torch.where(call.keep[:, None, None], logits, float("-inf"))
+        if call.bias is not None:
+            logits = logits + call.bias.dense(n, n, 0, query.device).to(query.dtype)
+        key, value, logits = _with_extra(key, value, logits, call.extra)
+    return attend(query, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)

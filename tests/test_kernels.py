@@ -1,0 +1,103 @@
+"""The Triton kernels without a GPU: in Triton's interpreter, which must be chosen before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import CASES, inputs_of, relative
+from torch.nn.attention.flex_attention import flex_attention
+
+from hf_efficient.kernels import flex as flex_module
+from hf_efficient.kernels import library
+from hf_efficient.kernels.flex import flex
+from hf_efficient.ops.block_sparse import block_sparse_attention, reference_attention
+from hf_efficient.ops.patterns import Columns, Window
+from hf_efficient.testing import assert_close
+
+SUITES = Path(__file__).parent / "kernels"
+RESULTS = "test_results_and_every_gradient_equal_the_definition"
+
+
+@pytest.mark.parametrize(
+    "file, part",
+    [("interpreter_suite.py", RESULTS), ("interpreter_suite.py", f"not {RESULTS}"), ("pieces_suite.py", "")],
+    ids=["results", "operators", "pieces"],
+)
+def test_interpreter_suite(file: str, part: str):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rf",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        str(SUITES / file),
+        "-k",
+        part,
+    ]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+def test_kernels_are_imported_with_their_first_call():
+    code = "import sys, hf_efficient.kernels.library; print([m for m in sys.modules if m.endswith('kernels.block_sparse')])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter():
+    query = torch.randn(1, 2, 20, 16)
+    with pytest.raises(ValueError, match="CUDA tensors, got cpu ones; use implementation='torch'"):
+        library.block_sparse(query, query, query, pattern=Window(left=1, right=1), scaling=1.0)
+    spec = Window(left=1, right=1).spec()
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        torch.ops.hf_efficient.block_sparse_forward(query, query, query, *[None] * 6, spec, 1.0, False, 0)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.positions is None and c.segments is None], ids=str)
+def test_flex_block_masks_are_the_pattern(case, monkeypatch):
+    """FlexAttention's own definition over our block mask; compiling it is a matter for GPUs."""
+    monkeypatch.setattr(flex_module, "_compiled", lambda: flex_attention)
+    inputs = inputs_of(case)
+    query, key, value, *bias = inputs.tensors
+    table = bias[0] if bias else None
+    options = dict(scaling=case.width**-0.5, is_causal=case.is_causal, query_offset=case.more)
+    out = flex(query, key, value, pattern=case.pattern, keep=inputs.keep, bias=table, **options)
+    expected = reference_attention(
+        query, key, value, case.pattern, key_padding_mask=inputs.keep, relative_bias=relative(table), **options
+    )
+    assert_close(out, expected, 1e-5)
+
+
+def test_flex_refuses_what_it_cannot_do():
+    query, bias = torch.randn(1, 2, 20, 16), torch.zeros(2, 5)
+    call = dict(pattern=Window(left=1, right=1), scaling=1.0)
+    for tensor, options, message in (
+        (query.double(), {}, "float64"),
+        (query, dict(bias=bias.clone().requires_grad_()), "no fixed order"),
+        (query, dict(bias=bias[:, :4]), "2R \\+ 1"),
+        (query.clone().requires_grad_(), {}, "no gradients on the CPU"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flex(tensor, tensor, tensor, **call, **options)
+
+
+def test_flex_is_an_implementation(monkeypatch):
+    """By name through the public function; what it can't do is refused there as well."""
+    monkeypatch.setattr(flex_module, "_compiled", lambda: flex_attention)
+    query = torch.randn(1, 2, 20, 16)
+    call = dict(pattern=Window(left=3, right=3) | Columns(positions=(0,)), scaling=0.25)
+    expected = reference_attention(query, query, query, **call)
+    assert_close(block_sparse_attention(query, query, query, implementation="flex", **call), expected, 1e-5)
+    for options in (dict(return_lse=True), dict(dropout=0.1)):
+        with pytest.raises(ValueError, match="implementation='flex' takes no dropout"):
+            block_sparse_attention(query, query, query, implementation="flex", **call, **options)
