@@ -18,6 +18,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)  ## record time and memory under model_cards/results/
+	$(BIN)/hf-efficient bench attention --out model_cards/results/attention.json
+	$(BIN)/python -m hf_efficient.benchmark_attention model_cards/results/attention.json
 	$(BIN)/hf-efficient bench encoder --out model_cards/results/encoder.json
 	$(BIN)/hf-efficient bench memory --out model_cards/results/memory.json
 	$(BIN)/hf-efficient bench fidelity --out model_cards/results/fidelity.json

@@ -23,7 +23,9 @@ _PUBLIC = {
     ),
     "conversion": ("ConversionReport", "convert", "revert"),
     "families": ("ModelFamily",),
+    "ops.implementation": ("set_implementation",),
     "patching": ("patch_attention",),
+    "picture": ("show",),
     "verification": ("FidelityReport", "verify"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

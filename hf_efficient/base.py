@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from .decoding import BoundedLayer
     from .ops.relative_bias import RelativeBias
 
 SIDES = ("encoder", "decoder", "both")
@@ -94,6 +95,7 @@ class AttentionGeometry:
         has_relative_bias: an additive bias that depends on j - i enters the logits (T5).
         projection_bias: the host's q, k, v projections have a bias vector.
         max_positions: rows of the position table that tokens can use, or `None` where there is no table.
+        num_relative_buckets: rows of the host's table of relative biases; 0 = it has none.
     """
 
     num_heads: int
@@ -106,6 +108,7 @@ class AttentionGeometry:
     has_relative_bias: bool
     projection_bias: bool
     max_positions: int | None
+    num_relative_buckets: int = 0
 
 
 @dataclass
@@ -115,15 +118,20 @@ class AttentionContext:
     Attributes:
         key_padding_mask: (B, S) bool, True = real token; `None` = all real.
         is_causal: query i may only see keys j ≤ i + `query_offset`.
-        query_offset: index of the first query among the keys; S - N while decoding, else 0.
+        query_offset: tokens before the first query; while decoding those in the cache, also forgotten ones, else 0.
         scaling: factor on q·k, as the host gives it (1.0 in T5).
         dropout: probability for attention weights; 0.0 in eval mode.
         relative_bias: lazy additive bias over key - query offsets, or `None`.
         global_attention_mask: (B, S) bool or 0/1, True = global token, or `None`; may be shorter while decoding.
         hidden_states: (B, N, hidden_size), only for mechanisms with `needs_hidden_states`.
+        project: `project(hidden)` sends (B, G, hidden_size) through the host's own key and value projections and returns
+            (key, value), each (B, H, G, D); only for mechanisms with `needs_project`.
         input_ids: (B, N), only for mechanisms with `needs_input_ids`.
         row_start: (B,) index of each row's first real key, where rows were *not* aligned to the left (decoding);
             `None` = every row starts at 0.
+        key_positions: (B, S) index of each key among all tokens, -1 = no key (False in `key_padding_mask`), where the
+            mechanism's `cache_layer` forgot keys; `None` = key j is token j, and `query_offset` is S - N. The last N
+            keys are always those of the queries.
     """
 
     is_causal: bool
@@ -134,8 +142,10 @@ class AttentionContext:
     relative_bias: RelativeBias | None = None
     global_attention_mask: Tensor | None = None
     hidden_states: Tensor | None = None
+    project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     input_ids: Tensor | None = None
     row_start: Tensor | None = None
+    key_positions: Tensor | None = None
 
 
 class LinearWeights(NamedTuple):
@@ -146,11 +156,15 @@ class LinearWeights(NamedTuple):
 
 
 class SourceAttention(NamedTuple):
-    """The host's pretrained q, k, v projections, read-only, for `EfficientAttention.initialise_from`."""
+    """The host's pretrained q, k, v projections, read-only, for `EfficientAttention.initialise_from`.
+
+    `relative_bias` is the bias of the stack (T5), whichever layer holds its table; `None` where there is none.
+    """
 
     query: LinearWeights
     key: LinearWeights
     value: LinearWeights
+    relative_bias: RelativeBias | None = None
 
 
 class MechanismFacts(NamedTuple):
@@ -179,11 +193,14 @@ class EfficientAttention(nn.Module):
     """Why causal layers are refused and what to use instead; `None` = supported."""
     relative_bias_refusal: ClassVar[str | None] = None
     """Why a T5 relative bias is refused and what to use instead; `None` = honoured."""
-    left_aligned: ClassVar[bool] = False
+    left_aligned: bool = False
     """Blocks or position-indexed parameters count from a row's first real token: the dispatcher shifts padded rows."""
     uses_global_attention_mask: ClassVar[bool] = False
     needs_hidden_states: bool = False
     needs_input_ids: bool = False
+    needs_project: bool = False
+    host_projection: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
+    """Set at installation where `needs_project`: (attention module, hidden states) to keys and values."""
 
     def __init__(self, config: EfficientAttentionConfig, geometry: AttentionGeometry):
         super().__init__()
@@ -202,9 +219,25 @@ class EfficientAttention(nn.Module):
         """Set new parameters from pretrained weights. Returns {parameter name: where its values came from}."""
         return {}
 
+    def cache_layer(self) -> BoundedLayer | None:
+        """A new cache layer that forgets keys no later query can see; `None` = no such keys, the ordinary layer serves.
+
+        A mechanism with one must heed `AttentionContext.key_positions`.
+        """
+        return None
+
     def shared_parameters(self) -> tuple[str, ...]:
         """Names of parameters that all converted layers of a stack share (one tensor)."""
         return ()
+
+    @classmethod
+    def num_extra_tokens(cls, config: Any) -> int:
+        """Learned tokens that stand in front of the input in the whole stack (ETC's global tokens).
+
+        With g > 0 they are put there at the embeddings and taken away at the end, `forward` gets g + N queries and keys of
+        which the first g are the extra ones (always real), and every layer of the stack must ask for the same number.
+        """
+        return 0
 
     @classmethod
     def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:

@@ -33,6 +33,16 @@ FIDELITY_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *(("local", dict(attention_window=w)) for w in (128, 256, 512)),
     *(("longformer", dict(attention_window=w, global_tokens="first")) for w in (128, 256, 512)),
     *(("bigbird", dict(block_size=b)) for b in (16, 32, 64)),
+    *(("etc", dict(attention_window=w)) for w in (128, 256)),
+    *(
+        ("longt5", dict(attention_window=128, global_block_size=16, log_count=log_count))
+        for log_count in (True, False)
+    ),
+    *(("sparse_transformer", dict(stride=stride)) for stride in (32, 64)),
+    ("sparse_transformer", dict(pattern="fixed", stride=64, summary_size=8)),
+    *(("axial", dict(row_length=c)) for c in (32, 64)),
+    *(("blockwise", dict(block_size=b)) for b in (128, 256)),
+    *(("image_local", dict(block_size=b, memory_size=b)) for b in (64, 128)),
     *(("linformer", dict(rank=r)) for r in (64, 128, 256)),
     ("linformer", dict(rank=128, projection="max")),
     *(("performer", dict(num_features=m)) for m in (64, 256, 1024)),
@@ -165,11 +175,16 @@ def peak_memory(checkpoint: str | Path, length: int) -> float | None:
     return _worker("checkpoint", str(checkpoint), length)
 
 
-def fresh_python(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own that finds this package, also where it is not installed."""
+def fresh_python(*arguments: Any, timeout: float | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own that finds this package, also where it is not installed.
+
+    Raises:
+        subprocess.TimeoutExpired: it took more than `timeout` seconds, and was ended.
+    """
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
 
 
 def _worker(kind: str, what: str, length: int) -> float | None:
@@ -347,8 +362,15 @@ def fidelity_suite(texts: int = 16, length: int = 512, progress: bool = True) ->
     }
 
 
+def _elsewhere(suite: str) -> Any:
+    """The module of a suite that has one of its own."""
+    return importlib.import_module(f".benchmark_{suite}", __package__)
+
+
 def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Headings and rows of a suite's results, for people."""
+    if document["suite"] in ("attention", "gpu"):
+        return _elsewhere(document["suite"]).as_rows(document)
     results = document["results"]
     if document["suite"] == "memory":
         flat = results
@@ -366,8 +388,10 @@ def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 SUITES: dict[str, Callable[..., dict[str, Any]]] = {
+    "attention": lambda **options: _elsewhere("attention").attention_suite(**options),
     "encoder": encoder_suite,
     "fidelity": fidelity_suite,
+    "gpu": lambda **options: _elsewhere("gpu").gpu_suite(**options),
     "memory": memory_suite,
 }
 

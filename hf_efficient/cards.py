@@ -145,6 +145,63 @@ def memory_table(mechanism: str) -> str:
     return table(header, body) + f"\n\n{_source(data)}"
 
 
+def _attention_rows(data: dict[str, Any], mechanism: str) -> list[dict[str, Any]]:
+    """Its float32 results of an attention record, forward before training, by length."""
+    rows = [row for row in data["results"] if row["contender"] == mechanism and row["dtype"] == "float32"]
+    return sorted(rows, key=lambda row: (row["pass"], row["length"]))
+
+
+def _times_longer(row: dict[str, Any], others: list[str]) -> str:
+    """How many times longer the named ones take, with the least and the most of all rounds; the first that was measured."""
+    for figures in (row["faster_than"][name] for name in others if name in row["faster_than"]):
+        return f"{figures['ratio']:.2f} ({figures['ratio_min']:.2f}–{figures['ratio_max']:.2f})"
+    return "–"
+
+
+def _attention_cells(row: dict[str, Any] | None) -> list[str]:
+    """Milliseconds, and how many times longer full attention and transformers' class take."""
+    if row is None:
+        return ["–"] * 3
+    rivals = [name for name in row["faster_than"] if name.startswith("transformers")]
+    dense = ["full, masked (SDPA)", "full (SDPA)"]
+    return [f"{1000 * row['seconds']:.0f}", _times_longer(row, dense), _times_longer(row, rivals)]
+
+
+def attention_table(mechanism: str | None = None) -> str:
+    """Attention alone: all mechanisms at 4096 tokens, or one at every length."""
+    data = record("attention")
+    if data is None:
+        return "not measured"
+    body = []
+    for name in [mechanism] if mechanism else data["settings"]["options"]:
+        found = {(row["length"], row["pass"]): row for row in _attention_rows(data, name)}
+        for length in sorted({length for length, _ in found} if mechanism else {4096}):
+            cells = [_attention_cells(found.get((length, kind))) for kind in ("forward", "training")]
+            body.append([str(length) if mechanism else f"`{name}`", *cells[0], *cells[1]])
+    header = ["tokens" if mechanism else "4096 tokens"]
+    for kind in ("forward", "forward + backward"):
+        header += [f"{kind}, ms", "full attention takes ×", "transformers takes ×"]
+    settings = data["settings"]
+    what = (
+        f"Attention alone, {settings['heads']} heads of {settings['width']}, batch {settings['batch']}, float32; full "
+    )
+    what += (
+        "attention with a dense mask; – = no counterpart, or not measured. Medians (least–most) of interleaved rounds."
+    )
+    picture = ""
+    if mechanism is None and (RESULTS / "attention.png").exists():
+        picture = "\n\n![Time of attention over length](model_cards/results/attention.png)"
+    return table(header, body) + f"\n\n{what} {_source(data)}{picture}"
+
+
+def cost_tables(mechanism: str) -> str:
+    """Memory in a model, and what attention alone takes where that was recorded."""
+    data = record("attention")
+    if data is None or not _attention_rows(data, mechanism):
+        return memory_table(mechanism)
+    return memory_table(mechanism) + "\n\n" + attention_table(mechanism)
+
+
 def demo_output() -> str:
     """What `make demo` printed when it was recorded."""
     path = RESULTS / "demo.txt"
@@ -156,9 +213,10 @@ def part(name: str) -> str:
     """The text of a generated part: a table's name, and a mechanism's name where it takes one."""
     kind, _, mechanism = name.partition(" ")
     makers: dict[str, Any] = {
+        "attention": attention_table,
         "demo": demo_output,
         "fidelity": fidelity_table,
-        "memory": memory_table,
+        "memory": cost_tables,
         "options": options_table,
         "places": places_table,
         "speed": speed_table,

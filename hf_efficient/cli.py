@@ -1,4 +1,4 @@
-"""The command line: `hf-efficient convert | verify | revert | list | inspect | bench`, a thin layer over the verbs."""
+"""The command line, `hf-efficient convert | verify | revert | list | inspect | show | bench`: thin layers over the verbs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ import typer
 
 from .base import describe, list_mechanisms
 from .cli_options import as_text, chosen_configs, read_texts, refuse_strays, with_mechanism_options
+from .pattern_attention import OF_THE_WHOLE
+from .picture import drawable_mechanisms, require_drawable
+from .picture import show as draw
 
 app = typer.Typer(
     name="hf-efficient",
@@ -90,7 +93,7 @@ def convert(
     context: typer.Context,
     source: Checkpoint,
     out: Out,
-    attention: Annotated[str | None, typer.Option(help="Mechanism; see hf-efficient list.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Mechanism, see hf-efficient list, or its JSON.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="JSON file with a mechanism or, for a hybrid, a list; instead of --attention.")
     ] = None,
@@ -266,13 +269,61 @@ def inspect_command(checkpoint: Checkpoint, as_json: Json = False) -> None:
     _emit(facts, as_json, title, headings, rows)
 
 
+# ---- show --------------------------------------------------------------------------------------------------------
+
+
+def show(
+    context: typer.Context,
+    mechanism: Annotated[str, typer.Argument(help="A mechanism that is a pattern; or one as JSON.")],
+    length: Annotated[int, typer.Option(help="Tokens.")] = 1024,
+    causal: Annotated[bool, typer.Option("--causal", help="A decoder's layer: nobody sees later tokens.")] = False,
+    num_heads: Annotated[int, typer.Option(help="Heads of the layer.")] = 12,
+    layer: Annotated[int, typer.Option(help="Which layer, from 0.")] = 0,
+    num_layers: Annotated[int, typer.Option(help="Layers of the stack.")] = 12,
+    out: Annotated[Path | None, typer.Option(help="Also write the picture to this file, as PNG.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, for any option of the mechanism.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file, if there is one.")] = False,
+    as_json: Json = False,
+    **given: str | None,
+) -> None:
+    """Draw what sees what, with the number of pairs and tiles: one panel for each kind of head."""
+    with _running():
+        if mechanism in list_mechanisms():
+            require_drawable(mechanism)
+        refuse_strays([mechanism, *context.args], mechanism, "show", ("MECHANISM",), OF_THE_WHOLE)
+        configs = chosen_configs(mechanism, None, given, option or [])
+        picture = draw(
+            configs, length=length, is_causal=causal, num_heads=num_heads, layer=layer, num_layers=num_layers
+        )
+        document = {"out": None if out is None else str(picture.save(out, overwrite)), **picture.facts}
+    if as_json:
+        typer.echo(json.dumps(document, indent=2))
+        return
+    typer.echo(str(picture))
+    if out is not None:
+        typer.echo(f"written to {out}")
+
+
+app.command("show", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    with_mechanism_options(show, drawable_mechanisms(), OF_THE_WHOLE)
+)
+
+
+# ---- bench -------------------------------------------------------------------------------------------------------
+
+
 @app.command("bench")
 def bench_command(
-    suite: Annotated[str, typer.Argument(help="encoder (time), memory, or fidelity (all-MiniLM-L6-v2).")],
+    suite: Annotated[
+        str,
+        typer.Argument(
+            help="attention (alone), encoder (time), memory, fidelity (all-MiniLM-L6-v2), or gpu (its tests and times)."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure: time against full attention, peak memory, or untrained fidelity; minutes each."""
+    """Measure: time and memory against full attention, or untrained fidelity; minutes each."""
     with _running():
         from .benchmark import SUITES, as_rows
 

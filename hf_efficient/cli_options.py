@@ -7,6 +7,7 @@ import inspect
 import json
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,8 @@ def parse_option(config_class: type[EfficientAttentionConfig], name: str, text: 
 def _parse(kind: Any, text: str) -> Any:
     if kind in (int, float, str):
         return kind(text)
+    if typing.get_origin(kind) is tuple and text.startswith("["):
+        return tuple(json.loads(text))
     if typing.get_origin(kind) is tuple:
         return tuple(_parse(typing.get_args(kind)[0], part.strip()) for part in text.split(","))
     if kind not in WORDS:  # anything richer is written as JSON
@@ -96,6 +99,12 @@ def chosen_configs(
         options[name] = text
     if (attention is None) == (config is None):
         raise ValueError(f"give either --attention (one of {', '.join(list_mechanisms())}) or --config FILE.json.")
+    if attention is not None and attention.lstrip()[:1] in ("{", "["):
+        if options:
+            raise ValueError(
+                f"{', '.join(map(_flag, options))}: options go into the JSON of --attention, not beside it."
+            )
+        return attention_configs(attention)
     if attention is not None:
         kind = get_mechanism(attention).Config
         layers = options.pop("layers", None)
@@ -110,29 +119,42 @@ def chosen_configs(
         raise ValueError(f"{config}: {error}") from error
 
 
-def refuse_strays(words: list[str], attention: str | None) -> None:
-    """Options that no mechanism has arrive among the arguments."""
+def refuse_strays(
+    words: list[str],
+    attention: str | None,
+    command: str = "convert",
+    takes: tuple[str, ...] = ("SOURCE", "OUT"),
+    without: Collection[str] = (),
+) -> None:
+    """Options that no mechanism has, or that are of the fields `without`, arrive among the arguments, here `words`.
+
+    Raises:
+        ValueError: there are some, or more arguments than the `command` takes.
+    """
     for word in words:
         if word.startswith("-"):
             names = [attention] if attention in list_mechanisms() else list_mechanisms()
-            known = {_flag(field.name) for name in names for field in dataclasses.fields(get_mechanism(name).Config)}
+            fields = {field.name for name in names for field in dataclasses.fields(get_mechanism(name).Config)}
+            known = map(_flag, fields.difference(without))
             owner = attention if attention in list_mechanisms() else "all mechanisms together"
             raise ValueError(f"no option {word}; the options of {owner} are {', '.join(sorted(known))}.")
-    if len(words) > 2:
-        raise ValueError(f"unexpected argument {words[2]!r}; convert takes SOURCE and OUT.")
+    if len(words) > len(takes):
+        raise ValueError(f"unexpected argument {words[len(takes)]!r}; {command} takes {' and '.join(takes)}.")
 
 
-def with_mechanism_options(command: Any) -> Any:
-    """Give `command` one option per config field of every registered mechanism, in place of its `**given`."""
+def with_mechanism_options(
+    command: Any, mechanisms: Collection[str] | None = None, without: Collection[str] = ()
+) -> Any:
+    """Give `command` one option per config field of the mechanisms (default: all), in place of its `**given`."""
     signature = inspect.signature(command, eval_str=True)
     fixed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     owners: dict[str, list[str]] = {}
-    for mechanism in list_mechanisms():
+    for mechanism in list_mechanisms() if mechanisms is None else mechanisms:
         for field in dataclasses.fields(get_mechanism(mechanism).Config):
             default = "required" if field.default is dataclasses.MISSING else as_text(field.default)
             owners.setdefault(field.name, []).append(f"{mechanism}: {default}")
     # a field with the name of one of the command's own options stays reachable through --option
-    for name in sorted(set(owners) - {parameter.name for parameter in fixed}):
+    for name in sorted(set(owners).difference(without, (parameter.name for parameter in fixed))):
         info = typer.Option(
             _flag(name),
             help="; ".join(owners[name]),

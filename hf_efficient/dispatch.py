@@ -7,16 +7,19 @@ would silently lose padding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .base import AttentionContext
+from .decoding import BoundedLayer
 from .ops.alignment import first_real_token, shift_rows
+from .ops.decode_rows import entries_at
 from .ops.relative_bias import RelativeBias
 
 IMPLEMENTATION = "hf_efficient"
@@ -77,6 +80,7 @@ def efficient_attention_forward(
     global_attention_mask: Tensor | None = None,
     efficient_hidden_states: Tensor | None = None,
     efficient_input_ids: Tensor | None = None,
+    efficient_cache: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: forwards to the child module `efficient`, or computes exact attention.
@@ -108,7 +112,23 @@ def efficient_attention_forward(
         return _exact_attention(query, key, value, context).transpose(1, 2), None
     context.global_attention_mask = global_attention_mask
     context.hidden_states, context.input_ids = efficient_hidden_states, efficient_input_ids
+    if efficient_cache is not None:
+        layer = efficient_cache.layers[module.layer_idx]  # type: ignore[index]
+        if isinstance(layer, BoundedLayer) and layer.key_positions is not None:
+            _place_keys(context, layer.key_positions, layer.seen - query.shape[2])
+    if mechanism.needs_project:
+        context.project = partial(mechanism.host_projection, module)
     return _mixed(mechanism, query, key, value, context).transpose(1, 2), None
+
+
+def _place_keys(context: AttentionContext, positions: Tensor, query_offset: int) -> None:
+    """Rewrite the facts of a call for keys that stand at `positions` (B, S) instead of 0 … S - 1."""
+    keep = context.key_padding_mask
+    context.key_positions, context.query_offset = positions, query_offset
+    context.key_padding_mask = positions >= 0
+    if keep is not None:
+        context.row_start = first_real_token(keep)
+        context.key_padding_mask = entries_at(positions, keep)
 
 
 def _mixed(mechanism: Any, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
@@ -119,17 +139,18 @@ def _mixed(mechanism: Any, query: Tensor, key: Tensor, value: Tensor, context: A
             f"an encoder layer got {key.shape[2]} keys for {n} tokens (prefix tuning?); efficient attention needs as many "
             "keys as tokens. Use LoRA instead of prefixes."
         )
-    if keep is None or not mechanism.left_aligned:
+    if keep is None or not mechanism.left_aligned or context.key_positions is not None:
         return mechanism(query, key, value, context)
-    start = first_real_token(keep)
+    extra = mechanism.num_extra_tokens(mechanism.config)  # these stay at the front
+    start = first_real_token(keep[:, extra:])
     if n < key.shape[2]:
         context.row_start = start
         return mechanism(query, key, value, context)
-    query, key, value = (shift_rows(x, start, 2) for x in (query, key, value))
+    query, key, value = (shift_rows(x, start, 2, extra) for x in (query, key, value))
     for name in ("key_padding_mask", "global_attention_mask", "hidden_states", "input_ids"):
         if (tensor := getattr(context, name)) is not None:
-            setattr(context, name, shift_rows(tensor, start, 1))
-    out = shift_rows(mechanism(query, key, value, context), -start, 2)
+            setattr(context, name, shift_rows(tensor, start, 1, extra))
+    out = shift_rows(mechanism(query, key, value, context), -start, 2, extra)
     # queries before a row's first real token have no past, but the shift put them behind all its keys
     started = torch.arange(n, device=start.device) >= start[:, None]
     return out.where(started[:, None, :, None], 0.0) if context.is_causal else out

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from . import extra_tokens
 from .base import ConfigLike, EfficientAttentionConfig, attention_configs
+from .decoding import bounded_cache, prepare_layers
 from .dispatch import CHILD, IMPLEMENTATION
 from .families import Stack, family_of
 
@@ -72,6 +74,31 @@ def _check_call(
         if call.get("input_ids") is None:
             raise ValueError("global_tokens='question' looks for separators and needs input_ids, not inputs_embeds.")
         kwargs["efficient_input_ids"] = call["input_ids"]
+    if info.bounded:
+        return _bound_cache(stack, info, call, args, kwargs)
+    return args, kwargs
+
+
+def _bound_cache(
+    stack: Any, info: _StackInfo, call: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a call that fills a cache the layers of its mechanisms, and its attention layers the way to them."""
+    cache, use_cache = call.get("past_key_values"), call.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(stack.config, "use_cache", False)
+    if cache is None and (not use_cache or (stack.training and getattr(stack, "gradient_checkpointing", False))):
+        return args, kwargs
+    has_cross_attention = stack.config.is_encoder_decoder or call.get("encoder_hidden_states") is not None
+    cache, own = bounded_cache(cache, info.bounded, stack.config, has_cross_attention)
+    tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+    masks = call.get("attention_mask"), kwargs.get("global_attention_mask")
+    if prepare_layers(own, info.bounded, tokens, *masks):
+        kwargs["efficient_cache"] = own
+    place = info.parameters.index("past_key_values")
+    if len(args) > place:
+        args = (*args[:place], cache, *args[place + 1 :])
+    else:
+        kwargs["past_key_values"] = cache
     return args, kwargs
 
 
@@ -132,6 +159,10 @@ class _StackInfo:
         self.is_causal = any(bool(getattr(site.module, "is_causal", False)) for site in stack.sites)
         self.uses_global_attention_mask = any(getattr(m, "uses_global_attention_mask", False) for m in mechanisms)
         self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
+        placed: list[Any] = [
+            (site.module.layer_idx, site.module._modules[CHILD]) for site in stack.sites if self.is_causal
+        ]
+        self.bounded = {i: m for i, m in placed if m is not None and m.cache_layer() is not None}
 
 
 # ---- installing and undoing --------------------------------------------------------------------------------------
@@ -182,6 +213,8 @@ def plan(
                         problems.append(
                             "the weights are quantised: convert the original, then quantise the converted one"
                         )
+    for stack in stacks:
+        problems += extra_tokens.problems(family, stack, chosen)
     if any(getattr(stack.module.config, "is_causal", True) is False and stack.side == "decoder" for stack in stacks):
         problems.append("config.is_causal=False makes this decoder bidirectional: remove it")
     problems = list(dict.fromkeys(problems))
@@ -232,7 +265,7 @@ def _attach(model: PreTrainedModel, chosen: dict[str, EfficientAttentionConfig],
             if config is None:
                 site.module.register_module(CHILD, None)
                 continue
-            source = family.source_attention(site.module)
+            source = family.source_attention(site.module)._replace(relative_bias=family.relative_bias(stack, site))
             like = source.query.weight
             mechanism = config.attention_class(config, family.geometry(stack, site))
             mechanism.to(device=like.device, dtype=like.dtype)
@@ -249,6 +282,8 @@ def _attach(model: PreTrainedModel, chosen: dict[str, EfficientAttentionConfig],
                     # save_pretrained looks here for duplicates that it may leave out
                     mechanism._tied_weights_keys = {name: name}  # type: ignore[assignment]
             site.module.register_module(CHILD, mechanism)
+            if mechanism.needs_project:
+                mechanism.host_projection = family.project
             if mechanism.needs_hidden_states:
                 site.module.register_forward_pre_hook(_pass_hidden_states, with_kwargs=True)
         for module in stack.cross_attention:
@@ -257,6 +292,7 @@ def _attach(model: PreTrainedModel, chosen: dict[str, EfficientAttentionConfig],
         info = _StackInfo(stack, family.max_positions(stack.module.config))
         stack.module._efficient_info = info  # type: ignore[assignment]
         stack.module.register_forward_pre_hook(_check_call, with_kwargs=True)
+        origins |= extra_tokens.install(family, stack, initialise)
     for config in _configs_of(model):
         config._attn_implementation = IMPLEMENTATION
         # a public key is honoured on load: without this package or its classes, loading fails instead of degrading
@@ -269,6 +305,7 @@ def uninstall(model: PreTrainedModel, attn_implementation: str = "sdpa") -> None
     family = family_of(model)
     for stack in family.stacks(model):
         family.swap_out(stack)
+        extra_tokens.remove(family, stack)
         for module in [site.module for site in stack.sites] + stack.cross_attention:
             module._modules.pop(CHILD, None)
             _remove_hook(module, _pass_hidden_states)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +19,11 @@ class Case:
         exact: whether `exact_config` exists; otherwise `error_law` says what falls instead.
         finer: without an exact limit: options whose error is `finer_by` times smaller than that of `small`.
         variants: further option sets that every property must hold for.
+        encoder_variants: the same, for encoders only.
         mask: the pattern as a float-4-D-mask oracle exists in test_oracles.py.
         parameters: the mechanism has trainable parameters of its own.
+        options_at: further options at a length, where cost is linear only if some option grows with the length.
+        growth: by how much cost grows at 4 × the length.
     """
 
     small: dict[str, Any]
@@ -29,8 +34,11 @@ class Case:
     finer: dict[str, Any] = field(default_factory=dict)
     finer_by: float = 1.0
     variants: tuple[dict[str, Any], ...] = ()
+    encoder_variants: tuple[dict[str, Any], ...] = ()
     mask: bool = True
     parameters: bool = False
+    options_at: Callable[[int], dict[str, Any]] | None = None
+    growth: float = 4.0
 
 
 ALL = frozenset({"E", "C", "T5"})
@@ -44,10 +52,109 @@ CASES: dict[str, Case] = {
             dict(attention_window=8),
             dict(attention_window=(4, 12), global_tokens=(0, 5)),
             dict(attention_window=6, dilation=2, global_tokens="first"),
+            dict(attention_window=6, dilation=(1, 2, 1, 3), global_tokens="first"),
         ),
         parameters=True,
     ),
-    "bigbird": Case(dict(block_size=4, num_random_blocks=2), ALL, variants=(dict(block_size=5, num_random_blocks=0),)),
+    "bigbird": Case(
+        dict(block_size=4, num_random_blocks=2),
+        ALL,
+        variants=(dict(block_size=5, num_random_blocks=0),),
+        encoder_variants=(dict(block_size=5, num_random_blocks=1, form="etc", num_global_tokens=3),),
+    ),
+    "etc": Case(
+        dict(attention_window=8, num_global_tokens=3),
+        frozenset({"E", "T5"}),
+        variants=(
+            dict(attention_window=8, num_global_tokens=2, sharing="kv"),
+            dict(attention_window=12, num_global_tokens=5, sharing="none", relative_labels=4),
+            dict(attention_window=8, num_global_tokens=0, relative_labels=2),
+        ),
+        mask=False,
+        parameters=True,
+    ),
+    "longt5": Case(
+        dict(attention_window=8, global_block_size=6),
+        frozenset({"E", "T5"}),
+        variants=(
+            dict(attention_window=8, global_block_size=6, pooling="rms", log_count=False),
+            dict(attention_window=4, global_block_size=25, log_count=False),
+        ),
+        mask=False,
+        parameters=True,
+        # n · n / g: with a fixed number of slots it is linear
+        options_at=lambda length: dict(global_block_size=length // 16),
+    ),
+    "sparse_transformer": Case(
+        dict(stride=8),
+        ALL,
+        variants=(
+            dict(stride=9, head_policy="split"),
+            dict(stride=7, head_policy="interleaved"),
+            dict(pattern="fixed", stride=10, summary_size=2),
+            dict(pattern="fixed", stride=8, summary_size=1, head_policy="split"),
+            dict(pattern="fixed", stride=20, summary_size=3, head_policy="interleaved"),
+        ),
+        # n √n
+        options_at=lambda length: dict(stride=math.isqrt(length)),
+        growth=8.0,
+    ),
+    "axial": Case(
+        dict(row_length=10),
+        ALL,
+        variants=(dict(row_length=7, form="split"), dict(row_length=18, form="interleaved")),
+        # n √n
+        options_at=lambda length: dict(row_length=math.isqrt(length)),
+        growth=8.0,
+    ),
+    "blockwise": Case(
+        dict(block_size=8),
+        ALL,
+        variants=(dict(block_size=5, shifts=(0, 1, 2, 3)), dict(block_size=6, shifts=(2, 1))),
+    ),
+    "image_local": Case(
+        dict(block_size=8, memory_size=5),
+        ALL,
+        variants=(
+            dict(block_size=7, memory_size=0),
+            dict(block_size=(2, 3), memory_size=(1, 1), grid=(8, 5)),
+            dict(block_size=3, memory_size=1, grid=(20, 4)),
+        ),
+    ),
+    "combined": Case(
+        dict(
+            patterns=(
+                dict(mechanism="local", attention_window=4),
+                dict(mechanism="image_local", block_size=7, memory_size=0),
+            )
+        ),
+        ALL,
+        variants=(
+            dict(
+                patterns=(dict(mechanism="local", attention_window=8), dict(mechanism="axial", row_length=12)),
+                heads=(1, 1),
+            ),
+            dict(
+                patterns=(
+                    dict(mechanism="local", attention_window=4),
+                    dict(mechanism="axial", row_length=9),
+                    dict(mechanism="sparse_transformer", pattern="fixed", stride=20, summary_size=1),
+                )
+            ),
+            dict(
+                patterns=(
+                    dict(mechanism="local", attention_window=4),
+                    dict(mechanism="blockwise", block_size=6, shifts=(0, 2)),
+                )
+            ),
+            dict(
+                patterns=(
+                    dict(mechanism="longformer", attention_window=4, global_tokens=(0, 7)),
+                    dict(mechanism="image_local", block_size=5, memory_size=0),
+                )
+            ),
+        ),
+    ),
     "linformer": Case(
         dict(rank=16),
         frozenset({"E", "T5"}),

@@ -85,8 +85,10 @@ def _fits(mechanism: str, place: tuple[str, str | None]) -> bool:
     return PLACES[place] <= CASES[mechanism].sides
 
 
-def _variant_places(mechanism: str) -> list[tuple[str, str | None]]:
+def _variant_places(mechanism: str, for_encoders: bool = False) -> list[tuple[str, str | None]]:
     """Variants run once per kind of place: an encoder, a causal model, and as much of T5 as the mechanism supports."""
+    if for_encoders:
+        return [("bert", None), ("t5", "encoder")]
     t5 = [("t5", side) for side in ("both", "encoder", "decoder") if _fits(mechanism, ("t5", side))]
     return [place for place in (("bert", None), ("gpt2", None)) if _fits(mechanism, place)] + t5[:1]
 
@@ -101,8 +103,8 @@ MAIN = [
 VARIANTS = [
     _pair(name, place, options, number)
     for name, case in CASES.items()
-    for number, options in enumerate(case.variants, 1)
-    for place in _variant_places(name)
+    for number, options in enumerate(case.variants + case.encoder_variants, 1)
+    for place in _variant_places(name, for_encoders=number > len(case.variants))
 ]
 REFUSED = [
     _pair(name, place, case.small) for name, case in CASES.items() for place in PLACES if not _fits(name, place)
@@ -136,7 +138,7 @@ def positions_of(model: Any, mask: Tensor) -> dict[str, Tensor]:
 class Bench:
     """One mechanism alone in fp64, outside any model, with random pretrained projections and relative bias."""
 
-    HEADS, WIDTH, HIDDEN, REACH = 2, 4, 6, 5
+    HEADS, WIDTH, HIDDEN, REACH = 4, 2, 6, 5
 
     def __init__(self, pair: Pair, options: dict[str, Any] | None = None, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
@@ -158,6 +160,7 @@ class Bench:
             has_relative_bias=is_t5,
             projection_bias=not is_t5,
             max_positions=None if is_t5 else MAX_POSITIONS,
+            num_relative_buckets=2 * self.REACH + 1 if is_t5 else 0,
         )
         config = he.attention_config(pair.mechanism, **(pair.options | (options or {})))
         assert not config.attention_class.unsupported(config, geometry)
@@ -166,8 +169,22 @@ class Bench:
         self.mechanism.reset_parameters()
         bias = None if is_t5 else normal(inner)
         weights = [LinearWeights(normal(inner, self.HIDDEN, scale=0.4), bias) for _ in range(3)]
-        self.mechanism.initialise_from(SourceAttention(*weights))
         self.table = normal(2 * self.REACH + 1, self.HEADS).requires_grad_() if is_t5 else None
+        self.source = SourceAttention(*weights, relative_bias=self.relative_bias())
+        self.mechanism.initialise_from(self.source)
+
+    def relative_bias(self) -> RelativeBias | None:
+        if self.table is None:
+            return None
+        reach = self.REACH
+        return RelativeBias(self.table, lambda offsets: offsets.clamp(-reach, reach) + reach, reach)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = (
+            torch.nn.functional.linear(hidden, *weights).unflatten(-1, (self.HEADS, self.WIDTH)).transpose(1, 2)
+            for weights in (self.source.key, self.source.value)
+        )
+        return key, value
 
     def tokens(self, batch: int, length: int) -> Tokens:
         shape = (batch, self.HEADS, length, self.WIDTH)
@@ -176,17 +193,14 @@ class Bench:
 
     def __call__(self, tokens: Tokens, keep: Tensor | None = None, dropout: float = 0.0) -> Tensor:
         """What the dispatcher does with projected heads."""
-        bias = None
-        if self.table is not None:
-            reach = self.REACH
-            bias = RelativeBias(self.table, lambda offsets: offsets.clamp(-reach, reach) + reach, reach)
         context = he.AttentionContext(
             is_causal=self.is_causal,
             scaling=self.WIDTH**-0.5,
             key_padding_mask=keep,
             dropout=dropout,
-            relative_bias=bias,
+            relative_bias=self.relative_bias(),
             hidden_states=tokens.hidden if self.mechanism.needs_hidden_states else None,
+            project=self.project if self.mechanism.needs_project else None,
         )
         return _mixed(self.mechanism, tokens.query, tokens.key, tokens.value, context)
 

@@ -216,7 +216,7 @@ def test_one_window_per_layer(tmp_path):
     result = convert(model, "longformer", attention_window=(4, 8, 40))
     path = result.save(tmp_path / "out")
     for loaded in (result.model, AutoModelForMaskedLM.from_pretrained(path)):
-        assert [layer.attention.self.efficient.window for layer in loaded.bert.encoder.layer] == [4, 8, 40]
+        assert [layer.attention.self.efficient.neighbours.left for layer in loaded.bert.encoder.layer] == [2, 4, 20]
     same = convert(tiny_model("bert", layers=3), "longformer", attention_window=8)
     assert not torch.equal(logits(result.model), logits(same.model))
 

@@ -1,4 +1,4 @@
-"""Cost as claimed: at 4 × the length, the largest tensor and the FLOPs grow ≤ 4.5 ×, forward and backward."""
+"""Cost as claimed: at 4 × the length, the largest tensor and the FLOPs grow ≤ 4.5 × (n √n: ≤ 9 ×), forward and backward."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CASES
 from pairs import MAIN, Pair, each, labelled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -15,6 +16,7 @@ from hf_efficient.testing import LargestTensor, flops, inputs_for
 
 SHORT, LONG = 256, 1024
 ALLOWED = 4.5
+SLACK = ALLOWED / 4
 
 
 def _inputs(pair: Pair, model: Any, length: int) -> dict[str, torch.Tensor]:
@@ -35,6 +37,8 @@ def _cost(pair: Pair, length: int, patched: bool) -> tuple[int, int]:
     config = pair.config
     if "max_length" in pair.options:
         config = dataclasses.replace(config, max_length=LONG)
+    if (options_at := CASES[pair.mechanism].options_at) is not None:
+        config = dataclasses.replace(config, **options_at(length))
 
     def step() -> None:
         model(**inputs).loss.backward()
@@ -52,10 +56,11 @@ def _growth(pair: Pair, patched: bool) -> tuple[float, float]:
 
 
 @each([pair for pair in MAIN if pair.family != "roberta"])
-def test_cost_grows_linearly(pair: Pair):
+def test_cost_grows_as_claimed(pair: Pair):
+    allowed = SLACK * CASES[pair.mechanism].growth
     memory, work = _growth(pair, patched=True)
-    assert memory <= ALLOWED, f"largest tensor grows {memory:.1f} ×"
-    assert work <= ALLOWED, f"FLOPs grow {work:.1f} ×"
+    assert memory <= allowed, f"largest tensor grows {memory:.1f} ×"
+    assert work <= allowed, f"FLOPs grow {work:.1f} ×"
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])

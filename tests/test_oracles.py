@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES
+from masks import PATTERNS, pairs, random_blocks
 from torch import Tensor, nn
 
 import hf_efficient as he
@@ -26,6 +27,7 @@ from hf_efficient.attention.performer import (
 from hf_efficient.base import AttentionContext, AttentionGeometry
 from hf_efficient.families import family_of
 from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.ops.tile_table import tile_table
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 LENGTH = 97
@@ -49,79 +51,7 @@ def geometry(**facts: Any) -> AttentionGeometry:
 
 
 # ---- patterns: the unconverted model under a float mask ----------------------------------------------------------
-# bool 4-D masks would be added as 0 and 1 by eager attention, so every mask here is float
-
-
-def row_extent(keep: Tensor) -> list[tuple[int, int]]:
-    """(first real token, one past the last) of each row."""
-    return [(min(real), max(real) + 1) for real in (row.nonzero().flatten().tolist() for row in keep)]
-
-
-def pairs(n: int, sees: Callable[[int, int], bool]) -> Tensor:
-    return torch.tensor([[sees(i, j) for j in range(n)] for i in range(n)])
-
-
-def in_window(i: int, j: int, window: int, dilation: int, causal: bool) -> bool:
-    steps, rest = divmod(j - i, dilation)
-    return rest == 0 and (-window < steps <= 0 if causal else abs(steps) <= window // 2)
-
-
-def local_mask(mechanism: Any, keep: Tensor, causal: bool) -> Tensor:
-    config = mechanism.config
-    return pairs(keep.shape[1], lambda i, j: in_window(i, j, config.attention_window, config.dilation, causal))
-
-
-def longformer_mask(mechanism: Any, keep: Tensor, causal: bool) -> Tensor:
-    config = mechanism.config
-    window = config.attention_window
-    window = window[mechanism.geometry.layer] if isinstance(window, tuple) else window
-    relative = {"none": (), "first": (0,)}.get(config.global_tokens, config.global_tokens)
-    rows = []
-    for start, _ in row_extent(keep):
-        tokens = {start + position for position in relative}
-
-        def sees(i: int, j: int, tokens: set[int] = tokens) -> bool:
-            near = in_window(i, j, window, config.dilation, causal)
-            return near or (j in tokens and (j <= i or not causal)) or (i in tokens and not causal)
-
-        rows.append(pairs(keep.shape[1], sees))
-    return torch.stack(rows)[:, None]
-
-
-def bigbird_mask(mechanism: Any, keep: Tensor, causal: bool) -> Tensor:
-    """Which random blocks were drawn is taken from the mechanism; the tests further down judge the drawing."""
-    size, n = mechanism.config.block_size, keep.shape[1]
-    rows = []
-    for start, stop in row_extent(keep):
-        count = -(-n // size)
-        end = (stop - start - 1) // size
-        drawn = random_blocks(mechanism, count, None if causal else end)
-        heads = []
-        for head in range(mechanism.geometry.num_heads):
-
-            def sees(i: int, j: int, head: int = head, start: int = start, drawn: Any = drawn, end: int = end) -> bool:
-                if min(i, j) < start:
-                    return False
-                u, c = (i - start) // size, (j - start) // size
-                if causal:
-                    return j <= i and (c in (0, u - 1, u) or c in drawn[head][u])
-                return u in (0, end) or c in (0, u - 1, u, u + 1, end) or c in drawn[head][u]
-
-            heads.append(pairs(n, sees))
-        rows.append(torch.stack(heads))
-    return torch.stack(rows)
-
-
-def random_blocks(mechanism: Any, count: int, end: int | None) -> list[list[list[int]]]:
-    """[head][block row] → random blocks, for `count` block rows; `end` None = causal."""
-    if mechanism.config.num_random_blocks == 0:
-        return [[[] for _ in range(count)] for _ in range(mechanism.geometry.num_heads)]
-    last = None if end is None else torch.tensor([end])
-    columns = mechanism._random_columns(torch.arange(count)[None], last, count)[0]
-    return [[[c for c in row if c >= 0] for row in head] for head in columns.tolist()]
-
-
-PATTERNS = {"local": local_mask, "longformer": longformer_mask, "bigbird": bigbird_mask}
+# bool 4-D masks would be added as 0 and 1 by eager attention, so every mask here is float; what they show: masks.py
 
 
 def test_every_pattern_has_its_mask() -> None:
@@ -258,8 +188,8 @@ def test_encoder_random_blocks_change_only_where_the_end_forces_them() -> None:
     """They depend on the row's own last block alone: not on padding, on the batch, or on the padded length."""
     mechanism = bigbird()
     rows = torch.arange(40)[None]
-    both = mechanism._random_columns(rows, torch.tensor([39, 20]), 40)
-    assert torch.equal(both[1:], mechanism._random_columns(rows, torch.tensor([20]), 40))
+    both = mechanism.pattern.random_blocks(rows, torch.tensor([39, 20]), 40)
+    assert torch.equal(both[1:], mechanism.pattern.random_blocks(rows, torch.tensor([20]), 40))
     for row, end in ((0, 39), (1, 20)):
         assert [head[: end + 1] for head in random_blocks(mechanism, 40, end)] == [
             head[: end + 1] for head in random_blocks(mechanism, 60, end)
@@ -291,6 +221,20 @@ def test_random_blocks_differ_by_head_layer_seed_and_row_and_cover_evenly() -> N
     # 12 layers · 4 heads · 60 rows · 3 blocks over 58 columns: 149 each, standard deviation 12
     assert hits[[0, 59]].max() == 0
     assert (hits[1:59] - hits[1:59].mean()).abs().max() < 5 * hits[1:59].mean().sqrt()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [5, 16, 48])
+def test_random_blocks_as_tiles(size: int, causal: bool) -> None:
+    """Blocks smaller and larger than tiles and of no common multiple; a head taken out stays that head."""
+    pattern = bigbird(causal=causal, block_size=size, num_random_blocks=2).pattern.at_length(150)
+    positions = torch.arange(150)
+    for head in range(HEADS):
+        single = pattern.head(head)
+        assert single.head(0) == single
+        seen = pattern.visible_per_head(positions[:, None], positions)[head]
+        table = tile_table(single, 150, 150, 32, 16, is_causal=causal)
+        assert torch.equal(table.to_dense()[0], seen.tril() if causal else seen)
 
 
 @pytest.mark.parametrize("name", PATTERNS)

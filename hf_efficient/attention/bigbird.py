@@ -1,40 +1,44 @@
-"""BigBird (internal transformer construction): neighbouring, global and random blocks."""
+"""BigBird: neighbouring, global and random blocks; global are blocks of the input (ITC) or extra tokens (ETC)."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base import (
     AttentionContext,
     AttentionGeometry,
-    EfficientAttention,
     EfficientAttentionConfig,
     MechanismFacts,
+    SourceAttention,
     register_mechanism,
 )
-from ..ops.alignment import real_length
-from ..ops.blocks import block_list_attention
+from ..ops.attend import attend
+from ..ops.patterns import Pattern
+from ..ops.random_blocks import BigBirdBlocks
+from ..ops.windows import ExtraKeys
+from ..pattern_attention import PatternAttention, PatternAttentionConfig
 
-MASK31 = 2**31 - 1
-# block rows whose priorities over all blocks are drawn at once: bounds working memory, not results
-PRIORITY_ROWS = 64
-# queries handled at once while decoding, where each may lie in another block
-DECODE_QUERIES = 64
+FORMS = ("itc", "etc")
+# all extra tokens together start with e⁻⁵ of the weight of one key of equal logit
+GATE = -5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class BigBirdAttentionConfig(EfficientAttentionConfig):
+class BigBirdAttentionConfig(PatternAttentionConfig):
     """Options of BigBird attention.
 
     Args:
         block_size: β, tokens per block.
         num_random_blocks: random key blocks per query block and head.
+        form: which tokens are global: those of the first and the last block (`"itc"`), or extra learned ones (`"etc"`, which
+            only encoders can have).
+        num_global_tokens: extra tokens in front of the input of the whole stack; for `"etc"` only.
         seed: of the random blocks.
     """
 
@@ -42,189 +46,127 @@ class BigBirdAttentionConfig(EfficientAttentionConfig):
 
     block_size: int = 64
     num_random_blocks: int = 3
+    form: str = "itc"
+    num_global_tokens: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("block_size")
-        for name in ("num_random_blocks", "seed"):
+        for name in ("num_random_blocks", "num_global_tokens", "seed"):
             value = getattr(self, name)
             self._require(name, type(value) is int and value >= 0, "an integer ≥ 0")
+        self._require("form", self.form in FORMS, f"one of {', '.join(FORMS)}")
+        if self.form == "itc":
+            self._require(
+                "num_global_tokens", self.num_global_tokens == 0, "0 with form='itc', whose blocks are global"
+            )
+
+    def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
+        return BigBirdBlocks(
+            block_size=self.block_size,
+            num_random_blocks=self.num_random_blocks,
+            seed=self.seed,
+            layer=geometry.layer,
+            heads=geometry.num_heads,
+            is_causal=geometry.is_causal,
+            has_global_blocks=self.form == "itc",
+        )
 
 
 @register_mechanism
-class BigBirdAttention(EfficientAttention):
+class BigBirdAttention(PatternAttention):
     """Blocks of β tokens; the block of query i is u, that of key j is c, the last real block of the row is e.
 
         encoder: i sees j iff u ∈ {0, e} or c ∈ {0, u - 1, u, u + 1, e} ∪ R_h(u)
         causal:  i sees j iff j ≤ i and c ∈ {0, u - 1, u} ∪ R_h(u)
 
+    with form="etc" the g extra tokens see and are seen by all, and i sees block c iff c ∈ {u - 1, u, u + 1} ∪ R_h(u)
+
     R_h(u) are the `num_random_blocks` blocks of highest fixed pseudo-random priority (seed, layer, head, u, c) among the
     real blocks that u does not see already (causal: among 1 … u - 2). So they are the same in training and inference and
     depend neither on padding nor on the rest of the batch. Blocks count from a row's first real token.
 
-    O(N β (5 + r)) time and memory; the two global blocks cost O(N β). No new parameters. Source: Zaheer et al. 2020
-    (arXiv 2007.14062), §2 and App. D. Deviations: a causal form; random blocks never repeat blocks that are seen anyway;
-    the last *real* block is global, where transformers takes the last padded one.
+    Extra tokens enter the softmax of the input's tokens with a learned logit per head, which starts at -5 - log g: the model
+    starts close to its blocks alone. In the last layer nothing reads what they see, so it is left out.
+
+    O(N β (5 + r)) time and memory; the two global blocks cost O(N β), extra tokens O(N g). New parameters: the extra tokens
+    and their logits. Without random blocks the causal
+    form needs 3 β keys while decoding. Source: Zaheer et al. 2020 (arXiv 2007.14062), §2 and App. D. Deviations: a causal
+    form; random blocks never repeat blocks that are seen anyway; the last *real* block is global, where transformers takes
+    the last padded one.
     """
 
     Config = BigBirdAttentionConfig
     config: BigBirdAttentionConfig
     facts = MechanismFacts(
-        title="BigBird (ITC)",
+        title="BigBird",
         paper="arXiv 2007.14062",
         time="n·β·(5 + r)",
         memory="n·β·(5 + r)",
         exact_when="block_size ≥ n / 4 (causal: with num_random_blocks ≥ 1)",
         training="works untrained; training restores long range",
     )
-    left_aligned = True
+
+    def __init__(self, config: BigBirdAttentionConfig, geometry: AttentionGeometry):
+        super().__init__(config, geometry)
+        if config.num_global_tokens:
+            self.global_logits = nn.Parameter(torch.empty(geometry.num_heads))
+
+    @classmethod
+    def num_extra_tokens(cls, config: BigBirdAttentionConfig) -> int:
+        return config.num_global_tokens
+
+    @classmethod
+    def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
+        reasons = super().unsupported(config, geometry)
+        if geometry.is_causal and config.form == "etc":
+            reasons.append(
+                "bigbird with form='etc' can't be causal, its extra tokens see the whole input: use form='itc'"
+            )
+        return reasons
+
+    def reset_parameters(self) -> None:
+        if self.config.num_global_tokens:
+            nn.init.constant_(self.global_logits, GATE - math.log(self.config.num_global_tokens))
+
+    @torch.no_grad()
+    def initialise_from(self, source: SourceAttention) -> dict[str, str]:
+        return {"global_logits": f"{GATE:g} - log g"} if self.config.num_global_tokens else {}
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
-        return dataclasses.replace(config, block_size=-(-length // 4), num_random_blocks=1)
+        return dataclasses.replace(
+            config, block_size=-(-length // 4), num_random_blocks=1, form="itc", num_global_tokens=0
+        )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        n, s = query.shape[2], key.shape[2]
-        if n < s:
-            return self._decode(query, key, value, context)
-        size, count = self.config.block_size, self.config.num_random_blocks
-        rows = -(-n // size)
-        keep = context.key_padding_mask
-        last = None
-        if not context.is_causal:
-            length = torch.full((1,), n, device=key.device) if keep is None else real_length(keep)
-            last = (length - 1).clamp(min=0) // size  # (B or 1,)
-        block_rows = torch.arange(rows, device=key.device)[None]
-        columns = self._columns(block_rows, last, rows)
-        # up to here a dense tile computes no more scores than gathered blocks would
-        if rows <= 5 + count:
-            visible = self._dense_rows(columns, last, rows)
-            visible = visible.repeat_interleave(size, 2).repeat_interleave(size, 3)[:, :, :n, :n]
-            return _masked(query, key, value, visible, context)
-        out = block_list_attention(
-            query,
-            key,
-            value,
-            columns,
-            block_size=size,
-            scaling=context.scaling,
-            is_causal=context.is_causal,
-            key_padding_mask=keep,
-            relative_bias=context.relative_bias,
-            dropout=context.dropout,
-        )
-        return out if last is None else self._global_rows(out, query, key, value, last, context)
+        g, keep = self.config.num_global_tokens, context.key_padding_mask
+        if not g:
+            return self.attend(query, key, value, context)
+        q, k, v = (x[:, :, g:] for x in (query, key, value))
+        bias = self.global_logits[None, :, None, None].expand(-1, -1, q.shape[2], g)
+        if context.relative_bias is not None:
+            bias = bias + context.relative_bias.at(_offsets(range(g, g + q.shape[2]), range(g), key))[None]
+        visible = torch.ones(1, g, dtype=torch.bool, device=key.device) if keep is None else keep[:, :g]
+        extra = ExtraKeys(key[:, :, :g], value[:, :, :g], visible[:, None], bias)
+        out = self.attend(q, k, v, context, key_padding_mask=None if keep is None else keep[:, g:], extra=extra)
+        return torch.cat([self._global_rows(query[:, :, :g], key, value, context).to(out.dtype), out], dim=2)
 
-    def _columns(self, rows: Tensor, last: Tensor | None, num_blocks: int) -> Tensor:
-        """(B or 1, H, U, K) key blocks of the query blocks `rows` (B or 1, U), -1 = none; `last` = None is causal."""
-        limit = rows if last is None else last[:, None]  # global end block, or the diagonal
-        near = [rows - 1, rows] if last is None else [rows - 1, rows, rows + 1]
-        fixed = [torch.zeros_like(rows + limit)]
-        fixed += [torch.where((c > 0) & ((c <= rows) if last is None else (c < limit)), c, -1) for c in near]
-        if last is not None:
-            fixed.append(torch.where(limit > 0, limit, -1).expand_as(fixed[0]))
-        heads = self.geometry.num_heads
-        columns = torch.stack([c.expand_as(fixed[0]) for c in fixed], -1)[:, None].expand(-1, heads, -1, -1)
-        if self.config.num_random_blocks == 0:
-            return columns
-        random = [self._random_columns(part, last, num_blocks) for part in rows.split(PRIORITY_ROWS, dim=-1)]
-        return torch.cat([columns, torch.cat(random, dim=2)], dim=-1)
-
-    def _random_columns(self, rows: Tensor, last: Tensor | None, num_blocks: int) -> Tensor:
-        device = rows.device
-        column = torch.arange(num_blocks, device=device)
-        row = rows[..., None]
-        if last is None:
-            eligible = (column > 0) & (column < row - 1)
-        else:
-            eligible = (column > 0) & (column < last[:, None, None]) & ((column - row).abs() > 1)
-        head = torch.arange(self.geometry.num_heads, device=device)[:, None, None]
-        state = _mix(_mix(_mix(torch.tensor(self.config.seed & MASK31, device=device)) + self.geometry.layer) + head)
-        priority = _mix(_mix(state + row[:, None]) + column)
-        # the column itself breaks ties, so that no two blocks are equal
-        priority = torch.where(eligible[:, None], priority * num_blocks + column, -1)
-        best, index = priority.topk(min(self.config.num_random_blocks, num_blocks), dim=-1)
-        return torch.where(best >= 0, index, -1)
-
-    def _dense_rows(self, columns: Tensor, last: Tensor | None, num_blocks: int) -> Tensor:
-        """(B or 1, H, rows, blocks) bool: which blocks each block row sees, global rows included."""
-        batch, heads, rows, _ = columns.shape
-        visible = torch.zeros(batch, heads, rows, num_blocks + 1, dtype=torch.bool, device=columns.device)
-        visible = visible.scatter(3, columns % (num_blocks + 1), True)[..., :num_blocks]
-        if last is not None:
-            row = torch.arange(rows, device=columns.device)
-            everything = (row == 0) | (row == last[:, None])
-            visible = visible | everything[:, None, :, None]
-        return visible
-
-    def _global_rows(
-        self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, last: Tensor, context: AttentionContext
-    ) -> Tensor:
-        """Replace the rows of the first and of the last real block, which see every key."""
-        n, size = query.shape[2], self.config.block_size
-        within = torch.arange(size, device=key.device)
-        # where the last real block is the first one too, it is written once: a second writer would double its gradient
-        end = torch.where(last[:, None] > 0, last[:, None] * size + within, n)
-        index = torch.cat([within.expand(len(last), -1), end], -1)
-        index = index.expand(query.shape[0], -1)
-        clamped = index.clamp(max=n - 1)
-        gather = clamped[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        rows = _masked(query.gather(2, gather), key, value, None, context, positions=clamped)
-        # positions past the end of a short last block go to a spare row, which is cut off
-        target = index.clamp(max=n)[:, None, :, None].expand_as(rows)
-        return F.pad(out, (0, 0, 0, 1)).scatter(2, target, rows)[:, :, :n]
-
-    def _decode(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        """Few new queries against a cache: one masked tile per group of queries, O(N S) time, O(S) memory."""
-        size, s = self.config.block_size, key.shape[2]
-        start = torch.zeros(1, dtype=torch.long, device=key.device) if context.row_start is None else context.row_start
-        position = torch.arange(s, device=key.device) - start[:, None]  # (B or 1, S)
-        num_blocks = -(-s // size)
-        outputs = []
-        for first in range(0, query.shape[2], DECODE_QUERIES):
-            q = query[:, :, first : first + DECODE_QUERIES]
-            low = context.query_offset + first
-            at = position[:, low : low + q.shape[2]]
-            columns = self._columns(at.clamp(min=0) // size, None, num_blocks)
-            blocks = self._dense_rows(columns, None, num_blocks)  # (B or 1, H, N, blocks)
-            owner = (position.clamp(min=0) // size)[:, None, None].expand(-1, *blocks.shape[1:3], -1)
-            visible = blocks.gather(3, owner) & (position >= 0)[:, None, None]
-            positions = torch.arange(low, low + q.shape[2], device=key.device)[None]
-            outputs.append(_masked(q, key, value, visible, context, positions=positions))
-        return torch.cat(outputs, dim=2)
+    def _global_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        """(B, H, g, D): the extra tokens see everything."""
+        if self.geometry.layer == self.geometry.num_layers - 1:
+            return torch.zeros_like(query)
+        logits = torch.zeros(1, 1, 1, key.shape[2], dtype=query.dtype, device=key.device)
+        if context.relative_bias is not None:
+            every = _offsets(range(query.shape[2]), range(key.shape[2]), key)
+            logits = context.relative_bias.at(every)[None].to(query.dtype)
+        if context.key_padding_mask is not None:
+            logits = torch.where(context.key_padding_mask[:, None, None], logits, float("-inf"))
+        return attend(query, key, value, logits, scaling=context.scaling, dropout=context.dropout)[0]
 
 
-def _masked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-    context: AttentionContext,
-    positions: Tensor | None = None,
-) -> Tensor:
-    """One dense tile: `visible` (B or 1, H, N, S) and the call's padding, causality and bias; queries at `positions`."""
-    if positions is None:
-        positions = torch.arange(query.shape[2], device=query.device)[None]
-    offset = torch.arange(key.shape[2], device=key.device) - positions[..., None]  # (B or 1, N, S)
-    if context.is_causal:
-        past = (offset <= 0)[:, None]
-        visible = past if visible is None else visible & past
-    if context.key_padding_mask is not None:
-        keep = context.key_padding_mask[:, None, None]
-        visible = keep if visible is None else visible & keep
-    mask = visible
-    if context.relative_bias is not None:
-        bias = context.relative_bias.at(offset).transpose(0, 1).to(query.dtype)
-        mask = bias if visible is None else torch.where(visible, bias, float("-inf"))
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=context.dropout, scale=context.scaling
-    )
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Integer hash to 31 bits; every product stays below 2**63."""
-    x = x & MASK31
-    x = ((x ^ (x >> 16)) * 0x45D9F3B) & MASK31
-    x = ((x ^ (x >> 15)) * 0x45D9F3B) & MASK31
-    return x ^ (x >> 16)
+def _offsets(queries: range, keys: range, like: Tensor) -> Tensor:
+    """(N, S) key - query."""
+    rows, columns = (torch.arange(x.start, x.stop, device=like.device) for x in (queries, keys))
+    return columns - rows[:, None]

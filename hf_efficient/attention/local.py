@@ -6,21 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from ..base import (
-    AttentionContext,
-    AttentionGeometry,
-    EfficientAttention,
-    EfficientAttentionConfig,
-    MechanismFacts,
-    register_mechanism,
-)
-from ..ops.windows import window_attention, window_sides
+from ..base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
+from ..ops.patterns import Pattern, Window
+from ..ops.windows import window_sides
+from ..pattern_attention import PatternAttention, PatternAttentionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalAttentionConfig(EfficientAttentionConfig):
+class LocalAttentionConfig(PatternAttentionConfig):
     """Options of sliding-window attention.
 
     Args:
@@ -39,9 +32,13 @@ class LocalAttentionConfig(EfficientAttentionConfig):
         self._require_positive("attention_window", "dilation")
         self._require("attention_window", self.attention_window % 2 == 0, "even: half of it lies on each side")
 
+    def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
+        left, right = window_sides(self.attention_window, geometry.is_causal)
+        return Window(left=left, right=right, dilation=self.dilation)
+
 
 @register_mechanism
-class LocalAttention(EfficientAttention):
+class LocalAttention(PatternAttention):
     """Each token attends to its neighbours.
 
     Query i sees key j iff `j - i = δ m` with `|m| ≤ w / 2` (causal: `-w < m ≤ 0`), δ the dilation:
@@ -62,22 +59,6 @@ class LocalAttention(EfficientAttention):
         exact_when="attention_window ≥ 2n",
         training="works untrained; training restores long range",
     )
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        left, right = window_sides(self.config.attention_window, context.is_causal)
-        return window_attention(
-            query,
-            key,
-            value,
-            left=left,
-            right=right,
-            scaling=context.scaling,
-            dilation=self.config.dilation,
-            key_padding_mask=context.key_padding_mask,
-            relative_bias=context.relative_bias,
-            dropout=context.dropout,
-            query_offset=context.query_offset,
-        )
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:

@@ -7,33 +7,43 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base import (
     AttentionContext,
     AttentionGeometry,
-    EfficientAttention,
     EfficientAttentionConfig,
     MechanismFacts,
     SourceAttention,
     register_mechanism,
 )
-from ..ops.global_tokens import GlobalTokens, listed_tokens, masked_tokens, up_to_separator, without_tokens
+from ..decoding import attend_kept
+from ..ops.alignment import first_real_token
+from ..ops.global_tokens import (
+    GlobalTokens,
+    chosen_tokens,
+    global_columns,
+    kept_tokens,
+    up_to_separator,
+    without_tokens,
+)
+from ..ops.pattern_sets import PerHead
+from ..ops.patterns import Columns, Pattern, Rows, Window
 from ..ops.projected_rows import projected_rows
-from ..ops.windows import ExtraKeys, window_attention, window_sides
+from ..ops.windows import window_sides
+from ..pattern_attention import PatternAttention, PatternAttentionConfig
 
 GLOBAL_RULES = ("none", "first", "question")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongformerAttentionConfig(EfficientAttentionConfig):
+class LongformerAttentionConfig(PatternAttentionConfig):
     """Options of Longformer attention.
 
     Args:
         attention_window: w, in tokens, even; one number, or one per layer of the stack. Encoder: w // 2 keys on each side
             plus the token itself. Causal: the last w keys, the token itself included.
-        dilation: distance between neighbouring visible keys of the window.
+        dilation: distance between neighbouring visible keys of the window; one number, or one per head.
         global_tokens: which tokens are global where the call gives no `global_attention_mask`: `"none"`, `"first"` (each
             row's first real token), `"question"` (all tokens up to and including the first separator), or positions
             counted from each row's first real token.
@@ -43,14 +53,13 @@ class LongformerAttentionConfig(EfficientAttentionConfig):
     mechanism: ClassVar[str] = "longformer"
 
     attention_window: int | tuple[int, ...] = 512
-    dilation: int = 1
+    dilation: int | tuple[int, ...] = 1
     global_tokens: str | tuple[int, ...] = "none"
     separator_token_id: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("dilation")
-        for name in ("attention_window", "global_tokens"):
+        for name in ("attention_window", "dilation", "global_tokens"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         windows = self.attention_window if isinstance(self.attention_window, tuple) else (self.attention_window,)
@@ -59,6 +68,9 @@ class LongformerAttentionConfig(EfficientAttentionConfig):
             bool(windows) and all(type(w) is int and w > 0 and w % 2 == 0 for w in windows),
             "even integers ≥ 2 (half of each lies on each side), one for all layers or one per layer",
         )
+        dilations = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
+        fits = bool(dilations) and all(type(d) is int and d > 0 for d in dilations)
+        self._require("dilation", fits, "integers ≥ 1, one for all heads or one per head")
         rule = self.global_tokens
         if isinstance(rule, tuple):
             fits = bool(rule) and all(type(i) is int and i >= 0 for i in rule) and len(set(rule)) == len(rule)
@@ -72,12 +84,33 @@ class LongformerAttentionConfig(EfficientAttentionConfig):
                 "longformer: global_tokens='question' needs separator_token_id; pass tokenizer.sep_token_id."
             )
 
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Global positions that the rule names without looking at the tokens."""
+        rule = self.global_tokens
+        return rule if isinstance(rule, tuple) else (0,) if rule == "first" else ()
+
+    def neighbours(self, geometry: AttentionGeometry) -> Pattern:
+        """The windows alone."""
+        window = self.attention_window
+        left, right = window_sides(window[geometry.layer] if isinstance(window, tuple) else window, geometry.is_causal)
+        if isinstance(self.dilation, int):
+            return Window(left=left, right=right, dilation=self.dilation)
+        return PerHead(parts=tuple(Window(left=left, right=right, dilation=step) for step in self.dilation))
+
+    def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
+        pattern = self.neighbours(geometry)
+        if self.columns:
+            pattern = pattern | Columns(positions=self.columns)
+            pattern = pattern if geometry.is_causal else pattern | Rows(positions=self.columns)
+        return pattern
+
 
 @register_mechanism
-class LongformerAttention(EfficientAttention):
+class LongformerAttention(PatternAttention):
     """Sliding window ∪ global tokens in one softmax; global tokens attend to everything with projections of their own.
 
-    With G the global tokens of a row and W(i) the window of `local`:
+    With G the global tokens of a row and W(i) the window of `local`, of each head's own dilation:
 
         i ∉ G:  y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j            over j ∈ W(i) ∪ G
         i ∈ G:  y_i = Σ_j softmax_j(s · qᵍ_i·kᵍ_j + b(j - i)) vᵍ_j         over all real j,  qᵍ = W_qᵍ h_i, …
@@ -103,20 +136,19 @@ class LongformerAttention(EfficientAttention):
     )
     uses_global_attention_mask = True
 
-    query_global: nn.Linear
-    key_global: nn.Linear
-    value_global: nn.Linear
-
     def __init__(self, config: LongformerAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
-        window = config.attention_window
-        self.window = window[geometry.layer] if isinstance(window, tuple) else window
+        self.neighbours = config.neighbours(geometry)
+        self.left_aligned = (
+            False  # global tokens are found by each row's own start, and windows look the same everywhere
+        )
         self.has_global_rows = self.needs_hidden_states = not geometry.is_causal
         self.needs_input_ids = config.global_tokens == "question"
         if self.has_global_rows:
             inner = geometry.num_heads * geometry.head_dim
-            for name in ("query_global", "key_global", "value_global"):
-                self.add_module(name, nn.Linear(geometry.hidden_size, inner, bias=geometry.projection_bias))
+            self.query_global, self.key_global, self.value_global = (
+                nn.Linear(geometry.hidden_size, inner, bias=geometry.projection_bias) for _ in range(3)
+            )
 
     def reset_parameters(self) -> None:
         for module in self.children():
@@ -131,11 +163,10 @@ class LongformerAttention(EfficientAttention):
         if self.has_global_rows:
             for name in ("query", "key", "value"):
                 weights, target = getattr(source, name), getattr(self, f"{name}_global")
-                target.weight.copy_(weights.weight)
-                origins[f"{name}_global.weight"] = f"copy of the {name} weight"
-                if weights.bias is not None:
-                    target.bias.copy_(weights.bias)
-                    origins[f"{name}_global.bias"] = f"copy of the {name} bias"
+                for part in ("weight", "bias"):
+                    if (pretrained := getattr(weights, part)) is not None:
+                        getattr(target, part).copy_(pretrained)
+                        origins[f"{name}_global.{part}"] = f"copy of the {name} {part}"
         return origins
 
     @classmethod
@@ -146,6 +177,11 @@ class LongformerAttention(EfficientAttention):
             reasons.append(
                 f"attention_window lists {len(windows)} windows, but the {geometry.side} has {geometry.num_layers} "
                 "layers: give one number, or one window per layer"
+            )
+        if isinstance(config.dilation, tuple) and len(config.dilation) != geometry.num_heads:
+            reasons.append(
+                f"dilation lists {len(config.dilation)} distances, but there are {geometry.num_heads} heads: give one "
+                "number, or one distance per head"
             )
         if geometry.is_causal and config.global_tokens == "question":
             reasons.append(
@@ -159,26 +195,13 @@ class LongformerAttention(EfficientAttention):
         return dataclasses.replace(config, attention_window=2 * length, dilation=1, global_tokens="none")
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        left, right = window_sides(self.window, context.is_causal)
-        tokens = self._global_tokens(key, context)
-        keep, extra = context.key_padding_mask, None
+        if query.shape[2] < key.shape[2]:
+            return self._decode(query, key, value, context)
+        tokens, keep, extra = self._global_tokens(key, context), context.key_padding_mask, None
         if tokens is not None:
-            extra = self._global_columns(query, key, value, tokens, context)
+            extra = global_columns(tokens, key, value, context.relative_bias, context.is_causal)
             keep = without_tokens(keep, tokens, key)
-        out = window_attention(
-            query,
-            key,
-            value,
-            left=left,
-            right=right,
-            scaling=context.scaling,
-            dilation=self.config.dilation,
-            key_padding_mask=keep,
-            relative_bias=context.relative_bias,
-            dropout=context.dropout,
-            query_offset=context.query_offset,
-            extra=extra,
-        )
+        out = self.attend(query, key, value, context, pattern=self.neighbours, key_padding_mask=keep, extra=extra)
         if tokens is not None and self.has_global_rows:
             rows = self._global_rows(tokens.positions, context).to(out.dtype)
             target = tokens.positions[:, None, :, None].expand(rows.shape)
@@ -189,37 +212,23 @@ class LongformerAttention(EfficientAttention):
             out = out + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad).to(out.dtype)  # type: ignore[union-attr]
         return out
 
+    def _decode(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        """New queries over the keys that the cache kept."""
+        positions, keep, given = context.key_positions, context.key_padding_mask, context.global_attention_mask
+        if positions is None:
+            positions = torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1)
+            start = None if keep is None else first_real_token(keep)
+            context = dataclasses.replace(context, key_positions=positions, row_start=start)
+        columns = None if given is None else kept_tokens(given, positions, context.query_offset + query.shape[2])
+        pattern = self.pattern if given is None else self.neighbours
+        return attend_kept(query, key, value, pattern, context, columns, self.config.implementation)
+
     def _global_tokens(self, key: Tensor, context: AttentionContext) -> GlobalTokens | None:
         """The call's mask if there is one, else what the config's rule says."""
-        length, keep, rule = key.shape[2], context.key_padding_mask, self.config.global_tokens
         given, separator_id = context.global_attention_mask, self.config.separator_token_id
-        if given is None and rule == "question" and context.input_ids is not None and separator_id is not None:
+        if given is None and self.needs_input_ids and context.input_ids is not None and separator_id is not None:
             given = up_to_separator(context.input_ids, separator_id)
-        if given is not None:
-            if given.dim() != 2 or given.shape[1] > length or (given.shape[1] < length and not context.is_causal):
-                raise ValueError(
-                    f"global_attention_mask of shape {tuple(given.shape)} must be (batch, {length}), one entry per token; "
-                    "only a causal model takes a shorter one, whose missing tokens are not global."
-                )
-            given = F.pad(given.bool(), (0, length - given.shape[1]))
-            return masked_tokens(given if keep is None else given & keep)
-        if rule in ("none", "question"):
-            return None
-        return listed_tokens([0] if isinstance(rule, str) else list(rule), key, keep)
-
-    def _global_columns(
-        self, query: Tensor, key: Tensor, value: Tensor, tokens: GlobalTokens, context: AttentionContext
-    ) -> ExtraKeys:
-        """The global tokens as keys of every query; causal: of every later query."""
-        index = tokens.positions
-        gather = index[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
-        positions = torch.arange(query.shape[2], device=key.device) + context.query_offset
-        offset = index[:, None, :] - positions[:, None]  # (B, N, G)
-        keep = tokens.exists[:, None]
-        if context.is_causal:
-            keep = keep & (offset <= 0)
-        bias = None if context.relative_bias is None else context.relative_bias.at(offset).transpose(0, 1)
-        return ExtraKeys(key.gather(2, gather), value.gather(2, gather), keep, bias)
+        return chosen_tokens(given, self.config.columns, key, context.key_padding_mask, context.is_causal)
 
     def _global_rows(self, index: Tensor, context: AttentionContext) -> Tensor:
         """(B, H, G, D): what the global tokens see, through the projections of their own."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..base import AttentionGeometry, LinearWeights, SourceAttention
+from ..ops.relative_bias import RelativeBias
 
 POSITION_METHODS = ("tile", "interpolate")
 
@@ -44,6 +45,9 @@ class ModelFamily:
         position_table: name of the `nn.Embedding` of absolute positions inside a stack, or `None`.
         position_buffers: non-persistent buffers beside that table with one entry per position, by name and fill:
             `"arange"` or `"zeros"`.
+        embeddings_module, layers_module: where extra tokens enter and leave inside a stack: the module whose output are the
+            embeddings, and the one that runs all layers and returns the last hidden states. `""` = the stack itself, by
+            `inputs_embeds`, for stacks without absolute positions; `None` = extra tokens have no place.
 
     Subclasses override what is not data.
     """
@@ -53,6 +57,8 @@ class ModelFamily:
     attention_class: str
     position_table: str | None = None
     position_buffers: tuple[tuple[str, str], ...] = ()
+    embeddings_module: str | None = None
+    layers_module: str | None = None
 
     @property
     def modeling(self) -> Any:
@@ -102,6 +108,7 @@ class ModelFamily:
             has_relative_bias=self.has_relative_bias,
             projection_bias=self.source_attention(site.module).query.bias is not None,
             max_positions=max_positions or self.max_positions(config),
+            num_relative_buckets=getattr(config, "relative_attention_num_buckets", 0) if self.has_relative_bias else 0,
         )
 
     has_relative_bias = False
@@ -112,8 +119,24 @@ class ModelFamily:
 
     def source_attention(self, module: Any) -> SourceAttention:
         """The host's q, k, v projections as (out, in) weights and biases."""
-        projections = (module.query, module.key, module.value)
-        return SourceAttention(*(LinearWeights(p.weight.detach(), _detach(p.bias)) for p in projections))
+        query, key, value = (
+            LinearWeights(p.weight.detach(), _detach(p.bias)) for p in (module.query, module.key, module.value)
+        )
+        return SourceAttention(query, key, value)
+
+    def relative_bias(self, stack: Stack, site: AttentionSite) -> RelativeBias | None:
+        """The pretrained bias over offsets that enters this layer's logits, read-only; `None` where there is none."""
+        return None
+
+    def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, G, hidden) states through the host's key and value projections: two tensors (B, H, G, D)."""
+        heads, width = self.heads(module)
+        key, value = (p(hidden).unflatten(-1, (heads, width)).transpose(1, 2) for p in (module.key, module.value))
+        return key, value
+
+    def embedded(self, stack: Stack, words: Tensor) -> Tensor:
+        """(G, hidden) word vectors as they leave the embeddings at the first position."""
+        return words
 
     # positions
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..base import LinearWeights, SourceAttention
 from .base import ModelFamily
@@ -25,7 +25,14 @@ class GPT2Family(ModelFamily):
     def source_attention(self, module: Any) -> SourceAttention:
         weights = module.c_attn.weight.detach().T.chunk(3)
         biases = module.c_attn.bias.detach().chunk(3)
-        return SourceAttention(*map(LinearWeights, weights, biases))
+        query, key, value = map(LinearWeights, weights, biases)
+        return SourceAttention(query, key, value)
+
+    def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        _, key, value = (
+            x.unflatten(-1, self.heads(module)).transpose(1, 2) for x in module.c_attn(hidden).chunk(3, -1)
+        )
+        return key, value
 
 
 FAMILIES = (

@@ -2,11 +2,10 @@
 
 from transformers import PreTrainedConfig
 
-from .base import ModelFamily
-from .bert import POSITION_BUFFERS
+from .bert import POSITION_BUFFERS, BertFamily
 
 
-class RobertaFamily(ModelFamily):
+class RobertaFamily(BertFamily):
     """Positions count from `pad_token_id + 1`: the rows up to there belong to padding."""
 
     def position_offset(self, config: PreTrainedConfig) -> int:
@@ -20,6 +19,8 @@ FAMILIES = tuple(
         attention_class=f"{prefix}SelfAttention",
         position_table="embeddings.position_embeddings",
         position_buffers=POSITION_BUFFERS,
+        embeddings_module="embeddings",
+        layers_module="encoder",
     )
     for model_type, prefix in (("roberta", "Roberta"), ("xlm-roberta", "XLMRoberta"), ("camembert", "Camembert"))
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.mt5.modeling_mt5 import MT5Attention
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -14,7 +15,7 @@ from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from ..base import LinearWeights, SourceAttention
 from ..ops.relative_bias import RelativeBias
-from .base import ModelFamily, Stack
+from .base import AttentionSite, ModelFamily, Stack
 
 
 class _LazyBias:
@@ -92,7 +93,22 @@ class T5Family(ModelFamily):
         return module.n_heads, module.key_value_proj_dim
 
     def source_attention(self, module: Any) -> SourceAttention:
-        return SourceAttention(*(LinearWeights(p.weight.detach(), None) for p in (module.q, module.k, module.v)))
+        query, key, value = (LinearWeights(p.weight.detach(), None) for p in (module.q, module.k, module.v))
+        return SourceAttention(query, key, value)
+
+    def relative_bias(self, stack: Stack, site: AttentionSite) -> RelativeBias | None:
+        # one table in the first layer serves the whole stack, but UMT5 has one in every layer
+        owner: Any = site.module if site.module.has_relative_attention_bias else stack.sites[0].module
+        lazy: Any = SWAPS.get(type(owner), (type(owner),))[0]
+        return RelativeBias(
+            owner.relative_attention_bias.weight.detach(),
+            partial(lazy._bucket_of_offsets, owner),
+            owner.relative_attention_max_distance,
+        )
+
+    def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = (p(hidden).unflatten(-1, self.heads(module)).transpose(1, 2) for p in (module.k, module.v))
+        return key, value
 
     def max_positions(self, config: PreTrainedConfig) -> int | None:
         return None
@@ -109,6 +125,12 @@ class T5Family(ModelFamily):
 
 
 FAMILIES = tuple(
-    T5Family(model_type=prefix.lower(), stack_class=f"{prefix}Stack", attention_class=f"{prefix}Attention")
+    T5Family(
+        model_type=prefix.lower(),
+        stack_class=f"{prefix}Stack",
+        attention_class=f"{prefix}Attention",
+        embeddings_module="",
+        layers_module="",
+    )
     for prefix in ("T5", "MT5", "UMT5")
 )

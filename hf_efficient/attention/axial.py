@@ -1,0 +1,74 @@
+"""Axial attention: the tokens as a grid, attention along its rows and columns."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
+from ..ops.patterns import BlockWindow, Pattern, Strided
+from ..pattern_attention import PatternAttention, PatternAttentionConfig, two_part_pattern, two_part_refusals
+
+FORMS = ("union", "split", "interleaved")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxialAttentionConfig(PatternAttentionConfig):
+    """Options of axial attention.
+
+    Args:
+        row_length: C, tokens per row of the grid; about √n makes cost lowest. It stays the same at every length.
+        form: `"union"` (every head sees row and column), `"split"` (the first half of the heads sees rows, the others
+            columns), or `"interleaved"` (even layers see rows, odd layers columns).
+    """
+
+    mechanism: ClassVar[str] = "axial"
+
+    row_length: int = 64
+    form: str = "union"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("row_length")
+        self._require("form", self.form in FORMS, f"one of {', '.join(FORMS)}")
+
+    def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
+        row, column = BlockWindow(block_size=self.row_length), Strided(stride=self.row_length)
+        return two_part_pattern(self.form, row, column, geometry)
+
+
+@register_mechanism
+class AxialAttention(PatternAttention):
+    """Token i stands at row y = ⌊i / C⌋ and column x = i mod C of a grid, and attends along both.
+
+        y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j
+
+    Query i sees key j iff `⌊i / C⌋ = ⌊j / C⌋` (row) or `i mod C = j mod C` (column); causal: additionally j ≤ i. A token
+    counts itself once. The last row may be short. Positions count from a row's first real token; T5's bias is taken at the
+    true offsets j - i.
+
+    O(N (C + N / C)) time and memory. No new parameters. While decoding, columns need every past key, though a step looks at
+    C + N / C of them. Source: Ho et al. 2019 (arXiv 1912.12180), §3. Deviations: one softmax over row and column, or
+    one of the two per head or layer, in place of separate layers for each, which would double the number of layers; j ≤ i
+    in place of shifted rows and columns, since the models' labels are shifted already.
+    """
+
+    Config = AxialAttentionConfig
+    config: AxialAttentionConfig
+    facts = MechanismFacts(
+        title="Axial attention",
+        paper="arXiv 1912.12180, §3",
+        time="n·(C + n/C)",
+        memory="n·(C + n/C)",
+        exact_when="form = union and row_length ≥ n",
+        training="works untrained; training restores long range",
+    )
+
+    @classmethod
+    def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
+        return super().unsupported(config, geometry) + two_part_refusals("form", config.form, "union", geometry)
+
+    @classmethod
+    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        return dataclasses.replace(config, row_length=length, form="union")

@@ -1,0 +1,233 @@
+"""ETC: a sliding window for the input, and global tokens of its own that see everything and are seen by everyone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..base import (
+    AttentionContext,
+    AttentionGeometry,
+    EfficientAttention,
+    EfficientAttentionConfig,
+    LinearWeights,
+    MechanismFacts,
+    SourceAttention,
+    register_mechanism,
+)
+from ..ops.labelled_window import labelled_window_attention
+from ..ops.windows import ExtraKeys, window_attention
+
+# new projections by `sharing`: name → the pretrained one that it is copied from
+GLOBAL_QUERY = {"query_global": "query", "key_global": "key", "value_global": "value"}
+SHARING: dict[str, dict[str, str]] = {
+    "qkv": {},
+    "kv": GLOBAL_QUERY,
+    "none": GLOBAL_QUERY
+    | {"key_global_to_long": "key", "value_global_to_long": "value"}
+    | {"key_long_to_global": "key", "value_long_to_global": "value"},
+}
+# all global tokens together start with e⁻⁵ of the weight of one key of equal logit
+GATE = -5.0
+LONG_TO_GLOBAL, GLOBAL_TO_LONG, GLOBAL_TO_GLOBAL = range(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EtcAttentionConfig(EfficientAttentionConfig):
+    """Options of ETC's global-local attention.
+
+    Args:
+        attention_window: w, in tokens, even: w // 2 keys on each side plus the token itself.
+        num_global_tokens: g learned tokens in front of the input, for the whole stack; 0 = a window only.
+        sharing: which projections the four pieces of attention share: `"qkv"`: all of them, the host's; `"kv"`: queries of
+            global tokens, and all keys and values they look at, have their own; `"none"`: keys and values differ by who
+            looks and who is looked at.
+        relative_labels: m, clip distance of learned relative position labels, at most w // 2; 0 = none.
+    """
+
+    mechanism: ClassVar[str] = "etc"
+
+    attention_window: int = 512
+    num_global_tokens: int = 64
+    sharing: str = "qkv"
+    relative_labels: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("attention_window")
+        self._require("attention_window", self.attention_window % 2 == 0, "even (half of it lies on each side)")
+        count, clip = self.num_global_tokens, self.relative_labels
+        self._require("num_global_tokens", type(count) is int and count >= 0, "an integer ≥ 0")
+        self._require("sharing", self.sharing in SHARING, f"one of {', '.join(SHARING)}")
+        most = self.attention_window // 2
+        self._require("relative_labels", type(clip) is int and 0 <= clip <= most, f"an integer from 0 to {most}")
+
+
+@register_mechanism
+class EtcAttention(EfficientAttention):
+    """Global-local attention over [g; x]: g learned global tokens before the n tokens of the input.
+
+    Each pair has a label t: global-long, long-global, global-global, or between tokens the distance clipped to ±m. With a_t
+    a vector and β_t a logit per head and label, and W(i) the window of `local`:
+
+        logit_ij = s · q_i·(k_j + a_t(i,j)) + b(j - i) + β_t(i,j)
+        long i:    y_i = Σ softmax_j(logit_ij) v_j     over j ∈ W(i) ∪ all global tokens
+        global i:  y_i = Σ softmax_j(logit_ij) v_j     over all global tokens and all real tokens
+
+    b is the host's relative bias, between tokens only and at their true offsets. q, k, v come from the host's projections,
+    or by `sharing` from copies of them. In the last layer global queries are left out: nothing reads their result.
+
+    Start: β of long-global = -5 - log g, so that the model starts close to the window alone and learns how far to open;
+    other β, and all a, 0. Hosts with a relative bias add its value at the far left to β of long-global, at the far right
+    to that of global-long, and the mean of both to global-global. Exact: attention_window ≥ 2n and num_global_tokens = 0.
+
+    O(N (w + g) + g²) time and memory; other sharings project N tokens once or twice more. Source: Ainslie et al. 2020 (arXiv
+    2004.08483), §3; google-research `etcmodel/layers/attention.py`. Deviations: global tokens are learned, not made from
+    the structure of the input; β is not divided by √D; no contrastive loss; one output projection.
+    """
+
+    Config = EtcAttentionConfig
+    config: EtcAttentionConfig
+    facts = MechanismFacts(
+        title="ETC (Extended Transformer Construction)",
+        paper="arXiv 2004.08483",
+        time="n·(w + g) + g²",
+        memory="n·(w + g) + g²",
+        exact_when="attention_window ≥ 2n and num_global_tokens = 0",
+        training="starts as a window; global tokens are learned",
+    )
+    causal_refusal = "global tokens see the whole input and tell it to every token; use local, longformer or bigbird"
+
+    def __init__(self, config: EtcAttentionConfig, geometry: AttentionGeometry):
+        super().__init__(config, geometry)
+        heads, width, clip = geometry.num_heads, geometry.head_dim, config.relative_labels
+        self.has_global_rows = geometry.layer < geometry.num_layers - 1
+        kinds = 0 if config.num_global_tokens == 0 else 3 if self.has_global_rows else 1
+        if kinds:
+            self.global_logits = nn.Parameter(torch.empty(kinds, heads))
+        if clip:
+            self.label_logits = nn.Parameter(torch.empty(2 * clip + 1, heads))
+            self.label_vectors = nn.Parameter(torch.empty(2 * clip + 1 + kinds, heads, width))
+        self.copies = {
+            name: source
+            for name, source in SHARING[config.sharing].items()
+            if kinds == 3 or (kinds and name.endswith("long_to_global"))
+        }
+        self.needs_hidden_states = bool(self.copies)
+        for name in self.copies:
+            self.add_module(name, nn.Linear(geometry.hidden_size, heads * width, bias=geometry.projection_bias))
+
+    @classmethod
+    def num_extra_tokens(cls, config: EtcAttentionConfig) -> int:
+        return config.num_global_tokens
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith(".weight"):
+                    parameter.normal_(std=0.02)
+                else:
+                    parameter.zero_()
+            if self.config.num_global_tokens:
+                self.global_logits[LONG_TO_GLOBAL] = GATE - math.log(self.config.num_global_tokens)
+
+    @torch.no_grad()
+    def initialise_from(self, source: SourceAttention) -> dict[str, str]:
+        origins = {name: "zeros" for name, _ in self.named_parameters(recurse=False) if name != "global_logits"}
+        if self.config.num_global_tokens:
+            origins["global_logits"] = f"{GATE:g} - log g from tokens to global tokens, 0 elsewhere"
+            if source.relative_bias is not None:
+                far = source.relative_bias.saturation
+                left, right = source.relative_bias.at(torch.tensor([-far, far], device=self.global_logits.device)).T
+                self.global_logits.add_(torch.stack([left, right, (left + right) / 2])[: len(self.global_logits)])
+                origins["global_logits"] += ", plus the relative bias far away"
+        for name, copied in self.copies.items():
+            weights: LinearWeights = getattr(source, copied)
+            target: Any = getattr(self, name)
+            target.weight.copy_(weights.weight)
+            origins[f"{name}.weight"] = f"copy of the {copied} weight"
+            if weights.bias is not None:
+                target.bias.copy_(weights.bias)
+                origins[f"{name}.bias"] = f"copy of the {copied} bias"
+        return origins
+
+    @classmethod
+    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        return replace(config, attention_window=2 * length, num_global_tokens=0, relative_labels=0)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        g, clip, reach = self.config.num_global_tokens, self.config.relative_labels, self.config.attention_window // 2
+        keep = context.key_padding_mask
+        q, k, v = (x[:, :, g:] for x in (query, key, value))
+        options: dict[str, Any] = dict(
+            scaling=context.scaling,
+            key_padding_mask=None if keep is None else keep[:, g:],
+            relative_bias=context.relative_bias,
+            dropout=context.dropout,
+            extra=self._global_columns(q, key, value, context) if g else None,
+        )
+        if clip:
+            logits = self._vector_logits(q, slice(0, 2 * clip + 1), context) + self.label_logits.T[:, None]
+            out = labelled_window_attention(q, k, v, logits, reach=reach, **options)
+        else:
+            out = window_attention(q, k, v, left=reach, right=reach, **options)
+        if not g:
+            return out
+        rows = (
+            self._global_rows(query[:, :, :g], key, value, context)
+            if self.has_global_rows
+            else torch.zeros_like(query[:, :, :g])
+        )
+        return torch.cat([rows.to(out.dtype), out], dim=2)
+
+    def _vector_logits(self, query: Tensor, labels: slice, context: AttentionContext) -> Tensor:
+        """(B, H, N, labels): `s · q·a_t` for some labels t."""
+        return context.scaling * torch.einsum("bhnd,thd->bhnt", query, self.label_vectors[labels].to(query.dtype))
+
+    def _kind_logits(self, kind: int, query: Tensor, context: AttentionContext) -> Tensor:
+        """(B or 1, H, N or 1, 1): what the logits of a kind of pair with a global token get beside `s · q·k`."""
+        logits = self.global_logits[kind][None, :, None, None]
+        if not self.config.relative_labels:
+            return logits
+        label = 2 * self.config.relative_labels + 1 + kind
+        return logits + self._vector_logits(query, slice(label, label + 1), context)
+
+    def _heads(self, name: str, hidden: Tensor) -> Tensor:
+        return getattr(self, name)(hidden).unflatten(-1, (self.geometry.num_heads, -1)).transpose(1, 2)
+
+    def _global_columns(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> ExtraKeys:
+        """The global tokens as keys of every token."""
+        g, keep = self.config.num_global_tokens, context.key_padding_mask
+        key, value = key[:, :, :g], value[:, :, :g]
+        if self.config.sharing == "none":
+            assert context.hidden_states is not None
+            key, value = (self._heads(f"{x}_long_to_global", context.hidden_states[:, :g]) for x in ("key", "value"))
+        visible = torch.ones(1, g, dtype=torch.bool, device=key.device) if keep is None else keep[:, :g]
+        logits = self._kind_logits(LONG_TO_GLOBAL, query, context)
+        return ExtraKeys(key, value, visible[:, None], logits.expand(-1, -1, query.shape[2], g))
+
+    def _global_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        """(B, H, g, D): what the global tokens see."""
+        g, n, hidden = query.shape[2], key.shape[2], context.hidden_states
+        if self.copies:
+            assert hidden is not None
+            query = self._heads("query_global", hidden[:, :g])
+            to_tokens = "global_to_long" if self.config.sharing == "none" else "global"
+            key, value = (
+                torch.cat(
+                    [self._heads(f"{x}_global", hidden[:, :g]), self._heads(f"{x}_{to_tokens}", hidden[:, g:])], 2
+                )
+                for x in ("key", "value")
+            )
+        to_global, to_long = (self._kind_logits(k, query, context) for k in (GLOBAL_TO_GLOBAL, GLOBAL_TO_LONG))
+        logits = torch.cat([to_global.expand(-1, -1, g, g), to_long.expand(-1, -1, g, n - g)], dim=-1)
+        if context.key_padding_mask is not None:
+            logits = torch.where(context.key_padding_mask[:, None, None], logits, float("-inf"))
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=logits.to(query.dtype), dropout_p=context.dropout, scale=context.scaling
+        )

@@ -1,0 +1,94 @@
+"""Sparse Transformer: neighbours, and one key in every stride."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
+from ..ops.patterns import BlockWindow, Pattern, Strided, Summary, Window
+from ..pattern_attention import PatternAttention, PatternAttentionConfig, two_part_pattern, two_part_refusals
+
+PATTERNS = ("strided", "fixed")
+HEAD_POLICIES = ("merged", "split", "interleaved")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseTransformerAttentionConfig(PatternAttentionConfig):
+    """Options of Sparse Transformer attention.
+
+    Args:
+        pattern: `"strided"` (for data with rows, whose length is the stride) or `"fixed"` (for text).
+        stride: l, in tokens; about √n makes cost lowest.
+        summary_size: c, tokens at the end of every block of l that all later blocks see; only with `"fixed"`.
+        head_policy: `"merged"` (every head sees both parts), `"split"` (the first half of the heads sees the near part, the
+            others the far one), or `"interleaved"` (even layers the near part, odd layers the far one).
+    """
+
+    mechanism: ClassVar[str] = "sparse_transformer"
+
+    pattern: str = "strided"
+    stride: int = 128
+    summary_size: int = 8
+    head_policy: str = "merged"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("pattern", self.pattern in PATTERNS, f"one of {', '.join(PATTERNS)}")
+        self._require("head_policy", self.head_policy in HEAD_POLICIES, f"one of {', '.join(HEAD_POLICIES)}")
+        self._require_positive("stride", "summary_size")
+        fits = self.pattern == "strided" or self.summary_size <= self.stride
+        self._require("summary_size", fits, f"at most stride={self.stride}")
+
+    def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
+        size, itself = self.stride, Window(left=0, right=0)
+        if self.pattern == "strided":
+            near = Window(left=size - 1, right=0 if geometry.is_causal else size - 1)
+            return two_part_pattern(self.head_policy, near, Strided(stride=size), geometry)
+        far: Pattern = Summary(stride=size, size=self.summary_size)
+        if self.head_policy != "merged":
+            far = far | itself  # nobody may be left without a key
+        return two_part_pattern(self.head_policy, BlockWindow(block_size=size), far, geometry)
+
+
+@register_mechanism
+class SparseTransformerAttention(PatternAttention):
+    """Each token attends to its surroundings and to one key, or a few, in every stride.
+
+        y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j
+
+    Query i sees key j iff, with stride l and summary size c (causal: additionally j ≤ i),
+
+        strided:  |i - j| < l  (near)  or  (i - j) mod l = 0  (far)
+        fixed:    ⌊i / l⌋ = ⌊j / l⌋  (near)  or  j mod l ≥ l - c  (far)
+
+    Positions count from a row's first real token. Two layers connect every pair of tokens of a strided model.
+
+    O(N (l + N / l)) time and memory, fixed: O(N (l + c N / l)); the strided part is computed as l dense sequences of N / l
+    tokens, as in §4.3 of the paper. No new parameters. While decoding, the strided part needs every past key, since each
+    residue class returns. Source: Child et al. 2019 (arXiv 1904.10509), §4.2, §4.3. Deviations: an encoder form; a token of
+    the fixed far part alone (`"split"`, `"interleaved"`) also sees itself, without which the first l - c rows are empty;
+    the same columns for all heads of the fixed pattern, where the official code gives heads different ones.
+    """
+
+    Config = SparseTransformerAttentionConfig
+    config: SparseTransformerAttentionConfig
+    facts = MechanismFacts(
+        title="Sparse Transformer",
+        paper="arXiv 1904.10509, §4",
+        time="n·(l + n/l)",
+        memory="n·(l + n/l)",
+        exact_when="head_policy = merged and stride ≥ n",
+        training="works untrained; training restores long range",
+    )
+
+    @classmethod
+    def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
+        refusals = two_part_refusals("head_policy", config.head_policy, "merged", geometry)
+        return super().unsupported(config, geometry) + refusals
+
+    @classmethod
+    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        summary_size = min(config.summary_size, length)
+        return dataclasses.replace(config, stride=length, summary_size=summary_size, head_policy="merged")

@@ -1,0 +1,311 @@
+"""Everything that needs a GPU in one command and ten minutes: its tests, then the attention benchmark, one JSON.
+
+    hf-efficient bench gpu --out gpu.json
+    PYTHONPATH=. python -m hf_efficient.benchmark_gpu gpu.json 540    # in a clone, with nothing installed; seconds
+
+Tests and the compilation of kernels share the GPU and run in many processes at once; times are taken afterwards, alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .benchmark import fresh_python, hardware, versions
+from .benchmark_attention import Stage, attention_suite, cuda_stages
+from .benchmark_attention import as_rows as attention_rows
+from .contenders import THEIRS, Point, build
+from .timing import attempt
+
+TESTS = tuple(Path(__file__).parents[1] / "tests" / name for name in ("test_gpu.py", "test_kernels_gpu.py"))
+SHARD = "HF_EFFICIENT_SHARD"
+OUTCOME = re.compile(r"^(\S+\.py::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+REASON = re.compile(r"^(?:FAILED|ERROR) (\S+\.py::.*)$", re.MULTILINE)
+# products per second in bfloat16 that a H200 reaches
+PEAK = 790e12
+# where the kernels are judged, and which share of PEAK on the pairs of its tiles is acceptable, and aimed at
+TARGET = Point(16384, 8, dtype="bfloat16", device="cuda")
+SHARES = {"forward": (0.35, 0.45), "backward": (0.25, 0.33)}
+# what a bias may add to the forward pass, and its gradient to the backward pass
+BIAS_LIMITS = {"forward": (0.25, 0.10), "backward": (0.25, 0.15)}
+# of all seconds there are: tests and compilation, and what writing and closing down takes
+TEST_SHARE, RESERVE = 0.5, 30.0
+
+
+# ---- tests and compilation, in processes of their own ---------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """As a pytest plugin: keep every n-th test, where `HF_EFFICIENT_SHARD` says `index/n`."""
+    if shard := os.environ.get(SHARD):
+        index, count = map(int, shard.split("/"))
+        items[:] = items[index::count]
+
+
+def run_shard(paths: Sequence[Path], index: int, count: int, left: Callable[[], float]) -> dict[str, Any]:
+    """One shard of the GPU tests in the seconds `left`: outcome by test, and why tests failed; what ran in time counts."""
+    arguments = (
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-v",
+        "-ra",
+        "--tb=line",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        __name__,
+        *paths,
+    )
+    # a line per test as soon as it is done, and no reason cut off
+    facts = {SHARD: f"{index}/{count}", "PYTHONUNBUFFERED": "1", "COLUMNS": "400", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = fresh_python(*arguments, timeout=left(), **facts)
+        output, timed_out, errors = done.stdout, False, done.stderr[-500:]
+    except subprocess.TimeoutExpired as stopped:
+        raw = stopped.stdout or b""
+        output, timed_out, errors = raw.decode(errors="replace") if isinstance(raw, bytes) else raw, True, ""
+    outcomes = dict(OUTCOME.findall(output))
+    return {
+        "outcomes": outcomes,
+        "reasons": sorted(set(REASON.findall(output))),
+        "timed_out": timed_out,
+        # a shard without a single outcome did not start
+        "trouble": "" if outcomes or "deselected" in output or "no tests ran" in output else output[-500:] + errors,
+    }
+
+
+def summary(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of all shards, and what failed."""
+    shards = list(shards)
+    outcomes = {name: outcome for shard in shards for name, outcome in shard["outcomes"].items()}
+    return {
+        **{name: 0 for name in ("passed", "failed", "error", "skipped")},
+        **{name.lower(): number for name, number in Counter(outcomes.values()).items()},
+        "failures": [reason for shard in shards for reason in shard["reasons"]],
+        "shards": len(shards),
+        "shards_out_of_time": sum(shard["timed_out"] for shard in shards),
+        "trouble": [shard["trouble"] for shard in shards if shard["trouble"]],
+    }
+
+
+def compile_jobs(stages: Iterable[Stage]) -> list[tuple[Point, str]]:
+    """(point, contender) of everything that compiles, once for each dtype, width and contender."""
+    found: dict[tuple[str, int, str], tuple[Point, str]] = {}
+    for stage in stages:
+        for name in stage.names:
+            if name not in THEIRS or name.startswith("FlexAttention"):
+                found.setdefault((stage.point.dtype, stage.point.width, name), (stage.point, name))
+    return list(found.values())
+
+
+def compile_one(point: Point, name: str, left: Callable[[], float]) -> dict[str, Any]:
+    """Call a contender once in a process of its own, so that its kernels lie in the caches on disk."""
+    start, place = time.monotonic(), {"contender": name, **asdict(point)}
+    try:
+        done = fresh_python("-m", __name__, json.dumps([asdict(point), name]), timeout=left())
+        reason = done.stderr[-300:] if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        reason = "not done in time"
+    return place | {"seconds": time.monotonic() - start, "reason": reason}
+
+
+def in_parallel(calls: Sequence[Callable[[], Any]], workers: int) -> list[Any]:
+    with ThreadPoolExecutor(workers) as pool:
+        futures: list[Future[Any]] = [pool.submit(call) for call in calls]
+        return [future.result() for future in futures]
+
+
+def prepare(
+    paths: Sequence[Path], jobs: Sequence[tuple[Point, str]], workers: int, deadline: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Compile and test at once, until `deadline` (`time.monotonic()`): counts of the tests, seconds of each compilation."""
+
+    def left() -> float:
+        return max(1.0, deadline - time.monotonic())
+
+    compiling = [partial(compile_one, *job, left) for job in jobs]
+    testing = [partial(run_shard, paths, index, workers, left) for index in range(workers)]
+    results = in_parallel([*compiling, *testing], workers)
+    return summary(results[len(jobs) :]), results[: len(jobs)]
+
+
+# ---- what the figures say -------------------------------------------------------------------------------------------
+
+
+def repeatable(point: Point, names: Sequence[str] = ("local", "bigbird", "local, learned bias")) -> dict[str, bool]:
+    """Whether equal calls give equal bits: the output and every gradient, three times each."""
+    found = {}
+    for name in names:
+        first: list[torch.Tensor] | None = None
+        equal = True
+        for _ in range(3):
+            *heads, gradient = point.tensors()
+            leaves = [x.requires_grad_() for x in heads]
+            attention: Any = build(name, point)
+            out = attention(*leaves)
+            out.backward(gradient)
+            bias = attention.context.relative_bias
+            results = [out, *(x.grad for x in leaves), *([] if bias is None else [bias.table.grad])]
+            equal = equal and (first is None or all(map(torch.equal, first, results)))
+            first = first or [x.detach() for x in results]
+        found[name] = equal
+    return found
+
+
+def rows_at(rows: Iterable[dict[str, Any]], point: Point) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(contender, pass): row} of one point."""
+    place = asdict(point)
+    return {(row["contender"], row["pass"]): row for row in rows if row | place == row}
+
+
+def target_of(rows: Iterable[dict[str, Any]], point: Point = TARGET, peak: float = PEAK) -> dict[str, Any] | None:
+    """Our window at the point where the kernels are judged: rates on the pairs of its tiles, backward as five products;
+    and how many times longer others take. `None` where it was not measured."""
+    found = rows_at(rows, point)
+    if ("local", "forward") not in found or ("local", "training") not in found:
+        return None
+    seconds = {
+        name: {
+            "forward": found[name, "forward"]["seconds"],
+            "backward": found[name, "training"]["backward_seconds"],
+        }
+        for name, kind in found
+        if kind == "forward" and (name, "training") in found
+    }
+    flops = found["local", "forward"]["tile_gflop"] * 1e9
+    result: dict[str, Any] = {"point": asdict(point), "peak_tflops": peak / 1e12}
+    for kind, factor in (("forward", 1.0), ("backward", 2.5)):
+        rate = factor * flops / seconds["local"][kind]
+        accepted, wanted = SHARES[kind]
+        result[kind] = {
+            "seconds": seconds["local"][kind],
+            "tile_tflops": rate / 1e12,
+            "share": rate / peak,
+            "accepted_from": accepted,
+            "target": wanted,
+            "others_take": {
+                name: taken[kind] / seconds["local"][kind] for name, taken in seconds.items() if name != "local"
+            },
+        }
+    return result
+
+
+def bias_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At every point: what share a bias adds to the forward pass, and its gradient to the backward pass."""
+    rows, found = list(rows), []
+    points = {Point(**{name: row[name] for name in asdict(TARGET)}) for row in rows}
+    for point in sorted(points, key=str):
+        here = rows_at(rows, point)
+        pairs = (
+            ("forward", "seconds", "local, fixed bias", "local", "forward"),
+            ("backward", "backward_seconds", "local, learned bias", "local, fixed bias", "training"),
+        )
+        for kind, what, more, less, stage in pairs:
+            if (more, stage) in here and (less, stage) in here:
+                share = here[more, stage][what] / here[less, stage][what] - 1
+                accepted, wanted = BIAS_LIMITS[kind]
+                limits = {"accepted_to": accepted, "target": wanted}
+                found.append({**asdict(point), "pass": kind, "adds": share, **limits})
+    return found
+
+
+# ---- the suite ------------------------------------------------------------------------------------------------------
+
+
+def gpu_suite(
+    budget: float = 540.0,
+    tests: Sequence[Path] = TESTS,
+    stages: list[Stage] | None = None,
+    target: Point = TARGET,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """All GPU tests, then the attention benchmark in what is left of `budget` seconds; the rest is named as skipped.
+
+    Args:
+        stages, target: what is measured, by default on the GPU; on other devices for trying this suite out.
+
+    Raises:
+        ValueError: there is no CUDA device.
+    """
+    if target.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            "the gpu suite needs a CUDA device, and this PyTorch sees none; run it where torch.cuda.is_available(), or "
+            "use hf-efficient bench attention, which measures on the CPU too."
+        )
+    start = time.monotonic()
+    stages = cuda_stages() if stages is None else stages
+    workers = workers or max(2, (os.cpu_count() or 4) - 2)
+    present = [path for path in tests if path.exists()]
+    results, compiled = prepare(present, compile_jobs(stages), workers, start + TEST_SHARE * budget)
+    prepared = time.monotonic()
+    bits: Any
+    try:
+        bits = repeatable(target)
+    except Exception as error:  # the times are worth having also where a kernel fails
+        bits = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+    attention = attention_suite(stages, model_length=0, deadline=start + budget - RESERVE, progress=progress)
+    rows = attention["results"]
+    return {
+        "suite": "gpu",
+        "settings": {"budget_seconds": budget, "seed": 0, "tests": [path.name for path in present]},
+        "seconds": {"tests and compilation": prepared - start, "all": time.monotonic() - start},
+        "tests": results,
+        "compiled": compiled,
+        "repeatable": bits,
+        "target": target_of(rows, target),
+        "bias": bias_rows(rows),
+        "attention": attention,
+        "hardware": hardware(),
+        "versions": versions() | {"triton": _triton()},
+    }
+
+
+def _triton() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    version: str = triton.__version__
+    return version
+
+
+def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and rows of the times, with the tests' counts and the target in front."""
+    headings, rows = attention_rows(document["attention"])
+    facts = {"tests": {k: v for k, v in document["tests"].items() if isinstance(v, int)}}
+    facts |= {"equal bits": document["repeatable"]}
+    for kind in SHARES if document["target"] else ():
+        facts[f"target, {kind}"] = {"share of peak": round(document["target"][kind]["share"], 3)}
+    named = [[f"{name}: " + ", ".join(f"{k} {v}" for k, v in values.items())] for name, values in facts.items()]
+    return headings, [row + [""] * (len(headings) - 1) for row in named] + rows
+
+
+def _main(first: str, budget: str = "540") -> None:
+    """Either one compilation, as `compile_one` asks for it, or the whole suite into a file."""
+    if not first.startswith("["):
+        Path(first).write_text(json.dumps(gpu_suite(float(budget)), indent=2) + "\n")
+        return
+    place, contender = json.loads(first)
+    point = Point(**place)
+    for kind in ("forward", "training"):
+        attempt(build(contender, point), kind, point.tensors())(lambda: None)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

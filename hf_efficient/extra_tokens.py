@@ -1,0 +1,169 @@
+"""Learned tokens in front of the input of a whole stack: put there at the embeddings, taken away at the end.
+
+A mechanism that wants them says how many (`EfficientAttention.num_extra_tokens`); everything else happens here. The tokens
+are a parameter `global_tokens` (g, hidden_size) of the first layer's mechanism. Hooks prepend it to the embeddings, lengthen
+`attention_mask` by g ones, and cut the g tokens off every output, so that positions, pooler, heads, recorded hidden states
+and cross-attention see the N tokens of the input only. The hooks are plain functions, and what they need to know lies beside
+them, so that copies and pickles are whole and undoing is exact.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import EfficientAttentionConfig
+from .dispatch import CHILD
+from .families import ModelFamily, Stack
+
+NOTE = "_efficient_extra_tokens"
+
+
+class _ExtraTokens:
+    """What the hooks of one stack share.
+
+    Attributes:
+        count: g. owner: the attention module whose mechanism holds the tokens. parameters: names of the stack's arguments.
+        as_embeddings: they enter by `inputs_embeds`, and leave where the stack ends, for want of a better place.
+    """
+
+    def __init__(self, count: int, owner: nn.Module, parameters: list[str], as_embeddings: bool):
+        self.count = count
+        self.owner = owner
+        self.parameters = parameters
+        self.as_embeddings = as_embeddings
+
+    def prepend(self, embeddings: Tensor) -> Tensor:
+        """(B, g + N, hidden_size) from (B, N, hidden_size)."""
+        # by name at every call: adapters may have put a trained copy in the mechanism's place
+        tokens: Any = getattr(self.owner._modules[CHILD], "global_tokens")  # noqa: B009
+        tokens = tokens.to(embeddings.device, embeddings.dtype).expand(embeddings.shape[0], -1, -1)
+        return torch.cat([tokens, embeddings], dim=1)
+
+    def cut(self, output: Any, length: int) -> Any:
+        """`output` with the first g of `length` tokens removed from every tensor (B, length, …) in it."""
+        if isinstance(output, Tensor):
+            return output[:, self.count :] if output.dim() > 2 and output.shape[1] == length else output
+        if isinstance(output, tuple):
+            return tuple(self.cut(item, length) for item in output)
+        if isinstance(output, Mapping):
+            return type(output)(**{name: self.cut(item, length) for name, item in output.items()})
+        return output
+
+
+def problems(family: ModelFamily, stack: Stack, chosen: Mapping[str, EfficientAttentionConfig]) -> list[str]:
+    """Why the configs chosen for the layers of `stack`, by name, can't have their extra tokens; empty = they can."""
+    configs = [chosen.get(site.name) for site in stack.sites]
+    counts = [0 if c is None else c.attention_class.num_extra_tokens(c) for c in configs]
+    if not any(counts):
+        return []
+    if len(set(counts)) > 1:
+        return [
+            f"extra global tokens run through the whole stack, but the layers of the {stack.side} have {counts}: convert "
+            "all its layers with the same num_global_tokens, or set it to 0"
+        ]
+    if family.embeddings_module is None:
+        return [f"{family.model_type} has no place for extra global tokens: set num_global_tokens to 0"]
+    return []
+
+
+def install(family: ModelFamily, stack: Stack, initialise: bool) -> dict[str, str]:
+    """Give the stack the tokens that its mechanisms ask for. Returns {new tensor: where its values came from}.
+
+    Token t starts as the mean of the word embeddings t, t + g, t + 2g, … (all near the mean word, and no two alike, which
+    training could not tell apart), as it leaves the embeddings at the first position.
+    """
+    site = stack.sites[0]
+    mechanism: Any = site.module._modules[CHILD]
+    count = 0 if mechanism is None else mechanism.num_extra_tokens(mechanism.config)
+    if count == 0:
+        return {}
+    like = family.source_attention(site.module).query.weight
+    tokens = torch.empty(count, stack.module.config.hidden_size, device=like.device, dtype=like.dtype)
+    if not like.is_meta:
+        with torch.no_grad():
+            tokens.copy_(_mean_words(family, stack, count)) if initialise else tokens.normal_(std=0.02)
+    mechanism.register_parameter("global_tokens", nn.Parameter(tokens))
+    note = _ExtraTokens(
+        count,
+        site.module,
+        list(inspect.signature(type(stack.module).forward).parameters)[1:],
+        as_embeddings=not family.embeddings_module,
+    )
+    for module in _places(family, stack):
+        setattr(module, NOTE, note)
+    stack.module.register_forward_pre_hook(_enter_stack, with_kwargs=True)
+    stack.module.register_forward_hook(_leave_stack)
+    if family.embeddings_module:
+        _, embeddings, layers = _places(family, stack)
+        embeddings.register_forward_hook(_leave_embeddings)
+        layers.register_forward_hook(_leave_layers)
+    origin = "means of disjoint sets of word embeddings" if initialise else "random"
+    return {f"{site.name}.{CHILD}.global_tokens": origin}
+
+
+def remove(family: ModelFamily, stack: Stack) -> None:
+    """Undo `install`, whether it was done or not; the parameter goes with the mechanism."""
+    for module in _places(family, stack):
+        module.__dict__.pop(NOTE, None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in HOOKS]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _places(family: ModelFamily, stack: Stack) -> list[nn.Module]:
+    """The stack, and the modules inside it at which the tokens enter and leave, if it has them."""
+    inside = (family.embeddings_module, family.layers_module)
+    return [stack.module, *(stack.module.get_submodule(path) for path in inside if path)]
+
+
+def _mean_words(family: ModelFamily, stack: Stack, count: int) -> Tensor:
+    embedding: Any = stack.module.get_input_embeddings()
+    table = embedding.weight.detach()
+    rows = -(-len(table) // count)
+    words = torch.arange(rows * count, device=table.device) % len(table)
+    return family.embedded(stack, table[words].view(rows, count, -1).float().mean(0).to(table.dtype))
+
+
+# ---- hooks -------------------------------------------------------------------------------------------------------
+
+
+def _enter_stack(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Lengthen the mask, and where the embeddings are no module of their own, the embeddings."""
+    note: _ExtraTokens = stack.__dict__[NOTE]
+    call = dict(zip(note.parameters, args, strict=False)) | kwargs
+    mask = call.get("attention_mask")
+    if mask is not None:
+        call["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], note.count), mask], dim=1)
+    if note.as_embeddings:
+        if call.get("inputs_embeds") is None and call.get("input_ids") is not None:
+            call["inputs_embeds"] = stack.get_input_embeddings()(call.pop("input_ids"))
+        if call.get("inputs_embeds") is not None:
+            call["inputs_embeds"] = note.prepend(call["inputs_embeds"])
+    return (), call
+
+
+def _leave_embeddings(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return module.__dict__[NOTE].prepend(output)
+
+
+def _leave_layers(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return module.__dict__[NOTE].cut(output, _length(output))
+
+
+def _leave_stack(stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Cut the recorded hidden states; the last one was cut before the pooler where there is one."""
+    note: _ExtraTokens = stack.__dict__[NOTE]
+    return note.cut(output, _length(output) + (0 if note.as_embeddings else note.count))
+
+
+def _length(output: Any) -> int:
+    return output[0].shape[1]
+
+
+HOOKS = (_enter_stack, _leave_embeddings, _leave_layers, _leave_stack)

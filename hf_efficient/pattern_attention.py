@@ -1,0 +1,123 @@
+"""Mechanisms that are only their pattern: everything else is done by `ops.block_sparse_attention`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .base import (
+    AttentionContext,
+    AttentionGeometry,
+    EfficientAttention,
+    EfficientAttentionConfig,
+    attention_config,
+)
+from .decoding import BoundedLayer
+from .ops.block_sparse import block_sparse_attention
+from .ops.implementation import IMPLEMENTATIONS
+from .ops.pattern_sets import PerHead
+from .ops.patterns import Pattern
+
+OF_THE_WHOLE: dict[str, Any] = {"layers": None, "side": None, "implementation": "auto"}
+"""What a pattern inside a combination leaves to the combination."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternAttentionConfig(EfficientAttentionConfig):
+    """Options of a mechanism whose visible keys follow from positions.
+
+    Args:
+        implementation: `"auto"`, `"torch"`, `"triton"` or `"flex"`; an explicit one never falls back.
+    """
+
+    implementation: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("implementation", self.implementation in IMPLEMENTATIONS, f"one of {', '.join(IMPLEMENTATIONS)}")
+
+    def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
+        """Which keys a query may see in this layer; causality comes on top of it."""
+        raise NotImplementedError(f"{type(self).__name__} has no pattern")
+
+    def __or__(self, other: EfficientAttentionConfig) -> PatternAttentionConfig:
+        """Both patterns in one softmax: a config of the mechanism `combined`.
+
+        Raises:
+            ValueError: `layers`, `side` or `implementation` differ, or `other` is no pattern.
+        """
+        if not isinstance(other, EfficientAttentionConfig):
+            return NotImplemented
+        mine, theirs = ({n: getattr(c, n, default) for n, default in OF_THE_WHOLE.items()} for c in (self, other))
+        if mine != theirs:
+            raise ValueError(
+                f"{self.mechanism} | {other.mechanism}: {mine} and {theirs} differ; give both the same, or none."
+            )
+        bare = (
+            dataclasses.replace(c, **{n: v for n, v in OF_THE_WHOLE.items() if hasattr(c, n)}) for c in (self, other)
+        )
+        both = attention_config("combined", patterns=tuple(bare), **mine)
+        assert isinstance(both, PatternAttentionConfig)
+        return both
+
+
+class PatternAttention(EfficientAttention):
+    """`y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j` over the keys j that the config's pattern shows query i.
+
+    Causal layers additionally require j ≤ i. Where a bounded number of past keys is enough, the cache keeps no more.
+    """
+
+    config: PatternAttentionConfig
+
+    def __init__(self, config: PatternAttentionConfig, geometry: AttentionGeometry):
+        super().__init__(config, geometry)
+        self.pattern = config.visible_keys(geometry)
+        self.left_aligned = not self.pattern.shift_invariant
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        return self.attend(query, key, value, context)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, **options: Any) -> Tensor:
+        """`block_sparse_attention` with the pattern of this layer and the facts of the call; `options` override them."""
+        facts: dict[str, Any] = dict(
+            pattern=self.pattern,
+            scaling=context.scaling,
+            is_causal=context.is_causal,
+            key_padding_mask=context.key_padding_mask,
+            relative_bias=context.relative_bias,
+            dropout=context.dropout,
+            query_offset=context.query_offset,
+            row_start=context.row_start,
+            key_positions=context.key_positions,
+            implementation=self.config.implementation,
+        )
+        out: Tensor = block_sparse_attention(query, key, value, **(facts | options))
+        return out
+
+    def cache_layer(self) -> BoundedLayer | None:
+        if not (self.geometry.is_causal and self.pattern.is_bounded):
+            return None
+        return BoundedLayer(self.pattern)
+
+
+def two_part_pattern(policy: str, first: Pattern, second: Pattern, geometry: AttentionGeometry) -> Pattern:
+    """Two patterns over heads or layers: `"split"` gives the first half of the heads `first` and the others `second`,
+    `"interleaved"` gives even layers `first` and odd ones `second`, anything else every head both, in one softmax."""
+    if policy == "interleaved":
+        return second if geometry.layer % 2 else first
+    if policy == "split":
+        half = -(-geometry.num_heads // 2)
+        return PerHead(parts=(first,) * half + (second,) * (geometry.num_heads - half))
+    return first | second
+
+
+def two_part_refusals(name: str, policy: str, whole: str, geometry: AttentionGeometry) -> list[str]:
+    """Why a layer can't have the policy that its option `name` asks for; `whole` is the one that always works."""
+    if policy == "split" and geometry.num_heads < 2:
+        return [f"{name}='split' needs at least 2 heads, the {geometry.side} has 1: use {name}={whole!r}"]
+    if policy == "interleaved" and geometry.num_layers < 2:
+        return [f"{name}='interleaved' needs at least 2 layers, the {geometry.side} has 1: use {name}={whole!r}"]
+    return []
