@@ -251,7 +251,7 @@ def _block_list(query: Tensor, key: Tensor, value: Tensor, pattern: BlockList, c
         length = real_length(call.keep)
         columns, full = pattern.columns(rows, length, call.is_causal), pattern.full_rows(n, length, call.is_causal)
     is_small = columns.shape[0] * columns.shape[1] * n * n <= BLOCK_MASK_LIMIT
-    if is_small and columns.shape[-1] > DENSE_SHARE * rows and not call.by_vectors:
+    if is_small and columns.shape[-1] >= rows and not call.by_vectors:
         return _dense_blocks(query, key, value, columns, full, size, call)
     plan = BlockPlan(
         [(torch.arange(rows, device=key.device), columns, None)],
