@@ -79,34 +79,15 @@ def block_sparse_attention(
             raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys: only a causal pattern can decode.")
         require_torch(implementation, DECODING)
         key, value = _expand_heads(query, key, value)
+        facts: dict[str, Any] = dict(
+            scaling=scaling, key_padding_mask=key_padding_mask, relative_bias=relative_bias, dropout=dropout
+        )
         if isinstance(pattern, Window):
             # what the cache forgot lies to the left of all windows, so the queries end a gapless run of tokens
-            return window_attention(
-                query,
-                key,
-                value,
-                left=pattern.left,
-                right=0,
-                dilation=pattern.dilation,
-                scaling=scaling,
-                key_padding_mask=key_padding_mask,
-                relative_bias=relative_bias,
-                dropout=dropout,
-                query_offset=key.shape[2] - query.shape[2],
-            )
-        return rows_attention(
-            query,
-            key,
-            value,
-            pattern.visible_per_head,
-            scaling=scaling,
-            key_padding_mask=key_padding_mask,
-            relative_bias=relative_bias,
-            dropout=dropout,
-            query_offset=query_offset,
-            row_start=row_start,
-            key_positions=key_positions,
-        )
+            window: dict[str, Any] = dict(left=pattern.left, right=0, dilation=pattern.dilation)
+            return window_attention(query, key, value, query_offset=key.shape[2] - query.shape[2], **window, **facts)
+        places: dict[str, Any] = dict(query_offset=query_offset, row_start=row_start, key_positions=key_positions)
+        return rows_attention(query, key, value, pattern.visible_per_head, **places, **facts)
     call = Call(scaling, is_causal, key_padding_mask, relative_bias, dropout, extra, segments, positions, return_lse)
     backend = resolve(implementation, query, key, value, dropout=dropout)
     if backend != "triton":
