@@ -21,6 +21,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .decoding import BoundedLayer
     from .ops.relative_bias import RelativeBias
+    from .recurrent import RecurrentLayer
 
 SIDES = ("encoder", "decoder", "both")
 
@@ -96,6 +97,7 @@ class AttentionGeometry:
         projection_bias: the host's q, k, v projections have a bias vector.
         max_positions: rows of the position table that tokens can use, or `None` where there is no table.
         num_relative_buckets: rows of the host's table of relative biases; 0 = it has none.
+        relative_bias_reach: offset from which on, in each direction, the relative bias is constant; 0 = there is none.
     """
 
     num_heads: int
@@ -109,6 +111,7 @@ class AttentionGeometry:
     projection_bias: bool
     max_positions: int | None
     num_relative_buckets: int = 0
+    relative_bias_reach: int = 0
 
 
 @dataclass
@@ -132,6 +135,8 @@ class AttentionContext:
         key_positions: (B, S) index of each key among all tokens, -1 = no key (False in `key_padding_mask`), where the
             mechanism's `cache_layer` forgot keys; `None` = key j is token j, and `query_offset` is S - N. The last N
             keys are always those of the queries.
+        recurrent: the mechanism's `cache_layer` where that holds a state of the keys it forgot; the mechanism must `fold`
+            into it what the last update forgot.
     """
 
     is_causal: bool
@@ -146,6 +151,7 @@ class AttentionContext:
     input_ids: Tensor | None = None
     row_start: Tensor | None = None
     key_positions: Tensor | None = None
+    recurrent: RecurrentLayer | None = None
 
 
 class LinearWeights(NamedTuple):
@@ -199,6 +205,7 @@ class EfficientAttention(nn.Module):
     needs_hidden_states: bool = False
     needs_input_ids: bool = False
     needs_project: bool = False
+    transfer_learning_rate: ClassVar[float] = 1e-3
     host_projection: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
     """Set at installation where `needs_project`: (attention module, hidden states) to keys and values."""
 
@@ -210,6 +217,10 @@ class EfficientAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         """Mix (B, H, N, D) queries with (B, H, S, D) keys and values, S ≥ N, into (B, H, N, D)."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def attention_weights(self, query: Tensor, key: Tensor, context: AttentionContext) -> Tensor | None:
+        """(B, H, N, S) dense weights that `forward` gives the values, for training losses alone; `None` = it has none."""
+        return None
 
     def reset_parameters(self) -> None:
         """(Re-)set every parameter and buffer of this mechanism to its neutral start."""
@@ -252,6 +263,11 @@ class EfficientAttention(nn.Module):
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig | None:
         """The options with which this mechanism equals full attention at `length`; `None` = no such setting."""
+        return None
+
+    @classmethod
+    def control_config(cls, config: Any) -> EfficientAttentionConfig | None:
+        """The mechanism without what it learns, which a trained one must be better than; `None` = no such thing."""
         return None
 
     def extra_repr(self) -> str:

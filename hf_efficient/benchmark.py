@@ -13,41 +13,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from .base import attention_configs, get_mechanism, list_mechanisms
 from .conversion import convert_in_place, load_converted, load_stock, versions
-from .corpus import HUB_ID, minilm_checkpoint, offline_texts
 from .families import PREFIX, family_of
-from .fidelity import compare, control_figures
 from .patching import plan
 
 BASE_WIDTH = 768
-# what the fidelity suite converts all-MiniLM-L6-v2 to
-FIDELITY_SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *(("local", dict(attention_window=w)) for w in (128, 256, 512)),
-    *(("longformer", dict(attention_window=w, global_tokens="first")) for w in (128, 256, 512)),
-    *(("bigbird", dict(block_size=b)) for b in (16, 32, 64)),
-    *(("etc", dict(attention_window=w)) for w in (128, 256)),
-    *(
-        ("longt5", dict(attention_window=128, global_block_size=16, log_count=log_count))
-        for log_count in (True, False)
-    ),
-    *(("sparse_transformer", dict(stride=stride)) for stride in (32, 64)),
-    ("sparse_transformer", dict(pattern="fixed", stride=64, summary_size=8)),
-    *(("axial", dict(row_length=c)) for c in (32, 64)),
-    *(("blockwise", dict(block_size=b)) for b in (128, 256)),
-    *(("image_local", dict(block_size=b, memory_size=b)) for b in (64, 128)),
-    *(("linformer", dict(rank=r)) for r in (64, 128, 256)),
-    ("linformer", dict(rank=128, projection="max")),
-    *(("performer", dict(num_features=m)) for m in (64, 256, 1024)),
-    ("performer", dict(num_features=256, kernel="relu")),
-]
 # options of the encoder benchmark; what transformers' own classes are compared at
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "local, window 512": ("local", dict(attention_window=512)),
@@ -338,61 +317,33 @@ def memory_suite(lengths: Sequence[int] = (8192, 16384), progress: bool = True) 
     }
 
 
-def fidelity_suite(texts: int = 16, length: int = 512, progress: bool = True) -> dict[str, Any]:
-    """all-MiniLM-L6-v2 with every layer replaced and nothing trained, on held-out text that fills its positions."""
-    folder = minilm_checkpoint()
-    source, tokenizer = load_stock(str(folder))[0], AutoTokenizer.from_pretrained(folder)
-    encoded = (tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in offline_texts("held-out"))
-    full = [ids for ids in encoded if len(ids) == length][:texts]
-    batches = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, length).long()} for ids in full]
-    results: dict[str, dict[str, Any]] = {mechanism: {} for mechanism, _ in FIDELITY_SETTINGS}
-    model: Any = None
-    for mechanism, options in tqdm(FIDELITY_SETTINGS, desc="fidelity", disable=not progress, file=sys.stderr):
-        model = load_stock(str(folder))[0]
-        convert_in_place(model, attention_configs(mechanism, **options))
-        results[mechanism][json.dumps(options)] = compare(model, source, batches)
-    settings = {"checkpoint": HUB_ID, "texts": len(full), "length": length, "dtype": "float32", "seed": 0}
-    return {
-        "suite": "fidelity",
-        "settings": settings,
-        "results": results,
-        "control": control_figures(model, source, batches),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
-
-
 def _elsewhere(suite: str) -> Any:
     """The module of a suite that has one of its own."""
     return importlib.import_module(f".benchmark_{suite}", __package__)
 
 
+def _run_elsewhere(suite: str, **options: Any) -> dict[str, Any]:
+    return getattr(_elsewhere(suite), f"{suite}_suite")(**options)
+
+
 def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Headings and rows of a suite's results, for people."""
-    if document["suite"] in ("attention", "gpu"):
+    if document["suite"] in OWN_MODULE:
         return _elsewhere(document["suite"]).as_rows(document)
     results = document["results"]
     if document["suite"] == "memory":
         flat = results
-    elif document["suite"] == "encoder":
-        flat = [{"model": name, "tokens": n} | row for n, table in results.items() for name, row in table.items()]
     else:
-        named = {(name, options): row for name, settings in results.items() for options, row in settings.items()}
-        named[("control", "mean of values")] = document["control"]
-        flat = [
-            {"mechanism": name, "options": options} | {k: v for k, v in row.items() if not isinstance(v, list)}
-            for (name, options), row in named.items()
-        ]
+        flat = [{"model": name, "tokens": n} | row for n, table in results.items() for name, row in table.items()]
     rows = [[round(v, 3) if isinstance(v, float) else v for v in row.values()] for row in flat]
     return list(flat[0]), rows
 
 
+OWN_MODULE = ("attention", "fidelity", "gpu", "recovery")
 SUITES: dict[str, Callable[..., dict[str, Any]]] = {
-    "attention": lambda **options: _elsewhere("attention").attention_suite(**options),
     "encoder": encoder_suite,
-    "fidelity": fidelity_suite,
-    "gpu": lambda **options: _elsewhere("gpu").gpu_suite(**options),
     "memory": memory_suite,
+    **{suite: partial(_run_elsewhere, suite) for suite in OWN_MODULE},
 }
 
 if __name__ == "__main__":

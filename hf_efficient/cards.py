@@ -10,7 +10,6 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. A
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
@@ -24,22 +23,28 @@ RESULTS = ROOT / "model_cards" / "results"
 PLACES: dict[str, Any] = {
     "BERT, RoBERTa": dict(side="encoder", is_causal=False, has_relative_bias=False, max_positions=512),
     "GPT-2": dict(side="decoder", is_causal=True, has_relative_bias=False, max_positions=1024),
-    "T5 encoder": dict(side="encoder", is_causal=False, has_relative_bias=True, max_positions=None),
-    "T5 decoder": dict(side="decoder", is_causal=True, has_relative_bias=True, max_positions=None),
+    "T5 encoder": dict(
+        side="encoder", is_causal=False, has_relative_bias=True, max_positions=None, relative_bias_reach=91
+    ),
+    "T5 decoder": dict(
+        side="decoder", is_causal=True, has_relative_bias=True, max_positions=None, relative_bias_reach=113
+    ),
 }
 MARKER = re.compile(r"(<!-- generated: ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def refusals(mechanism: str) -> dict[str, list[str]]:
-    """{place: reasons why the mechanism can't work there}; an empty list = supported."""
+    """{place: reasons why the mechanism can't work there, whatever its options}; an empty list = supported."""
     cls = get_mechanism(mechanism)
-    fields = {f.name for f in dataclasses.fields(cls.Config)}
-    config = cls.Config.from_dict({"max_length": 1024} if "max_length" in fields else {})
+    config = cls.Config()
     found = {}
     for place, facts in PLACES.items():
         options: dict[str, Any] = dict(num_heads=12, head_dim=64, hidden_size=768, layer=0, num_layers=12)
         geometry = AttentionGeometry(**options, **facts, projection_bias=not facts["has_relative_bias"])
         found[place] = cls.unsupported(config, geometry)
+        # some options need a value there: a longest input, a window that reaches far enough
+        if found[place] and (wide := cls.exact_config(config, geometry, 1024)) is not None:
+            found[place] = cls.unsupported(wide, geometry)
     return found
 
 
@@ -105,6 +110,77 @@ def fidelity_table(mechanism: str) -> str:
         table(["setting", "embedding cosine", "token cosine", "hidden-state error"], rows)
         + f"\n\n{what} {_source(data)}"
     )
+
+
+STAGES = {"converted": "untrained", "transferred": "attention transferred", "trained": "trained", "control": "control"}
+
+
+def recovery_table(mechanism: str | None = None) -> str:
+    """What transfer gives back on all-MiniLM-L6-v2: embedding cosine and mean layer error, of one mechanism or of all."""
+    data = record("recovery")
+    if data is None or mechanism not in (None, *data["results"]):
+        return "not measured"
+    rows = []
+    for name, runs in data["results"].items():
+        for options, run in runs.items() if mechanism in (None, name) else ():
+            label = ", ".join(f"{k} {v}" for k, v in json.loads(options).items())
+            label = label if mechanism else f"`{name}`, {label}"
+            steps = f"{run['settings']['steps']} + {run['settings'].get('end_to_end_steps', 0)}"
+            cosines = [f"{run[stage]['embedding_cosine']:.3f}" if stage in run else "–" for stage in STAGES]
+            errors = [
+                sum(e) / len(e) for e in (run["layer_errors"][when]["mechanism"] for when in ("before", "after"))
+            ]
+            rows.append([label, steps, *cosines, *(f"{error:.3f}" for error in errors), f"{run['seconds'] / 60:.1f}"])
+    header = ["setting", "steps by layer + end to end", *STAGES.values()]
+    settings = data["settings"]
+    what = (
+        f"Embedding cosine to `{settings['checkpoint']}`, {settings['texts']} held-out texts of {settings['length']} "
+        f"tokens, all layers; trained on batches of {settings['batch_size']} × {settings['length']}. Control: mean of values."
+    )
+    header += ["layer error before", "after", "minutes"]
+    return table(header, rows) + f"\n\n{what} {_source(data)}"
+
+
+ROAD = ("control", "converted", "continued", "transferred", "transferred, continued")
+
+
+def perplexity_table(mechanism: str | None = None) -> str:
+    """Held-out perplexity of small models trained from scratch, step by step after conversion."""
+    parts = []
+    for family in ("gpt2", "t5"):
+        data = record(f"perplexity_{family}")
+        rows = [] if data is None else _perplexity_rows(data, mechanism)
+        if data is None or not rows:
+            continue
+        dense, ceiling = (data[name]["perplexity"] for name in ("dense", "dense, continued"))
+        settings = data["settings"]
+        what = (
+            f"{settings['layers']} layers of width {settings['hidden_size']}, {settings['pretrain_steps']} steps from "
+            f"scratch, then {settings['transfer_steps']} of transfer and {settings['steps']} of continued pretraining, "
+            f"batches of {settings['batch_size']} × {settings['block_length']}. Dense model: {dense:.2f}, continued "
+            f"{ceiling:.2f}; the last column is the best end as a multiple of that. Control: mean of values, untrained."
+        )
+        header = [f"{family}, perplexity", *ROAD, "× dense"]
+        parts.append(table(header, rows) + f"\n\n{what} {_source(data)}")
+    return "\n\n".join(parts) or "not measured"
+
+
+def _perplexity_rows(data: dict[str, Any], mechanism: str | None) -> list[list[str]]:
+    ceiling = data["dense, continued"]["perplexity"]
+    rows = []
+    for name, figures in data["results"].items():
+        if mechanism in (None, figures["attention"]["mechanism"]):
+            steps = [figures[step]["perplexity"] if step in figures else None for step in ROAD]
+            best = min(value for value in steps[2:] if value is not None)
+            cells = ["–" if value is None else f"{value:.2f}" for value in steps]
+            rows.append([name, *cells, f"{best / ceiling:.3f}"])
+    return rows
+
+
+def closeness_tables(mechanism: str) -> str:
+    """Untrained fidelity, and what training gave back where that was recorded."""
+    more = [text for text in (recovery_table(mechanism), perplexity_table(mechanism)) if text != "not measured"]
+    return "\n\n".join([fidelity_table(mechanism), *more])
 
 
 def speed_table() -> str:
@@ -215,10 +291,12 @@ def part(name: str) -> str:
     makers: dict[str, Any] = {
         "attention": attention_table,
         "demo": demo_output,
-        "fidelity": fidelity_table,
+        "fidelity": closeness_tables,
         "memory": cost_tables,
         "options": options_table,
+        "perplexity": perplexity_table,
         "places": places_table,
+        "recovery": recovery_table,
         "speed": speed_table,
         "support": support_table,
     }

@@ -1,4 +1,4 @@
-"""The command line, `hf-efficient convert | verify | revert | list | inspect | show | bench`: thin layers over the verbs."""
+"""The command line, `hf-efficient convert | verify | revert | list | … | card | distill`: thin layers over the verbs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 
 from .base import describe, list_mechanisms
 from .cli_options import as_text, chosen_configs, read_texts, refuse_strays, with_mechanism_options
+from .cli_training import card, distill
 from .pattern_attention import OF_THE_WHOLE
 from .picture import drawable_mechanisms, require_drawable
 from .picture import show as draw
@@ -317,13 +318,14 @@ def bench_command(
     suite: Annotated[
         str,
         typer.Argument(
-            help="attention (alone), encoder (time), memory, fidelity (all-MiniLM-L6-v2), or gpu (its tests and times)."
+            help="attention (alone), encoder (time), memory, fidelity and recovery (all-MiniLM-L6-v2, before and after "
+            "transfer), or gpu (its tests and times)."
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure: time and memory against full attention, or untrained fidelity; minutes each."""
+    """Measure: time and memory against full attention, or fidelity to it; minutes each."""
     with _running():
         from .benchmark import SUITES, as_rows
 
@@ -336,6 +338,10 @@ def bench_command(
             partial.write_text(json.dumps(document, indent=2) + "\n")
             partial.replace(out)
     _emit(document, as_json, f"{suite}: {document['hardware']['cpu']}", *as_rows(document))
+
+
+app.command("card")(card)
+app.command("distill")(distill)
 
 
 def main() -> None:

@@ -46,6 +46,11 @@ class BoundedLayer(DynamicLayer):
         self.row_start: Tensor | None = None
         self._forget()
 
+    @property
+    def is_anchored(self) -> bool:
+        """Rows must start at the same token in every call."""
+        return not self.pattern.shift_invariant
+
     def _forget(self) -> None:
         self.positions: Tensor | None = None
         self.key_positions: Tensor | None = None
@@ -202,7 +207,9 @@ def bounded_cache(
         if has_cross_attention:
             cache = EncoderDecoderCache(cache, DynamicCache(config=config))
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    plain = isinstance(own, DynamicCache) and all(type(layer) in (DynamicLayer, BoundedLayer) for layer in own.layers)
+    plain = isinstance(own, DynamicCache) and all(
+        type(layer) is DynamicLayer or isinstance(layer, BoundedLayer) for layer in own.layers
+    )
     if plain and own.get_seq_length() == 0 and not torch.compiler.is_compiling():
         own.layers.extend(DynamicLayer() for _ in range(max(mechanisms) + 1 - len(own.layers)))
         for index, mechanism in mechanisms.items():
@@ -231,7 +238,7 @@ def prepare_layers(
     else:
         # the number of leading zeros, also of a row of zeros
         start = (mask.bool().cumsum(-1) == 0).sum(-1)
-    anchored = [x for x in layers.values() if x.positions is not None and not x.pattern.shift_invariant]
+    anchored = [x for x in layers.values() if x.positions is not None and x.is_anchored]
     for layer in anchored[:1]:  # all layers of a stack have had the same masks
         before = layer.row_start
         if before is not None and bool(((start != before) & (torch.minimum(start, before) < layer.seen)).any()):

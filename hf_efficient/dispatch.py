@@ -21,6 +21,8 @@ from .decoding import BoundedLayer
 from .ops.alignment import first_real_token, shift_rows
 from .ops.decode_rows import entries_at
 from .ops.relative_bias import RelativeBias
+from .ops.segments import Segments, attend_segments
+from .recurrent import RecurrentLayer
 
 IMPLEMENTATION = "hf_efficient"
 CHILD = "efficient"
@@ -40,15 +42,14 @@ def efficient_mask(
     """transformers' mask interface: (B, S) bool keep-mask, or `None` where every key is real. Never N×S.
 
     Raises:
-        ValueError: the call needs a mask that is neither causal nor bidirectional (packed sequences), or a cache whose
-            keys are longer than the tokens seen (static caches).
+        ValueError: the call needs a mask that is neither causal nor bidirectional, or a cache whose keys are longer than
+            the tokens seen (static caches).
     """
     compiling = torch.compiler.is_compiling()
-    # while compiling, transformers always assumes packing; `_check_call` refuses explicit position_ids there
+    # while compiling, transformers always assumes packing; `check_call` refuses it there, and elsewhere finds the segments
     if mask_function not in (causal_mask_function, bidirectional_mask_function) and not compiling:
         raise ValueError(
-            "efficient attention got a batch with restarting position_ids, i.e. several packed sequences per row, or a "
-            "custom mask function; neither is supported. Put one sequence into each row and pad, with attention_mask."
+            "efficient attention got a custom mask function, which it can't honour: a mechanism decides alone who sees whom."
         )
     if isinstance(q_offset, Tensor) or (mask_function is causal_mask_function and kv_length != q_offset + q_length):
         raise ValueError(
@@ -81,12 +82,14 @@ def efficient_attention_forward(
     efficient_hidden_states: Tensor | None = None,
     efficient_input_ids: Tensor | None = None,
     efficient_cache: Cache | None = None,
+    efficient_segments: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: forwards to the child module `efficient`, or computes exact attention.
 
     Args:
         query: (B, H, N, D); key, value: (B, H or fewer, S, D). attention_mask: (B, S) from `efficient_mask`.
+        efficient_segments: the sequences of packed rows, each of which attends to itself alone.
 
     Returns:
         (B, N, H, D) and `None`: there are no attention weights to show.
@@ -109,15 +112,23 @@ def efficient_attention_forward(
         relative_bias=position_bias,
     )
     if mechanism is None:
-        return _exact_attention(query, key, value, context).transpose(1, 2), None
+        if efficient_segments is not None:
+            out = attend_segments(_exact_attention, query, key, value, context, efficient_segments)
+        else:
+            out = _exact_attention(query, key, value, context)
+        return out.transpose(1, 2), None
     context.global_attention_mask = global_attention_mask
     context.hidden_states, context.input_ids = efficient_hidden_states, efficient_input_ids
     if efficient_cache is not None:
         layer = efficient_cache.layers[module.layer_idx]  # type: ignore[index]
+        context.recurrent = layer if isinstance(layer, RecurrentLayer) else None
         if isinstance(layer, BoundedLayer) and layer.key_positions is not None:
             _place_keys(context, layer.key_positions, layer.seen - query.shape[2])
     if mechanism.needs_project:
         context.project = partial(mechanism.host_projection, module)
+    if efficient_segments is not None:
+        # every segment starts at the left edge of a row of its own
+        return attend_segments(mechanism, query, key, value, context, efficient_segments).transpose(1, 2), None
     return _mixed(mechanism, query, key, value, context).transpose(1, 2), None
 
 

@@ -29,6 +29,7 @@ class _ExtraTokens:
     Attributes:
         count: g. owner: the attention module whose mechanism holds the tokens. parameters: names of the stack's arguments.
         as_embeddings: they enter by `inputs_embeds`, and leave where the stack ends, for want of a better place.
+        active: False while the stack runs without them (`exact_attention`).
     """
 
     def __init__(self, count: int, owner: nn.Module, parameters: list[str], as_embeddings: bool):
@@ -36,6 +37,7 @@ class _ExtraTokens:
         self.owner = owner
         self.parameters = parameters
         self.as_embeddings = as_embeddings
+        self.active = True
 
     def prepend(self, embeddings: Tensor) -> Tensor:
         """(B, g + N, hidden_size) from (B, N, hidden_size)."""
@@ -46,6 +48,8 @@ class _ExtraTokens:
 
     def cut(self, output: Any, length: int) -> Any:
         """`output` with the first g of `length` tokens removed from every tensor (B, length, …) in it."""
+        if not self.active:
+            return output
         if isinstance(output, Tensor):
             return output[:, self.count :] if output.dim() > 2 and output.shape[1] == length else output
         if isinstance(output, tuple):
@@ -136,6 +140,8 @@ def _mean_words(family: ModelFamily, stack: Stack, count: int) -> Tensor:
 def _enter_stack(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Lengthen the mask, and where the embeddings are no module of their own, the embeddings."""
     note: _ExtraTokens = stack.__dict__[NOTE]
+    if not note.active:
+        return args, kwargs
     call = dict(zip(note.parameters, args, strict=False)) | kwargs
     mask = call.get("attention_mask")
     if mask is not None:
@@ -149,7 +155,8 @@ def _enter_stack(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def _leave_embeddings(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return module.__dict__[NOTE].prepend(output)
+    note: _ExtraTokens = module.__dict__[NOTE]
+    return note.prepend(output) if note.active else output
 
 
 def _leave_layers(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -84,11 +84,25 @@ def compare(model: PreTrainedModel, source: PreTrainedModel, batches: Iterable[d
     return figures
 
 
-def control_figures(model: Any, source: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, Any]:
-    """`compare` for the source with `MeanOfValues` in the layers that `model` converted."""
+def controls(model: Any) -> dict[str, list[EfficientAttentionConfig]]:
+    """{name: settings} of what a converted model must be better than: `"mean of values"`, and `"window only"` where every
+    mechanism of it has a `control_config`."""
     converted = attention_configs(model.config.efficient_attention)
+    found: dict[str, list[EfficientAttentionConfig]] = {
+        "mean of values": [MeanOfValuesConfig(layers=c.layers, side=c.side) for c in converted]
+    }
+    unlearned = [c.attention_class.control_config(c) for c in converted]
+    if all(unlearned):
+        found["window only"] = [c for c in unlearned if c is not None]
+    return found
+
+
+def control_figures(
+    model: Any, source: PreTrainedModel, batches: Iterable[dict[str, Tensor]], control: str = "mean of values"
+) -> dict[str, Any]:
+    """`compare` for the source with one of the `controls` of `model` in the layers that `model` converted."""
     plain = copy.deepcopy(source)
-    with patch_attention(plain, [MeanOfValuesConfig(layers=c.layers, side=c.side) for c in converted]):
+    with patch_attention(plain, controls(model)[control]):
         return compare(plain, source, batches)
 
 

@@ -1,171 +1,18 @@
-"""How mechanisms get into a model and out of it again: checks, installation, exact undo."""
+"""How mechanisms get into a model and out of it again: plan, installation, exact undo."""
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from . import extra_tokens
 from .base import ConfigLike, EfficientAttentionConfig, attention_configs
-from .decoding import bounded_cache, prepare_layers
+from .call_checks import StackInfo, check_call, pass_hidden_states
 from .dispatch import CHILD, IMPLEMENTATION
-from .families import Stack, family_of
-
-# keywords that reach the attention function without being in any forward's signature
-KNOWN_KEYWORDS = {
-    "cache_position", "global_attention_mask",
-    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
-    "use_cache", "position_ids", "logits_to_keep", "token_type_ids", "encoder_attention_mask",
-    "encoder_hidden_states",
-}  # fmt: skip
-
-
-# ---- checks of one call, as a forward pre-hook of each stack -----------------------------------------------------
-
-
-def _check_call(
-    stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Refuse what the installed mechanisms can't honour, and route what they need."""
-    info: _StackInfo = stack._efficient_info  # type: ignore[assignment]
-    call = dict(zip(info.parameters, args, strict=False)) | kwargs
-    config: Any = stack.config
-    if config._attn_implementation != IMPLEMENTATION:
-        raise RuntimeError(
-            f"attn_implementation was changed to {config._attn_implementation!r} while efficient attention is installed, "
-            "which would silently switch it off; use hf_efficient.revert(model) or handle.undo() instead."
-        )
-    if call.get("output_attentions") or getattr(config, "output_attentions", False):
-        raise ValueError(
-            "output_attentions=True: efficient attention never builds the attention weights. Run the unconverted model "
-            "with attn_implementation='eager' to look at them."
-        )
-    mask = call.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: efficient attention takes (batch, tokens) padding masks only. "
-            "For another pattern convert with the mechanism that has it."
-        )
-    _check_length(call, info)
-    _check_form(call, info)
-    if not torch.compiler.is_compiling():
-        unknown = sorted(set(kwargs) - info.known - info.warned)
-        if unknown:
-            info.warned.update(unknown)
-            warnings.warn(
-                f"keywords {unknown} are known neither to the model nor to efficient attention.", stacklevel=3
-            )
-    kwargs = dict(kwargs)
-    if kwargs.get("global_attention_mask") is not None:
-        if config.is_encoder_decoder and config.is_decoder:
-            # the keyword is meant for the encoder's tokens, but reaches both stacks
-            kwargs.pop("global_attention_mask")
-        elif not info.uses_global_attention_mask:
-            raise ValueError(
-                "global_attention_mask was given, but no converted layer of this model has global tokens; use longformer."
-            )
-    if info.needs_input_ids:
-        if call.get("input_ids") is None:
-            raise ValueError("global_tokens='question' looks for separators and needs input_ids, not inputs_embeds.")
-        kwargs["efficient_input_ids"] = call["input_ids"]
-    if info.bounded:
-        return _bound_cache(stack, info, call, args, kwargs)
-    return args, kwargs
-
-
-def _bound_cache(
-    stack: Any, info: _StackInfo, call: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a call that fills a cache the layers of its mechanisms, and its attention layers the way to them."""
-    cache, use_cache = call.get("past_key_values"), call.get("use_cache")
-    if use_cache is None:
-        use_cache = getattr(stack.config, "use_cache", False)
-    if cache is None and (not use_cache or (stack.training and getattr(stack, "gradient_checkpointing", False))):
-        return args, kwargs
-    has_cross_attention = stack.config.is_encoder_decoder or call.get("encoder_hidden_states") is not None
-    cache, own = bounded_cache(cache, info.bounded, stack.config, has_cross_attention)
-    tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
-    masks = call.get("attention_mask"), kwargs.get("global_attention_mask")
-    if prepare_layers(own, info.bounded, tokens, *masks):
-        kwargs["efficient_cache"] = own
-    place = info.parameters.index("past_key_values")
-    if len(args) > place:
-        args = (*args[:place], cache, *args[place + 1 :])
-    else:
-        kwargs["past_key_values"] = cache
-    return args, kwargs
-
-
-def _check_length(call: dict[str, Any], info: _StackInfo) -> None:
-    tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
-    if info.max_positions is None or tokens is None:
-        return
-    cache = call.get("past_key_values")
-    length = tokens.shape[1] + (cache.get_seq_length() if cache is not None else 0)
-    if length > info.max_positions:
-        raise ValueError(
-            f"input of {length} tokens, but the model has {info.max_positions} positions: truncate it, or convert with "
-            f"max_positions={length} or more."
-        )
-
-
-def _check_form(call: dict[str, Any], info: _StackInfo) -> None:
-    """Refuse packed rows, and keywords that would change who sees whom."""
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "head_mask"):
-        if call.get(name) is not None:
-            raise ValueError(
-                f"{name} is not supported by efficient attention: leave it out, and pad instead of packing."
-            )
-    if call.get("is_causal") is not None and bool(call["is_causal"]) != info.is_causal:
-        raise ValueError(f"is_causal={call['is_causal']}: these layers were converted as is_causal={info.is_causal}.")
-    positions, cache = call.get("position_ids"), call.get("past_key_values")
-    if positions is None or call.get("attention_mask") is not None or not info.is_causal:
-        return
-    if torch.compiler.is_compiling():
-        if cache is None:
-            raise ValueError(
-                "compiled models can't tell packed position_ids from plain ones: pass attention_mask beside position_ids."
-            )
-    elif (cache is None or cache.get_seq_length() == 0) and bool((positions.diff(dim=-1) != 1).any()):
-        raise ValueError(
-            "position_ids restart within a row, i.e. several packed sequences per row: put one sequence into each row and "
-            "pad, with attention_mask."
-        )
-
-
-def _pass_hidden_states(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hand the attention layer's own input to the dispatcher, through the host's pass-through keywords."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    return args, kwargs | {"efficient_hidden_states": hidden}
-
-
-class _StackInfo:
-    """What `_check_call` must know of its stack, gathered once at installation."""
-
-    def __init__(self, stack: Stack, max_positions: int | None):
-        mechanisms = [m for site in stack.sites if (m := site.module._modules[CHILD]) is not None]
-        self.parameters = list(inspect.signature(type(stack.module).forward).parameters)[1:]
-        self.known = set(self.parameters) | KNOWN_KEYWORDS
-        self.warned: set[str] = set()
-        self.max_positions = max_positions
-        self.is_causal = any(bool(getattr(site.module, "is_causal", False)) for site in stack.sites)
-        self.uses_global_attention_mask = any(getattr(m, "uses_global_attention_mask", False) for m in mechanisms)
-        self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
-        placed: list[Any] = [
-            (site.module.layer_idx, site.module._modules[CHILD]) for site in stack.sites if self.is_causal
-        ]
-        self.bounded = {i: m for i, m in placed if m is not None and m.cache_layer() is not None}
-
-
-# ---- installing and undoing --------------------------------------------------------------------------------------
+from .families import family_of
 
 
 def is_installed(model: nn.Module) -> bool:
@@ -285,13 +132,12 @@ def _attach(model: PreTrainedModel, chosen: dict[str, EfficientAttentionConfig],
             if mechanism.needs_project:
                 mechanism.host_projection = family.project
             if mechanism.needs_hidden_states:
-                site.module.register_forward_pre_hook(_pass_hidden_states, with_kwargs=True)
+                site.module.register_forward_pre_hook(pass_hidden_states, with_kwargs=True)
         for module in stack.cross_attention:
             module.register_module(CHILD, None)
         family.swap_in(stack)
-        info = _StackInfo(stack, family.max_positions(stack.module.config))
-        stack.module._efficient_info = info  # type: ignore[assignment]
-        stack.module.register_forward_pre_hook(_check_call, with_kwargs=True)
+        stack.module._efficient_info = StackInfo(family, stack)  # type: ignore[assignment]
+        stack.module.register_forward_pre_hook(check_call, with_kwargs=True)
         origins |= extra_tokens.install(family, stack, initialise)
     for config in _configs_of(model):
         config._attn_implementation = IMPLEMENTATION
@@ -308,8 +154,8 @@ def uninstall(model: PreTrainedModel, attn_implementation: str = "sdpa") -> None
         extra_tokens.remove(family, stack)
         for module in [site.module for site in stack.sites] + stack.cross_attention:
             module._modules.pop(CHILD, None)
-            _remove_hook(module, _pass_hidden_states)
-        _remove_hook(stack.module, _check_call)
+            _remove_hook(module, pass_hidden_states)
+        _remove_hook(stack.module, check_call)
         stack.module.__dict__.pop("_efficient_info", None)
     for config in _configs_of(model):
         config._attn_implementation = attn_implementation

@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .benchmark import compare_with_full_attention, fresh_python
 from .conversion import load_converted, load_stock, versions
 from .dispatch import CHILD
 from .families import family_of
-from .fidelity import compare, control_figures, output_mask, ragged, relative_difference, run, text_batches
+from .fidelity import compare, control_figures, controls, output_mask, ragged, relative_difference, run, text_batches
 from .models import EfficientModelMixin
 from .patching import patch_attention
 
@@ -112,7 +113,7 @@ def verify(
         lambda: _copied_tensors(model, source),
         lambda: _exact_limit(model, source, short),
         lambda: _fidelity(model, source, batches),
-        lambda: _control(model, source, batches),
+        *(partial(_control, model, source, batches, name) for name in controls(model)),
         lambda: _padding(model, short),
         lambda: _fresh_process(model, short, path),
         lambda: _decoding(model, short),
@@ -183,9 +184,14 @@ def _fidelity(model: PreTrainedModel, source: PreTrainedModel, batches: list[dic
     return Rung("fidelity", "measured", compare(model, source, batches), rule)
 
 
-def _control(model: Any, source: PreTrainedModel, batches: list[dict[str, Tensor]]) -> Rung:
-    figures = control_figures(model, source, batches)
-    return Rung("control: mean of values", "measured", figures, "what is left when attention carries no information")
+CONTROLS = {
+    "mean of values": "what is left when attention carries no information",
+    "window only": "what the window gives without the part that is learned",
+}
+
+
+def _control(model: Any, source: PreTrainedModel, batches: list[dict[str, Tensor]], name: str) -> Rung:
+    return Rung(f"control: {name}", "measured", control_figures(model, source, batches, name), CONTROLS[name])
 
 
 def _padding(model: PreTrainedModel, batch: dict[str, Tensor]) -> Rung:

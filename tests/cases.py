@@ -179,4 +179,24 @@ CASES: dict[str, Case] = {
         variants=(dict(num_features=32, kernel="relu"),),
         mask=False,
     ),
+    "hedgehog": Case(
+        dict(attention_window=8),
+        ALL,
+        t5_options=dict(attention_window=44),
+        variants=(
+            dict(attention_window=0),
+            dict(attention_window=2, feature_dim=11),
+            dict(feature_dim=3, attention_window=6),
+        ),
+        mask=False,
+        parameters=True,
+    ),
+    "t2r": Case(
+        dict(),
+        ALL,
+        t5_options=dict(attention_window=44),
+        variants=(dict(attention_window=8, feature_dim=13),),
+        mask=False,
+        parameters=True,
+    ),
 }

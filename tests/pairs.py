@@ -161,6 +161,7 @@ class Bench:
             projection_bias=not is_t5,
             max_positions=None if is_t5 else MAX_POSITIONS,
             num_relative_buckets=2 * self.REACH + 1 if is_t5 else 0,
+            relative_bias_reach=self.REACH if is_t5 else 0,
         )
         config = he.attention_config(pair.mechanism, **(pair.options | (options or {})))
         assert not config.attention_class.unsupported(config, geometry)

@@ -1,4 +1,4 @@
-"""Calls whose keywords decide who sees whom: global masks beside caches and decoders, packing, causality, bad options."""
+"""Calls whose keywords decide who sees whom: global masks beside caches and decoders, causality, bad options."""
 
 from __future__ import annotations
 
@@ -89,18 +89,7 @@ def test_impossible_global_tokens_are_refused(rule):
         he.attention_config("longformer", global_tokens="question", separator_token_id="[SEP]")
 
 
-# ---- packing and keywords ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("use_cache", [None, False, True])
-def test_packed_rows_are_refused_whatever_the_cache(use_cache):
-    model = converted("gpt2")
-    ids = inputs_for(model, length=12, padded=False)["input_ids"]
-    positions = torch.arange(12).remainder(6).expand(3, -1)
-    with pytest.raises(ValueError, match="packed"):
-        model(ids, position_ids=positions, use_cache=use_cache)
-    plain = torch.arange(12).expand(3, -1)
-    assert torch.equal(model(ids, position_ids=plain, use_cache=use_cache).logits, model(ids).logits)
+# ---- keywords ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -272,26 +272,33 @@ def test_mask_functions_are_plain_while_generating(model_type: str, probe: Probe
     ]
 
 
-def test_packed_positions_are_detected_and_refused(probe: Probe) -> None:
+def test_packed_positions_ask_for_another_mask_function(probe: Probe) -> None:
+    """Only without attention_mask and cache: so a packed call gets a mask of ones, and its segments are found before."""
     ids = torch.randint(5, 99, (1, 8))
     packed, plain = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), torch.arange(8)[None]
     model = probed("gpt2")
     model(ids, position_ids=packed, use_cache=False)
     assert probe.masks[-1]["mask_function"] is not causal_mask_function
+    model(ids, position_ids=packed, use_cache=False, attention_mask=torch.ones(1, 8, dtype=torch.long))
+    assert probe.masks[-1]["mask_function"] is causal_mask_function
+    model(ids, position_ids=packed, use_cache=True)
+    assert probe.masks[-1]["mask_function"] is causal_mask_function
     model(ids, position_ids=plain, use_cache=False)
     assert probe.masks[-1]["mask_function"] is causal_mask_function
-    patched = local(tiny_model("gpt2"))
-    patched(ids, position_ids=plain, use_cache=False)
-    with pytest.raises(ValueError, match="packed sequences"):
-        patched(ids, position_ids=packed, use_cache=False)
 
 
 def test_bert_takes_no_notice_of_packed_positions(probe: Probe) -> None:
-    """So there is nothing to refuse: the stock encoder attends across the restart as well."""
-    model = probed("bert")
+    """The stock encoder attends across the restart; a converted one keeps the sequences apart."""
     ids, packed = torch.randint(5, 99, (1, 8)), torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
-    model(ids, position_ids=packed)
+    probed("bert")(ids, position_ids=packed)
     assert [mask["mask_function"] for mask in probe.masks] == [bidirectional_mask_function]
+    patched = local(tiny_model("bert"))
+    assert_close(patched(ids, position_ids=packed).logits[:, 3:], patched(ids[:, 3:]).logits, 1e-5)
+
+
+def test_other_mask_functions_are_refused() -> None:
+    with pytest.raises(ValueError, match="custom mask function"):
+        efficient_mask(1, 8, 8, mask_function=lambda *index: True)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

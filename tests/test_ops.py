@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_efficient.ops import attend as attend_module
 from hf_efficient.ops import blocks, linear_attention, windows
 from hf_efficient.ops.alignment import first_real_token, real_length, shift_rows
-from hf_efficient.ops.attend import attend
+from hf_efficient.ops.attend import additive_mask, attend
 from hf_efficient.ops.blocks import BlockPlan, block_list_attention
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.windows import ExtraKeys, window_attention
@@ -229,12 +229,16 @@ def test_window_does_not_depend_on_how_rows_are_grouped(
         extra=extra,
     )
     expected = window_attention(q, k, v, **whole)
-    per_row = batch * HEADS * (span + 3) * (block if budget == "MASK_BUDGET" else WIDTH)
+    per_row = batch * HEADS * span * (block if budget == "MASK_BUDGET" else WIDTH)
     monkeypatch.setattr(windows, budget, rows * per_row)
     sizes = []
-    attend = windows._attend
-    record = lambda q, *rest, **options: (sizes.append(len(q) // batch), attend(q, *rest, **options))[1]  # noqa: E731
-    monkeypatch.setattr(windows, "_attend", record)
+    attend = windows.attend
+
+    def record(q: torch.Tensor, k: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        sizes.extend([len(q) // batch] * (k.shape[2] == span))  # the extra keys are attended to in one go
+        return attend(q, k, *rest, **options)
+
+    monkeypatch.setattr(windows, "attend", record)
     assert_close(window_attention(q, k, v, **whole), expected, TOLERANCE)
     total = math.ceil(math.ceil(n / dilation) / block)
     assert sizes == [rows] * (total // rows) + [total % rows] * (total % rows > 0), "the budget did not cut the rows"
@@ -566,3 +570,45 @@ def test_shift_rows(shape: tuple[int, ...], dim: int) -> None:
             at = tensor[row].select(dim - 1, (j + int(shift[row])) % 7)
             assert torch.equal(shifted[row].select(dim - 1, j), at)
     assert torch.equal(shift_rows(shifted, -shift, dim), tensor)
+
+
+@pytest.mark.parametrize("form", ["all visible", "rows without a key", "additive"])
+@pytest.mark.parametrize("share", [1.0, 1e-25, 0.0])
+def test_the_log_sum_exp_and_its_gradient(form: str, share: float) -> None:
+    """Against the definition, also where the output itself has hardly a gradient, or none."""
+    q, k, v = query_key_value(2, 13, 21)
+    logits = None
+    if form == "rows without a key":
+        logits = additive_mask(torch.rand(2, 1, 13, 21) < 0.5, torch.float64)
+        logits[:, :, 4] = float("-inf")
+    elif form == "additive":
+        logits = torch.randn(1, HEADS, 1, 21, dtype=torch.float64)
+    empty = torch.zeros(2, HEADS, 13, dtype=torch.bool)
+    empty[:, :, 4] = form == "rows without a key"
+    scores = q @ k.mT * SCALING + (0.0 if logits is None else torch.where(empty[..., None], 0.0, logits))
+    expected = torch.where(empty[..., None], 0.0, scores.softmax(-1) @ v), scores.logsumexp(-1)
+    out, lse = attend(q, k, v, logits, scaling=SCALING, return_lse=True)
+    assert lse is not None and torch.equal(lse == float("-inf"), empty) and not out[empty].any()
+    weights, seen, gradients = [torch.randn_like(x) for x in expected], ~empty, []
+    for y, total in (expected, (out, lse)):
+        loss = (share * weights[0] * y)[seen].sum() + (weights[1] * total)[seen].sum()
+        gradients.append(torch.autograd.grad(loss, (q, k, v)))
+        assert_close(y, expected[0], 1e-9, "output")
+        assert_close(total[seen], expected[1][seen], 1e-9, "log-sum-exp")
+    if not share:
+        assert all(g[2].abs().max() < 1e-28 for g in gradients), "values get no gradient from the log-sum-exp"
+        gradients = [g[:2] for g in gradients]
+    for name, one, other in zip("qkv", *gradients, strict=False):
+        assert_close(other, one, 1e-9, f"gradient of {name}")
+
+
+def test_a_query_without_a_gradient_gives_keys_none() -> None:
+    """Exactly 0: causality is proven by gradients that are 0."""
+    q, k, v = query_key_value(1, 9, 12)
+    out, lse = attend(q, k, v, None, scaling=SCALING, return_lse=True)
+    assert lse is not None
+    (gradient,) = torch.autograd.grad(out[:, :, 3].sum() + lse[:, :, 3].sum(), q)
+    assert gradient[:, :, 3].all() and not gradient[:, :, [i for i in range(9) if i != 3]].any()
+    out, lse = attend(q, k, v, None, scaling=SCALING, return_lse=True)
+    assert lse is not None
+    assert not any(g.any() for g in torch.autograd.grad(0.0 * out.sum() + 0.0 * lse.sum(), (q, k, v)))

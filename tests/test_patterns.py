@@ -653,7 +653,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "positions with a bias": (dict(positions=NUMBERS, relative_bias=BIAS), "does not go with `positions`"),
     "encoder while decoding": (dict(query=SOME[:, :, :2]), "2 queries and 10 keys: only a causal"),
     "segments while decoding": (dict(query=SOME[:, :, :2], is_causal=True, segments=NUMBERS), "takes no segments"),
-    "log-sum-exp while decoding": (dict(query=SOME[:, :, :2], is_causal=True, return_lse=True), "no log-sum-exp"),
+    "log-sum-exp while decoding": (
+        dict(query=SOME[:, :, :2], is_causal=True, return_lse=True, pattern=Full()),
+        "no log-sum-exp",
+    ),
     "more queries than keys": (dict(key=SOME[:, :, :5]), "10 queries and 5 keys: every query needs a key of its own"),
     "kernels while decoding": (
         dict(query=SOME[:, :, :2], is_causal=True, implementation="triton"),

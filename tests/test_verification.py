@@ -34,6 +34,7 @@ def check(model, source, **options):
         ("roberta", "performer", dict(num_features=16)),
         ("gpt2", "bigbird", dict(block_size=4)),
         ("t5", "linformer", dict(rank=16, max_length=128)),
+        ("gpt2", "hedgehog", dict(attention_window=8)),
     ],
 )
 def test_a_right_conversion_passes(model_type, mechanism, options):
@@ -46,6 +47,8 @@ def test_a_right_conversion_passes(model_type, mechanism, options):
     assert len(report["fidelity"].detail["hidden_error_by_layer"]) == 3
     # T5's own error is nearly the control's on random weights; both must be there to be compared
     assert report["control: mean of values"].detail["hidden_error"] > 0
+    # only what a mechanism learns can be left out
+    assert ("control: window only" in [rung.name for rung in report.rungs]) == (mechanism == "hedgehog")
 
 
 def failed(report) -> list[str]:

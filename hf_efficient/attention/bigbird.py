@@ -145,7 +145,7 @@ class BigBirdAttention(PatternAttention):
         if not g:
             return self.attend(query, key, value, context)
         q, k, v = (x[:, :, g:] for x in (query, key, value))
-        bias = self.global_logits[None, :, None, None].expand(-1, -1, q.shape[2], g)
+        bias = self.global_logits[None, :, None, None]
         if context.relative_bias is not None:
             bias = bias + context.relative_bias.at(_offsets(range(g, g + q.shape[2]), range(g), key))[None]
         visible = torch.ones(1, g, dtype=torch.bool, device=key.device) if keep is None else keep[:, :g]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base import (
@@ -20,8 +19,11 @@ from ..base import (
     SourceAttention,
     register_mechanism,
 )
+from ..ops.attend import merge_attention
+from ..ops.block_sparse import block_sparse_attention
 from ..ops.labelled_window import labelled_window_attention
-from ..ops.windows import ExtraKeys, window_attention
+from ..ops.patterns import Window
+from ..ops.windows import ExtraKeys, extra_attention
 
 # new projections by `sharing`: name → the pretrained one that it is copied from
 GLOBAL_QUERY = {"query_global": "query", "key_global": "key", "value_global": "value"}
@@ -169,13 +171,14 @@ class EtcAttention(EfficientAttention):
             key_padding_mask=None if keep is None else keep[:, g:],
             relative_bias=context.relative_bias,
             dropout=context.dropout,
-            extra=self._global_columns(q, key, value, context) if g else None,
         )
+        extra = self._global_columns(q, key, value, context) if g else None
         if clip:
             logits = self._vector_logits(q, slice(0, 2 * clip + 1), context) + self.label_logits.T[:, None]
-            out = labelled_window_attention(q, k, v, logits, reach=reach, **options)
+            out = labelled_window_attention(q, k, v, logits, reach=reach, extra=extra, **options)
         else:
-            out = window_attention(q, k, v, left=reach, right=reach, **options)
+            window = Window(left=reach, right=reach)
+            out = block_sparse_attention(q, k, v, window, extra=extra, **options)
         if not g:
             return out
         rows = (
@@ -209,7 +212,7 @@ class EtcAttention(EfficientAttention):
             key, value = (self._heads(f"{x}_long_to_global", context.hidden_states[:, :g]) for x in ("key", "value"))
         visible = torch.ones(1, g, dtype=torch.bool, device=key.device) if keep is None else keep[:, :g]
         logits = self._kind_logits(LONG_TO_GLOBAL, query, context)
-        return ExtraKeys(key, value, visible[:, None], logits.expand(-1, -1, query.shape[2], g))
+        return ExtraKeys(key, value, visible[:, None], logits)
 
     def _global_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         """(B, H, g, D): what the global tokens see."""
@@ -224,10 +227,13 @@ class EtcAttention(EfficientAttention):
                 )
                 for x in ("key", "value")
             )
+        # beside what is added to both alike, logits of global tokens differ by one number per query
         to_global, to_long = (self._kind_logits(k, query, context) for k in (GLOBAL_TO_GLOBAL, GLOBAL_TO_LONG))
-        logits = torch.cat([to_global.expand(-1, -1, g, g), to_long.expand(-1, -1, g, n - g)], dim=-1)
-        if context.key_padding_mask is not None:
-            logits = torch.where(context.key_padding_mask[:, None, None], logits, float("-inf"))
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=logits.to(query.dtype), dropout_p=context.dropout, scale=context.scaling
+        keep = context.key_padding_mask
+        visible = torch.ones(1, n, dtype=torch.bool, device=key.device) if keep is None else keep
+        options = dict(scaling=context.scaling, dropout=context.dropout)
+        parts = (
+            ExtraKeys(key[:, :, here], value[:, :, here], visible[:, None, here], bias)
+            for here, bias in ((slice(g), to_global - to_long), (slice(g, n), None))
         )
+        return merge_attention(*(extra_attention(query, part, **options) for part in parts))[0]

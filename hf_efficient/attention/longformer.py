@@ -68,8 +68,8 @@ class LongformerAttentionConfig(PatternAttentionConfig):
             bool(windows) and all(type(w) is int and w > 0 and w % 2 == 0 for w in windows),
             "even integers ≥ 2 (half of each lies on each side), one for all layers or one per layer",
         )
-        dilations = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
-        fits = bool(dilations) and all(type(d) is int and d > 0 for d in dilations)
+        steps = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
+        fits = bool(steps) and all(type(d) is int and d > 0 for d in steps)
         self._require("dilation", fits, "integers ≥ 1, one for all heads or one per head")
         rule = self.global_tokens
         if isinstance(rule, tuple):
@@ -139,9 +139,11 @@ class LongformerAttention(PatternAttention):
     def __init__(self, config: LongformerAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
         self.neighbours = config.neighbours(geometry)
-        self.left_aligned = (
-            False  # global tokens are found by each row's own start, and windows look the same everywhere
-        )
+        # not with dilated windows, whose tables of tiles would be nearly dense
+        listed = config.columns if config.dilation == 1 else ()
+        self.listed = self.neighbours | Columns(positions=listed) if listed else None
+        # global tokens are found by each row's own start, and windows look the same everywhere
+        self.left_aligned = False
         self.has_global_rows = self.needs_hidden_states = not geometry.is_causal
         self.needs_input_ids = config.global_tokens == "question"
         if self.has_global_rows:
@@ -160,13 +162,12 @@ class LongformerAttention(PatternAttention):
     @torch.no_grad()
     def initialise_from(self, source: SourceAttention) -> dict[str, str]:
         origins = {}
-        if self.has_global_rows:
-            for name in ("query", "key", "value"):
-                weights, target = getattr(source, name), getattr(self, f"{name}_global")
-                for part in ("weight", "bias"):
-                    if (pretrained := getattr(weights, part)) is not None:
-                        getattr(target, part).copy_(pretrained)
-                        origins[f"{name}_global.{part}"] = f"copy of the {name} {part}"
+        for name in ("query", "key", "value") if self.has_global_rows else ():
+            weights, target = getattr(source, name), getattr(self, f"{name}_global")
+            for part in ("weight", "bias"):
+                if (pretrained := getattr(weights, part)) is not None:
+                    getattr(target, part).copy_(pretrained)
+                    origins[f"{name}_global.{part}"] = f"copy of the {name} {part}"
         return origins
 
     @classmethod
@@ -198,15 +199,19 @@ class LongformerAttention(PatternAttention):
         if query.shape[2] < key.shape[2]:
             return self._decode(query, key, value, context)
         tokens, keep, extra = self._global_tokens(key, context), context.key_padding_mask, None
-        if tokens is not None:
+        # listed positions stand in the same place of every row without padding: they are part of the pattern
+        is_listed = self.listed is not None and keep is None and context.global_attention_mask is None
+        if tokens is not None and not is_listed:
             extra = global_columns(tokens, key, value, context.relative_bias, context.is_causal)
             keep = without_tokens(keep, tokens, key)
-        out = self.attend(query, key, value, context, pattern=self.neighbours, key_padding_mask=keep, extra=extra)
+        pattern = self.listed if is_listed else self.neighbours
+        out = self.attend(query, key, value, context, pattern=pattern, key_padding_mask=keep, extra=extra)
         if tokens is not None and self.has_global_rows:
             rows = self._global_rows(tokens.positions, context).to(out.dtype)
             target = tokens.positions[:, None, :, None].expand(rows.shape)
-            # spare entries of a row with fewer global tokens write back what is there
-            out = out.scatter(2, target, torch.where(tokens.exists[:, None, :, None], rows, out.gather(2, target)))
+            if not is_listed:  # spare entries of a row with fewer global tokens write back what is there
+                rows = torch.where(tokens.exists[:, None, :, None], rows, out.gather(2, target))
+            out = out.scatter(2, target, rows)
         if self.training and torch.is_grad_enabled() and self.has_global_rows:
             # data-parallel training waits for a gradient of every parameter, also of those without a part in this call
             out = out + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad).to(out.dtype)  # type: ignore[union-attr]
@@ -239,12 +244,7 @@ class LongformerAttention(PatternAttention):
             offset = torch.arange(hidden.shape[1], device=index.device) - index[..., None]
             bias = context.relative_bias.at(offset).transpose(0, 1).to(hidden.dtype)  # (B, H, G, n)
             mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-        return projected_rows(
-            hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])),
-            hidden,
-            (self.query_global, self.key_global, self.value_global),
-            num_heads=self.geometry.num_heads,
-            mask=mask,
-            scaling=context.scaling,
-            dropout=context.dropout,
-        )
+        rows = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        projections = self.query_global, self.key_global, self.value_global
+        options: dict[str, Any] = dict(scaling=context.scaling, dropout=context.dropout)
+        return projected_rows(rows, hidden, projections, num_heads=self.geometry.num_heads, mask=mask, **options)

@@ -97,6 +97,7 @@ class ModelFamily:
         """Where a mechanism would sit; `max_positions` is that of a table which is still to be lengthened."""
         config = stack.module.config
         heads, width = self.heads(site.module)
+        bias = self.relative_bias(stack, site)
         return AttentionGeometry(
             num_heads=heads,
             head_dim=width,
@@ -109,6 +110,7 @@ class ModelFamily:
             projection_bias=self.source_attention(site.module).query.bias is not None,
             max_positions=max_positions or self.max_positions(config),
             num_relative_buckets=getattr(config, "relative_attention_num_buckets", 0) if self.has_relative_bias else 0,
+            relative_bias_reach=0 if bias is None else bias.reach(is_causal=stack.side == "decoder"),
         )
 
     has_relative_bias = False

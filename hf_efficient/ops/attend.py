@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,22 @@ Partial = tuple[Tensor, Tensor]
 
 # elements of the scores that are held at once, where no gradient needs them later: bounds working memory, not results
 SCORE_BUDGET = 2**25
+# up to so many keys plain operations are faster than a kernel
+FEW_KEYS = 8
+# far below every gradient that matters, far above what float32 rounds to 0
+SMALL = 1e-30
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where kept, -inf elsewhere: attention kernels take this form without another pass over it."""
     return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, float("-inf"))
+
+
+def bool_all(mask: Tensor) -> bool:
+    """Everything visible; not asked while compiling, where values are unknown."""
+    return not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.all())
 
 
 def attend(
@@ -42,6 +54,15 @@ def attend(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=logits, dropout_p=dropout, scale=scaling
         ), None
+    takes_gradient = logits is not None and logits.requires_grad and torch.is_grad_enabled()
+    if (
+        query.device.type == "cpu"
+        and query.dim() == 4
+        and key.shape[-2] > FEW_KEYS
+        and not dropout
+        and not takes_gradient
+    ):
+        return _fused(query, key, value, logits, scaling)
     batch = query.shape[0]
     if batch > 1 and query[..., 0].numel() * key.shape[-2] > SCORE_BUDGET:
         cut = (batch // 2, batch - batch // 2)
@@ -71,6 +92,45 @@ def attend(
     return out, lse.squeeze(-1)
 
 
+def _fused(query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """`attend` with its log-sum-exp by PyTorch's attention kernel for the CPU, for logits without a gradient."""
+    # half precision would round the log-sum-exp's gradient
+    wide = torch.promote_types(query.dtype, torch.float32)
+    q, k, v = (x.to(wide) for x in (query, key, value))
+    logits = None if logits is None else logits.to(wide)
+    out, lse = _FlashWithSum.apply(q, k, v, logits, scaling)
+    if logits is not None:
+        # the kernel gives 0 for a row without any visible key
+        lse = torch.where(logits.amax(-1) == float("-inf"), float("-inf"), lse)
+    return out.to(value.dtype), lse
+
+
+class _FlashWithSum(torch.autograd.Function):
+    """PyTorch's attention kernel, whose own gradient formula leaves out that of the log-sum-exp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = FLASH(query, key, value, attn_mask=logits, scale=scaling)
+        ctx.save_for_backward(query, key, value, logits, out, lse)
+        ctx.scaling = scaling
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, logits, out, lse = ctx.saved_tensors
+        # scores get P ∘ (dP - (Σ dO ∘ O - dL)), of which the kernel knows no dL: the first term of the sum takes it in,
+        # whose dO must not be 0 then
+        first, total = grad_out[..., :1], grad_lse[..., None]
+        first = torch.where((total != 0) & (first.abs() < SMALL), SMALL, first)
+        shift = torch.where(total != 0, total / first, 0.0)
+        grad_out = torch.cat([first, grad_out[..., 1:]], dim=-1)
+        out = torch.cat([out[..., :1] - shift, out[..., 1:]], dim=-1)
+        grads = FLASH_BACKWARD(grad_out, query, key, value, out, lse, 0.0, False, attn_mask=logits, scale=ctx.scaling)
+        return *grads, None, None
+
+
 def merge_attention(*parts: Partial) -> Partial:
     """Exact attention over disjoint sets of keys from the partial results over each.
 
@@ -82,12 +142,12 @@ def merge_attention(*parts: Partial) -> Partial:
     Returns:
         (out, lse) over the union. Gradients reach the log-sum-exps, without which those of queries and keys are wrong.
     """
-    top = reduce(torch.maximum, (lse.detach() for _, lse in parts))
-    top = torch.where(top == float("-inf"), 0.0, top)
-    weights = [(lse - top).exp() for _, lse in parts]
-    total = torch.stack(weights).sum(0)
-    visible = total > 0
-    safe = torch.where(visible, total, 1.0)
-    shares = [(weight / safe)[..., None].to(out.dtype) for weight, (out, _) in zip(weights, parts, strict=True)]
-    out = torch.stack([share * o for share, (o, _) in zip(shares, parts, strict=True)]).sum(0)
-    return out, torch.where(visible, safe.log() + top, float("-inf"))
+    return reduce(_merged, parts)
+
+
+def _merged(first: Partial, second: Partial) -> Partial:
+    (one, a), (other, b) = first, second
+    empty = (a == float("-inf")) & (b == float("-inf"))
+    a, b = (torch.where(empty, 0.0, x) for x in (a, b))
+    out = torch.lerp(one, other, (b - a).sigmoid()[..., None].to(one.dtype))
+    return out, torch.where(empty, float("-inf"), torch.logaddexp(a, b))

@@ -71,10 +71,10 @@ def block_sparse_attention(
     """
     _check(query, key, value, pattern, key_padding_mask, positions, relative_bias)
     if query.shape[2] < key.shape[2] or key_positions is not None:
-        if return_lse or segments is not None or positions is not None or extra is not None:
-            raise ValueError(
-                "decoding (fewer queries than keys) takes no segments, positions or extra keys, and gives no log-sum-exp."
-            )
+        if segments is not None or positions is not None or extra is not None:
+            raise ValueError("decoding (fewer queries than keys) takes no segments, positions or extra keys.")
+        if return_lse and not isinstance(pattern, Window):
+            raise ValueError("decoding (fewer queries than keys) gives no log-sum-exp, except for a window.")
         if not is_causal:
             raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys: only a causal pattern can decode.")
         require_torch(implementation, DECODING)
@@ -84,7 +84,7 @@ def block_sparse_attention(
         )
         if isinstance(pattern, Window):
             # what the cache forgot lies to the left of all windows, so the queries end a gapless run of tokens
-            window: dict[str, Any] = dict(left=pattern.left, right=0, dilation=pattern.dilation)
+            window: dict[str, Any] = dict(left=pattern.left, right=0, dilation=pattern.dilation, return_lse=return_lse)
             return window_attention(query, key, value, query_offset=key.shape[2] - query.shape[2], **window, **facts)
         places: dict[str, Any] = dict(query_offset=query_offset, row_start=row_start, key_positions=key_positions)
         return rows_attention(query, key, value, pattern.visible_per_head, **places, **facts)

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attend import additive_mask, attend
+from .attend import additive_mask, attend, bool_all
 from .patterns import Pattern, parse_pattern
 from .relative_bias import RelativeBias
 from .tile_table import tile_table
-from .windows import ExtraKeys, extra_logits
 
 # elements of the keys that one call gathers: bounds working memory, not results
 GATHER_BUDGET = 2**22
@@ -25,13 +24,14 @@ class BlockPlan(NamedTuple):
     """Which key blocks each query block gathers, as tensors.
 
     Attributes:
-        groups: query blocks (U,) of each group, with their key blocks (B or 1, H or 1, U, K), -1 = none, and the index
-            (H or 1, U, K) of each tile's element mask, or `None` where every tile is all visible.
+        groups: query blocks (U,) of each group, with their key blocks (B or 1, H or 1, U, K), -1 = none, or `None` where
+            they see every key, and the index (H or 1, U, K) of each tile's element mask, or `None` where every tile is all
+            visible.
         masks: (M, block, block) bool; index -1 of a group is all False, -2 all True.
         order: (rows,) where each query block stands among the concatenated groups; `None` = in order.
     """
 
-    groups: list[tuple[Tensor, Tensor, Tensor | None]]
+    groups: list[tuple[Tensor, Tensor | None, Tensor | None]]
     masks: Tensor
     order: Tensor | None
 
@@ -65,7 +65,7 @@ def _planned(spec: str, length: int, block: int, is_causal: bool, device: str) -
     parts = [
         part for kind in (~heavy, heavy) for part in kind.nonzero().flatten().split(1 if kind is heavy else GROUP)
     ]
-    groups = []
+    groups: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
     for part in parts:
         if not len(part):
             continue
@@ -114,7 +114,6 @@ def block_list_attention(
     key_padding_mask: Tensor | None = None,
     relative_bias: RelativeBias | None = None,
     dropout: float = 0.0,
-    extra: ExtraKeys | None = None,
     segments: tuple[Tensor, Tensor] | None = None,
     positions: tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
@@ -126,7 +125,6 @@ def block_list_attention(
         is_causal: additionally key position ≤ query position.
         key_padding_mask: (B, N) bool, True = may be seen.
         relative_bias: added to the logits, tile by tile.
-        extra: further keys that every query may see, in the same softmax.
         segments: (B, 1 or H, N) numbers of queries and of keys: visible only where they are equal.
         positions: likewise; visible only where the key's is at most the query's.
 
@@ -138,26 +136,32 @@ def block_list_attention(
     Source: Zaheer et al. 2020 (arXiv 2007.14062), App. D.
     """
     batch, heads, n, width = query.shape
-    rows = -(-n // block_size)
+    rows, whole = -(-n // block_size), (key, value)
     padding = rows * block_size - n
-    query, key, value = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (rows, block_size)) for x in (query, key, value))
+    if padding:
+        query, key, value = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value))
+    query, key, value = (x.unflatten(2, (rows, block_size)) for x in (query, key, value))
     gathered = _Gathered(key, value, block_size, n, key_padding_mask, segments, positions)
     logits_of = _Logits(plan.masks, block_size, is_causal, relative_bias, query, segments, positions)
+    options: dict[str, Any] = dict(scaling=scaling, dropout=dropout, return_lse=return_lse)
     outputs, sums = [], []
     for members, columns, tile_masks in plan.groups:
-        per_block = batch * heads * columns.shape[-1] * block_size * max(width, block_size)
-        step = max(1, GATHER_BUDGET // per_block)
+        per_block = batch * heads * block_size * max(width, block_size) * (1 if columns is None else columns.shape[-1])
+        step = len(members) if columns is None else max(1, GATHER_BUDGET // per_block)
         for first in range(0, len(members), step):
             part = slice(first, first + step)
-            own, index = members[part], columns[:, :, part]
+            own = members[part]
+            q = query.index_select(2, own) if len(own) < rows else query
+            if columns is None:
+                out, lse = attend(q.flatten(2, 3), whole[0], whole[1], None, **options)
+                outputs.append(out.unflatten(2, (-1, block_size)))
+                sums += [] if lse is None else [lse.unflatten(2, (-1, block_size))]
+                continue
+            index = columns[:, :, part]
             k, v, keep = gathered(index)
             mask = logits_of(own, index, keep, None if tile_masks is None else tile_masks[:, part], gathered)
-            q = query.index_select(2, own) if len(own) < rows else query
-            if extra is not None:
-                k, v, mask = _with_extra(k, v, mask, extra, own, block_size, n, q)
-            logits = _fold(mask, batch, heads)
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-            out, lse = attend(q, k, v, logits, scaling=scaling, dropout=dropout, return_lse=return_lse)
+            out, lse = attend(q, k, v, _fold(mask, batch, heads), **options)
             outputs.append(out.unflatten(0, (batch, heads)))
             sums += [] if lse is None else [lse.unflatten(0, (batch, heads))]
     out, *rest = (_in_order(x, plan.order).flatten(2, 3)[:, :, :n] for x in (outputs, sums) if x)
@@ -273,37 +277,6 @@ class _Logits:
             return None if bool_all(mask) else additive_mask(mask, self.dtype)
         bias = per_head_bias(self.relative_bias, offset, self.heads).to(self.dtype)
         return torch.where(mask, bias, float("-inf"))
-
-
-def bool_all(mask: Tensor) -> bool:
-    """Everything visible; not asked while compiling, where values are unknown."""
-    return not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.all())
-
-
-def _with_extra(
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    extra: ExtraKeys,
-    own: Tensor,
-    block_size: int,
-    n: int,
-    query: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The extra keys in front of the gathered ones."""
-    blocks, size = query.shape[2:4]
-    logits = extra_logits(extra, query.dtype)
-    if logits.shape[2] > 1:
-        position = (own[:, None] * block_size + torch.arange(size, device=own.device)).clamp(max=n - 1)
-        logits = logits[:, :, position]
-    else:
-        logits = logits[:, :, None].expand(-1, -1, blocks, size, -1)
-    front = [x[:, :, None].expand(-1, -1, blocks, -1, -1) for x in (extra.key, extra.value)]
-    if mask is None:
-        mask = logits.new_zeros(1, 1, 1, 1, 1).expand(1, 1, blocks, size, key.shape[3])
-    shape = torch.broadcast_shapes(mask.shape[:-1], logits.shape[:-1])
-    mask = torch.cat([logits.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)
-    return torch.cat([front[0], key], dim=3), torch.cat([front[1], value], dim=3), mask
 
 
 def per_head_bias(relative_bias: RelativeBias, offset: Tensor, heads: int) -> Tensor:

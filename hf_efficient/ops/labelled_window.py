@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .attend import additive_mask, attend
 from .relative_bias import RelativeBias
-from .windows import ExtraKeys, extra_logits
+from .windows import ExtraKeys
 
 MIN_BLOCK = 64
 
@@ -41,7 +41,11 @@ def labelled_window_attention(
     """
     n, clip, device = query.shape[2], labels.shape[3] // 2, query.device
     block = max(MIN_BLOCK, reach)
-    front = None if extra is None else extra_logits(extra, query.dtype)
+    front = None
+    if extra is not None:
+        front = additive_mask(extra.keep, query.dtype)[:, None]
+        front = front if extra.bias is None else front + extra.bias.to(query.dtype)
+        front = front.expand(-1, -1, n, extra.key.shape[2])
     outputs = []
     for start in range(0, n, block):
         stop = min(n, start + block)
@@ -57,12 +61,9 @@ def labelled_window_attention(
         logits = logits.to(query.dtype).masked_fill(~visible, float("-inf"))
         keys, values = key[:, :, low:high], value[:, :, low:high]
         if extra is not None and front is not None:
-            part = front if front.shape[2] == 1 else front[:, :, start:stop]
-            logits = torch.cat([part.expand(*logits.shape[:3], -1), logits], dim=-1)
+            # labels have a gradient, with which kernels give no log-sum-exp: so the extra keys come in front
+            logits = torch.cat([front[:, :, start:stop].expand(*logits.shape[:3], -1), logits], dim=-1)
             keys, values = torch.cat([extra.key, keys], dim=2), torch.cat([extra.value, values], dim=2)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:stop], keys, values, attn_mask=logits, dropout_p=dropout, scale=scaling
-            )
-        )
+        options = dict(scaling=scaling, dropout=dropout)
+        outputs.append(attend(query[:, :, start:stop], keys, values, logits, **options)[0])  # type: ignore[arg-type]
     return torch.cat(outputs, dim=2)

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 CHUNK = 128
 
 
-def linear_attention(log_query: Tensor, log_key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
+class FeatureState(NamedTuple):
+    """Sums over keys that are no longer there, from which later queries see them.
+
+    Attributes:
+        sums: (B, H, M, D + 1), `Σ_j exp(log φ(k_j) - maximum) [v_j, 1]`, fp32 at least.
+        maximum: (B, H, 1, M) per feature; -inf = no key had it.
+    """
+
+    sums: Tensor
+    maximum: Tensor
+
+
+def linear_attention(
+    log_query: Tensor,
+    log_key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool,
+    state: FeatureState | None = None,
+    return_lse: bool = False,
+) -> Any:
     """Kernel attention from log-features: `y_i = Σ_j φ(q_i)·φ(k_j) v_j / Σ_j φ(q_i)·φ(k_j)` with `φ = exp(log-features)`.
 
     Features enter as logarithms so that they can be stabilised exactly: keys are divided by a maximum per feature
@@ -19,53 +41,85 @@ def linear_attention(log_query: Tensor, log_key: Tensor, value: Tensor, *, is_ca
         log_query: (B, H, N, M) fp32 or fp64.
         log_key: (B, H, S, M); -inf in every feature = the key does not exist.
         value: (B, H, S, D).
-        is_causal: query n sees keys j ≤ n + S - N.
+        is_causal: query n sees keys j ≤ n + S - N; there may be fewer keys than queries.
+        state: of keys before all of these, which every query sees; only causal.
+        return_lse: also return `log Σ_j φ(q_i)·φ(k_j)`, with its gradient, see `merge_attention`.
 
     Returns:
-        (B, H, N, D) in the features' dtype; 0 for a query without keys. O(S · M · D) time, O(S · M) memory; the causal
-        form keeps one (M, D + 1) state.
+        (B, H, N, D) in the features' dtype, and with `return_lse` (B, H, N); 0 and -inf for a query without keys.
+        O(S · M · D) time, O(S · M) memory; the causal form keeps one (M, D + 1) state.
 
     Source: Katharopoulos et al. 2020 (arXiv 2006.16236) eq. 5 and 9, Choromanski et al. 2021 (arXiv 2009.14794) §2.
     """
-    ones = torch.ones(*value.shape[:-1], 1, dtype=log_key.dtype, device=value.device)
-    values = torch.cat([value.to(log_key.dtype), ones], dim=-1)  # the last column carries the normaliser
-    if not is_causal:
-        maximum = _finite(log_key.detach().amax(dim=-2, keepdim=True))
-        state = (log_key - maximum).exp().transpose(-1, -2) @ values
-        return _normalise(_query_features(log_query, maximum) @ state)
-    return _causal(log_query, log_key, values)
+    values = _with_ones(value, log_key.dtype)
+    if is_causal:
+        sums, shift = _causal(log_query, log_key, values, state)
+    else:
+        sums, shift = _both_directions(log_query, log_key, values)
+    denominator = sums[..., -1]
+    exists = denominator > 0
+    safe = torch.where(exists, denominator, 1.0)
+    out = torch.where(exists[..., None], sums[..., :-1] / safe[..., None], 0.0)
+    return (out, torch.where(exists, safe.log() + shift[..., 0], float("-inf"))) if return_lse else out
 
 
-def _causal(log_query: Tensor, log_key: Tensor, values: Tensor) -> Tensor:
+def absorb(state: FeatureState | None, log_key: Tensor, value: Tensor) -> FeatureState:
+    """The state after keys with log-features (B, H, S, M) and values (B, H, S, D) have joined it."""
+    return _joined(state, log_key, _with_ones(value, log_key.dtype), log_key.detach().amax(dim=-2, keepdim=True))
+
+
+def _joined(state: FeatureState | None, log_key: Tensor, values: Tensor, maximum: Tensor) -> FeatureState:
+    """`absorb` of values with their column of ones; `maximum` (B, H, 1, M) over the new keys, or over all."""
+    if state is not None:
+        maximum = torch.maximum(maximum, state.maximum)
+    shift = _finite(maximum)
+    sums = (log_key - shift).exp().transpose(-1, -2) @ values
+    if state is not None:
+        sums = sums + (state.maximum - shift).exp().transpose(-1, -2) * state.sums
+    return FeatureState(sums, maximum)
+
+
+def _with_ones(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """(…, S, D + 1): the last column carries the normaliser."""
+    return torch.cat([value.to(dtype), torch.ones(*value.shape[:-1], 1, dtype=dtype, device=value.device)], dim=-1)
+
+
+def _both_directions(log_query: Tensor, log_key: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    maximum = _finite(log_key.detach().amax(dim=-2, keepdim=True))
+    total = log_query + maximum
+    top = total.detach().amax(dim=-1, keepdim=True)
+    return (total - top).exp() @ ((log_key - maximum).exp().transpose(-1, -2) @ values), top
+
+
+def _causal(log_query: Tensor, log_key: Tensor, values: Tensor, state: FeatureState | None) -> tuple[Tensor, Tensor]:
+    """(…, N, D + 1) sums, and the logarithm (…, N, 1) of what they were divided by."""
     n, s = log_query.shape[-2], log_key.shape[-2]
-    past = s - n
-    state = maximum = None
+    if s < n:  # the first queries see the state at most
+        log_key, values = _in_front(log_key, n - s, float("-inf")), _in_front(values, n - s, 0.0)
+    past = max(0, s - n)
     if past:  # keys before the first query: one sum
         head, log_key = log_key[..., :past, :], log_key[..., past:, :]
-        maximum = head.detach().amax(dim=-2, keepdim=True)
-        state = (head - _finite(maximum)).exp().transpose(-1, -2) @ values[..., :past, :]
+        state = _joined(state, head, values[..., :past, :], head.detach().amax(dim=-2, keepdim=True))
         values = values[..., past:, :]
-    outputs = []
+    outputs, shifts = [], []
     for first in range(0, n, CHUNK):
         part = slice(first, first + CHUNK)
         q, k, v = log_query[..., part, :], log_key[..., part, :], values[..., part, :]
         running = k.detach().cummax(dim=-2).values  # per query: what it sees, never a later key
-        if maximum is not None:
-            running = torch.maximum(running, maximum)
+        if state is not None:
+            running = torch.maximum(running, state.maximum)
         top = _finite((q.detach() + running).amax(dim=-1, keepdim=True))
-        numerator = _near(q, k, top).tril() @ v
-        if state is not None and maximum is not None:
+        sums = _near(q, k, top).tril() @ v
+        if state is not None:
             # exp(-inf - top) = 0 drops features that had no key so far
-            numerator = numerator + (q + maximum - top).exp() @ state
-        outputs.append(numerator)
+            sums = sums + (q + state.maximum - top).exp() @ state.sums
+        outputs.append(sums)
+        shifts.append(top)
         if first + CHUNK < n:
-            new_maximum = running[..., -1:, :]
-            shift = _finite(new_maximum)
-            new = (k - shift).exp().transpose(-1, -2) @ v
-            if state is not None and maximum is not None:
-                new = new + (maximum - shift).exp().transpose(-1, -2) * state
-            state, maximum = new, new_maximum
-    return _normalise(torch.cat(outputs, dim=-2))
+            state = _joined(state, k, v, running[..., -1:, :])
+    if len(outputs) == 1:
+        return outputs[0], shifts[0]
+    return torch.cat(outputs, dim=-2), torch.cat(shifts, dim=-2)
 
 
 def _near(log_query: Tensor, log_key: Tensor, top: Tensor) -> Tensor:
@@ -86,12 +140,5 @@ def _finite(maximum: Tensor) -> Tensor:
     return torch.where(maximum == float("-inf"), 0.0, maximum)
 
 
-def _query_features(log_query: Tensor, shift: Tensor) -> Tensor:
-    total = log_query + shift
-    return (total - total.detach().amax(dim=-1, keepdim=True)).exp()
-
-
-def _normalise(sums: Tensor) -> Tensor:
-    denominator = sums[..., -1:]
-    empty = denominator == 0
-    return torch.where(empty, 0.0, sums[..., :-1] / torch.where(empty, 1.0, denominator))
+def _in_front(x: Tensor, rows: int, fill: float) -> Tensor:
+    return torch.cat([x.new_full((*x.shape[:-2], rows, x.shape[-1]), fill), x], dim=-2)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .alignment import real_length
-from .attend import attend, merge_attention
+from .attend import merge_attention
 from .pattern_sets import Union, Without
 from .patterns import Columns, Full, Pattern, Strided, Summary, Window, parse_pattern, parts_of
 from .relative_bias import RelativeBias
-from .windows import ExtraKeys, extra_logits, fold, unfold
+from .windows import ExtraKeys, extra_attention, fold, unfold
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -38,14 +38,13 @@ class Call:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keywords of `block_list_attention`."""
+        """Keywords of `block_list_attention`, which knows no extra keys."""
         return dict(
             scaling=self.scaling,
             is_causal=self.is_causal,
             key_padding_mask=self.keep,
             relative_bias=self.bias,
             dropout=self.dropout,
-            extra=self.extra,
             segments=self.segments,
             positions=self.positions,
             return_lse=self.return_lse,
@@ -287,8 +286,6 @@ def with_stride(
 
 def extra_only(query: Tensor, call: Call) -> Result:
     """Attention over the extra keys alone."""
-    extra = call.extra
-    assert extra is not None
-    logits = extra_logits(extra, query.dtype)
-    options = dict(scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
-    return attend(query, extra.key, extra.value, logits, **options)  # type: ignore[arg-type]
+    assert call.extra is not None
+    out, lse = extra_attention(query, call.extra, scaling=call.scaling, dropout=call.dropout)
+    return out, lse if call.return_lse else None

@@ -43,7 +43,11 @@ def projected_rows(
         return F.scaled_dot_product_attention(q, heads(key(hidden)), heads(value(hidden)), **options)
     key_weight, value_weight = (p.weight.unflatten(0, (num_heads, -1)).to(q.dtype) for p in (key, value))
     probe = torch.einsum("bhgd,hdc->bhgc", q, key_weight)
-    shared = hidden[:, None].expand(-1, num_heads, -1, -1)
-    mixed = F.scaled_dot_product_attention(probe, shared, shared, **options)
+    # all heads see the same states: their rows are queries of one head, or gradients of the states would exist once per head
+    if mask is not None:
+        options["attn_mask"] = mask.expand(rows.shape[0], num_heads, rows.shape[1], -1).flatten(1, 2)[:, None]
+    shared = hidden[:, None]
+    mixed = F.scaled_dot_product_attention(probe.flatten(1, 2)[:, None], shared, shared, **options)[:, 0]
+    mixed = mixed.unflatten(1, (num_heads, -1))
     out = torch.einsum("bhgc,hdc->bhgd", mixed, value_weight.to(mixed.dtype))
     return out if value.bias is None else out + value.bias.view(num_heads, 1, -1).to(out.dtype)

@@ -31,6 +31,13 @@ class RelativeBias:
         ids = self.bucket(offsets).to(self.table.device)
         return F.embedding(ids, self.table).movedim(-1, 0).to(offsets.device)
 
+    def reach(self, is_causal: bool) -> int:
+        """Smallest offset from which on the bias is constant, in each direction (causal: into the past); ≤ saturation."""
+        # models are also built on the meta device, where nothing can be looked up
+        offsets = torch.arange(self.saturation + 1, device="cpu")
+        buckets = [self.bucket(-offsets)] if is_causal else [self.bucket(-offsets), self.bucket(offsets)]
+        return max(int((ids != ids[-1]).sum()) for ids in buckets)
+
     def toeplitz(
         self, rows: int, columns: int, first: int, step: int = 1, device: torch.device | None = None
     ) -> Tensor:

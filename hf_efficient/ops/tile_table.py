@@ -128,6 +128,8 @@ class _Shape(NamedTuple):
     is_causal: bool
 
 
+# a table takes about 40 bytes per tile and 8 KB per distinct mask, far less than the tokens' own tensors: so a number of
+# tables is bound enough, and one that is built anew in every step would cost more than it frees
 @lru_cache(maxsize=256)
 def tile_table(
     pattern: Pattern,

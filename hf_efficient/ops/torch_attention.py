@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import lru_cache
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .alignment import real_length
-from .attend import additive_mask, attend
-from .blocks import BlockPlan, block_list_attention, bool_all, pattern_block, per_head_bias, table_attention
+from .attend import additive_mask, attend, bool_all, merge_attention
+from .blocks import BlockPlan, block_list_attention, pattern_block, per_head_bias, table_attention
 from .patterns import BlockList, Pattern, Rows, Strided, Summary, Window, parse_pattern, parts_of
 from .pieces import (
     Call,
@@ -28,7 +29,7 @@ from .pieces import (
     without,
 )
 from .tile_table import tile_table
-from .windows import ExtraKeys, extra_logits, window_attention
+from .windows import is_one_tile, window_attention
 
 # above this share of computed pairs one dense tile is faster than pieces; beyond this length it would be too large
 DENSE_SHARE = 0.4
@@ -43,6 +44,11 @@ KEPT_LENGTH = 2048
 
 def torch_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: Call) -> Result:
     """The pieces in plain PyTorch: windows as views, tables by gathering, strides by folding, dense rows apart."""
+    if call.extra is not None:
+        near, far = dataclasses.replace(call, extra=None, return_lse=True), dataclasses.replace(call, return_lse=True)
+        parts = torch_attention(query, key, value, pattern, near), extra_only(query, far)
+        merged = merge_attention(*parts)  # type: ignore[arg-type]
+        return merged if call.return_lse else (merged[0], None)
     if isinstance(pattern, BlockList):
         return _block_list(query, key, value, pattern, call)
     if pattern.num_heads > 1:
@@ -81,9 +87,7 @@ def _with_rows(
 ) -> Result:
     index = torch.tensor(rows, device=query.device)[None]
     dense = _rows(query, key, value, index, call)
-    if rest is None and call.extra is not None:
-        out, lse = extra_only(query, call)
-    elif rest is None:
+    if rest is None:
         batch, heads, n, _ = query.shape
         out, lse = torch.zeros_like(query), None
         if call.return_lse:
@@ -111,15 +115,6 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, index: Tensor, call: Call) 
     logits = additive_mask(mask, query.dtype)
     if call.bias is not None:
         logits = logits + per_head_bias(call.bias, offset[:, None], heads).to(query.dtype)
-    if call.extra is not None:
-        front = extra_logits(call.extra, query.dtype)
-        if front.shape[2] > 1:
-            front = front.expand(batch, -1, -1, -1).gather(
-                2, at[:, None, :, None].expand(-1, front.shape[1], -1, front.shape[3])
-            )
-        shape = torch.broadcast_shapes(front.shape[:-1], logits.shape[:-1])
-        logits = torch.cat([front.expand(*shape, -1), logits.expand(*shape, -1)], dim=-1)
-        key, value = torch.cat([call.extra.key, key], dim=2), torch.cat([call.extra.value, value], dim=2)
     return attend(rows, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
 
 
@@ -154,11 +149,16 @@ _share._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _is_dense(pattern: Pattern, n: int, is_causal: bool) -> bool:
     """One dense tile costs less than the pieces, which would compute most pairs anyway."""
-    if n > DENSE_LIMIT or as_window(pattern) is not None:
-        return False  # windows find their own crossover
+    if n > DENSE_LIMIT:
+        return False
+    if (found := as_window(pattern)) is not None:
+        window, columns, _ = found
+        left, right, step = window.left, 0 if is_causal else window.right, window.dilation
+        # windows alone find their own crossover; what columns cost beside blocks moves it up
+        return bool(columns) and (is_one_tile(n, left, right, step) or n <= 2 * step * (left + right))
     length = len(range(n))  # a plain number, also while compiling
-    if (found := left_out(pattern)) is not None:
-        pattern = found[0]
+    if (shown := left_out(pattern)) is not None:
+        pattern = shown[0]
     share = sum(part.size / part.stride for part in parts_of(pattern) if isinstance(part, Summary))
     strides = [part.stride for part in parts_of(pattern) if isinstance(part, Strided)]
     is_merged = bool(strides) and len(parts_of(pattern)) > 1
@@ -189,7 +189,6 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: Ca
             logits = torch.where(compare(pair[0][..., None], pair[1][..., None, :]), logits, float("-inf"))
     if call.bias is not None:
         logits = logits + call.bias.dense(n, n, 0, query.device).to(query.dtype)
-    key, value, logits = _with_extra(key, value, logits, call.extra)
     return attend(query, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
 
 
@@ -197,7 +196,7 @@ def _window(
     query: Tensor, key: Tensor, value: Tensor, window: Window, columns: tuple[int, ...], skip: int | None, call: Call
 ) -> Result:
     here = tuple(p for p in columns if p < query.shape[2])
-    keep, extra = shared_columns(key, value, here, call) if here else (call.keep, call.extra)
+    keep, extra = shared_columns(key, value, here, call) if here else (call.keep, None)
     return _pair(
         window_attention(
             query,
@@ -217,15 +216,6 @@ def _window(
     )
 
 
-def _with_extra(key: Tensor, value: Tensor, logits: Tensor, extra: ExtraKeys | None) -> tuple[Tensor, Tensor, Tensor]:
-    if extra is None:
-        return key, value, logits
-    front = extra_logits(extra, logits.dtype)
-    shape = torch.broadcast_shapes(front.shape[:-1], logits.shape[:-1])
-    logits = torch.cat([front.expand(*shape, -1), logits.expand(*shape, -1)], dim=-1)
-    return torch.cat([extra.key, key], dim=2), torch.cat([extra.value, value], dim=2), logits
-
-
 # lists of blocks that depend on each row's length
 
 
@@ -241,6 +231,40 @@ def _lists(
 _kept_lists = lru_cache(maxsize=64)(_lists)
 
 
+@lru_cache(maxsize=64)
+def _list_plan(spec: str, n: int, device: str) -> BlockPlan:
+    """The plan of lists without padding: query blocks with equally many key blocks together, those that see all apart."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        pattern = parse_pattern(spec)
+        assert isinstance(pattern, BlockList)
+        size, length = pattern.block_size, torch.tensor([n])
+        rows = -(-n // size)
+        columns = pattern.columns(rows, length, False)[0]
+        columns = torch.where(columns < 0, rows, columns).sort(-1).values
+        columns = torch.where(columns == rows, -1, columns)
+        fewest, most = (columns >= 0).sum(-1).aminmax(dim=0)
+        if (full := pattern.full_rows(n, length, False)) is not None:
+            fewest[full[0][full[1]] // size] = rows
+        groups: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+        most = torch.where(fewest == rows, rows + 1, most)
+        parts = [(most == count).nonzero().flatten() for count in most.unique()]
+        for members in parts:
+            width = max(1, int(most[members[0]]))
+            listed = None if width > rows else columns[None, :, members, :width].to(device)
+            groups.append((members.to(device), listed, None))
+        order = torch.cat(parts).argsort()
+        in_order = bool((order == torch.arange(rows)).all())
+        no_masks = torch.zeros(0, size, size, dtype=torch.bool, device=device)
+        return BlockPlan(groups, no_masks, None if in_order else order.to(device))
+
+
+def _constant_list_plan(spec: str, n: int, device: str) -> Any:
+    return tuple(_list_plan(spec, n, device))
+
+
+_constant_list_plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _block_list(query: Tensor, key: Tensor, value: Tensor, pattern: BlockList, call: Call) -> Result:
     n, size = query.shape[2], pattern.block_size
     rows = -(-n // size)
@@ -253,6 +277,9 @@ def _block_list(query: Tensor, key: Tensor, value: Tensor, pattern: BlockList, c
     is_small = columns.shape[0] * columns.shape[1] * n * n <= BLOCK_MASK_LIMIT
     if is_small and columns.shape[-1] >= rows and not call.by_vectors:
         return _dense_blocks(query, key, value, columns, full, size, call)
+    if call.keep is None and call.bias is None and not call.is_causal and not call.by_vectors:
+        plan = BlockPlan(*_constant_list_plan(pattern.spec(), len(range(n)), str(key.device)))
+        return _pair(block_list_attention(query, key, value, plan, block_size=size, **call.options))
     plan = BlockPlan(
         [(torch.arange(rows, device=key.device), columns, None)],
         torch.zeros(0, size, size, dtype=torch.bool, device=key.device),
@@ -283,13 +310,7 @@ def _dense_blocks(
         everything = columns.new_zeros(block.shape[0], rows + 1, dtype=torch.bool).scatter(1, block, True)[:, :rows]
         seen = seen | everything[:, None, :, None]
     logits = None
-    if (
-        not bool_all(seen)
-        or call.is_causal
-        or call.keep is not None
-        or call.bias is not None
-        or call.extra is not None
-    ):
+    if not bool_all(seen) or call.is_causal or call.keep is not None or call.bias is not None:
         # every block becomes size × size equal entries in one copy
         blocks = additive_mask(seen, query.dtype)[:, :, :, None, :, None]
         logits = blocks.expand(-1, -1, -1, size, -1, size).flatten(4, 5).flatten(2, 3)[:, :, :n, :n]
@@ -300,5 +321,4 @@ def _dense_blocks(
             logits = torch.where(call.keep[:, None, None], logits, float("-inf"))
         if call.bias is not None:
             logits = logits + call.bias.dense(n, n, 0, query.device).to(query.dtype)
-        key, value, logits = _with_extra(key, value, logits, call.extra)
     return attend(query, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from ..attention.performer import PerformerAttention
@@ -32,3 +34,70 @@ class RedrawFeatures(TrainerCallback):
         for module in due:
             module.redraw()
         return len(due)
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss or a gradient that is no finite number."""
+
+
+class StopOnNonFiniteLoss(TrainerCallback):
+    """Stop at the first step whose loss or gradient is infinite or NaN, before its update is applied or anything is saved.
+
+    The weights are still those of the step before, and the last complete checkpoint is untouched. With several processes
+    gradients are already averaged, so all of them stop at the same step.
+
+    Raises:
+        NonFiniteLoss: names the step and what to do.
+    """
+
+    def __init__(self) -> None:
+        self.loss: Any = 0.0
+        self.hook: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.loss = torch.zeros((), device=next(model.parameters()).device)
+        self.hook = model.register_forward_hook(self._note_loss)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.hook.remove()
+
+    def _note_loss(self, model: Any, inputs: Any, output: Any) -> None:
+        loss = output.get("loss") if isinstance(output, dict) else None
+        if model.training and loss is not None:
+            self.loss = self.loss + loss.detach().float().mean()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm: Any = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        loss, self.loss = float(self.loss), torch.zeros_like(self.loss)
+        if not (math.isfinite(loss) and math.isfinite(float(norm))):
+            self.hook.remove()
+            raise NonFiniteLoss(
+                f"step {state.global_step + 1}: the loss is {loss} and the gradient's norm {float(norm)}. Nothing of this "
+                "step was kept, and the last checkpoint is good. Start anew with a lower --learning_rate, more "
+                "--warmup_steps, or without --bf16."
+            )
+
+
+class KeepRandomState(TrainerCallback):
+    """Give training the random state back that an evaluation in its midst used up.
+
+    Every evaluation loader draws a seed from PyTorch's global generator; with this callback dropout is the same whether and
+    whenever the run is evaluated.
+    """
+
+    def __init__(self) -> None:
+        self.state: torch.Tensor | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_evaluate:
+            self.state = torch.random.get_rng_state()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.state is not None:
+            torch.random.set_rng_state(self.state)
+            self.state = None

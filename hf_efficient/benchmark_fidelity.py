@@ -1,0 +1,69 @@
+"""How close every mechanism stays, untrained, on a real checkpoint: all-MiniLM-L6-v2 on held-out text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from .base import attention_configs
+from .benchmark import hardware
+from .conversion import convert_in_place, load_stock, versions
+from .corpus import HUB_ID, minilm_checkpoint, offline_texts
+from .fidelity import compare, control_figures
+
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    *(("local", dict(attention_window=w)) for w in (128, 256, 512)),
+    *(("longformer", dict(attention_window=w, global_tokens="first")) for w in (128, 256, 512)),
+    *(("bigbird", dict(block_size=b)) for b in (16, 32, 64)),
+    *(("etc", dict(attention_window=w)) for w in (128, 256)),
+    *(("longt5", dict(attention_window=128, global_block_size=16, log_count=b)) for b in (True, False)),
+    *(("sparse_transformer", dict(stride=stride)) for stride in (32, 64)),
+    ("sparse_transformer", dict(pattern="fixed", stride=64, summary_size=8)),
+    *(("axial", dict(row_length=c)) for c in (32, 64)),
+    *(("blockwise", dict(block_size=b)) for b in (128, 256)),
+    *(("image_local", dict(block_size=b, memory_size=b)) for b in (64, 128)),
+    *(("linformer", dict(rank=r)) for r in (64, 128, 256)),
+    ("linformer", dict(rank=128, projection="max")),
+    *(("performer", dict(num_features=m)) for m in (64, 256, 1024)),
+    ("performer", dict(num_features=256, kernel="relu")),
+    *((name, dict(attention_window=w)) for name in ("hedgehog", "t2r") for w in (64, 0)),
+]
+
+
+def fidelity_suite(texts: int = 16, length: int = 512, progress: bool = True) -> dict[str, Any]:
+    """all-MiniLM-L6-v2 with every layer replaced and nothing trained, on held-out text that fills its positions."""
+    folder = minilm_checkpoint()
+    source, tokenizer = load_stock(str(folder))[0], AutoTokenizer.from_pretrained(folder)
+    encoded = (tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in offline_texts("held-out"))
+    full = [ids for ids in encoded if len(ids) == length][:texts]
+    batches = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, length).long()} for ids in full]
+    results: dict[str, dict[str, Any]] = {mechanism: {} for mechanism, _ in SETTINGS}
+    model: Any = None
+    for mechanism, options in tqdm(SETTINGS, desc="fidelity", disable=not progress, file=sys.stderr):
+        model = load_stock(str(folder))[0]
+        convert_in_place(model, attention_configs(mechanism, **options))
+        results[mechanism][json.dumps(options)] = compare(model, source, batches)
+    settings = {"checkpoint": HUB_ID, "texts": len(full), "length": length, "dtype": "float32", "seed": 0}
+    return {
+        "suite": "fidelity",
+        "settings": settings,
+        "results": results,
+        "control": control_figures(model, source, batches),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and rows for people, the control last."""
+    results = document["results"]
+    named = {(name, options): row for name, settings in results.items() for options, row in settings.items()}
+    named[("control", "mean of values")] = document["control"]
+    shown = [name for name, value in document["control"].items() if isinstance(value, float)]
+    rows = [[*place, *(round(row[name], 3) for name in shown)] for place, row in named.items()]
+    return ["mechanism", "options", *shown], rows

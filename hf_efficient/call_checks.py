@@ -1,0 +1,289 @@
+"""Checks of one call, as a forward pre-hook of each stack: refuse what can't be honoured, and route what mechanisms need."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .decoding import bounded_cache, prepare_layers
+from .dispatch import CHILD, IMPLEMENTATION
+from .families import ModelFamily, Stack
+from .ops.segments import Segments, Steps, position_steps
+
+# keywords that reach the attention function without being in any forward's signature
+KNOWN_KEYWORDS = {
+    "cache_position", "global_attention_mask",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+    "use_cache", "position_ids", "logits_to_keep", "token_type_ids", "encoder_attention_mask",
+    "encoder_hidden_states", "labels",
+}  # fmt: skip
+
+
+class StackInfo:
+    """What `check_call` must know of its stack, gathered once at installation."""
+
+    def __init__(self, family: ModelFamily, stack: Stack):
+        config = stack.module.config
+        mechanisms: list[Any] = [m for site in stack.sites if (m := site.module._modules[CHILD]) is not None]
+        self.parameters = list(inspect.signature(type(stack.module).forward).parameters)[1:]
+        self.known = set(self.parameters) | KNOWN_KEYWORDS
+        self.warned: set[str] = set()
+        self.max_positions = family.max_positions(config)
+        self.first_position = family.position_offset(config)
+        self.is_causal = any(bool(getattr(site.module, "is_causal", False)) for site in stack.sites)
+        self.uses_global_attention_mask = any(getattr(m, "uses_global_attention_mask", False) for m in mechanisms)
+        self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
+        self.has_extra_tokens = any(m.num_extra_tokens(m.config) for m in mechanisms)
+        placed: list[Any] = [
+            (site.module.layer_idx, site.module._modules[CHILD]) for site in stack.sites if self.is_causal
+        ]
+        self.bounded = {i: m for i, m in placed if m is not None and m.cache_layer() is not None}
+
+
+def check_call(
+    stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Refuse what the installed mechanisms can't honour, and route what they need."""
+    info: StackInfo = stack._efficient_info  # type: ignore[assignment]
+    call = dict(zip(info.parameters, args, strict=False)) | kwargs
+    config: Any = stack.config
+    _check_form(call, config, info)
+    if not torch.compiler.is_compiling():
+        unknown = sorted(set(kwargs) - info.known - info.warned)
+        if unknown:
+            info.warned.update(unknown)
+            warnings.warn(
+                f"keywords {unknown} are known neither to the model nor to efficient attention.", stacklevel=3
+            )
+    segments = _find_segments(call, info)
+    if segments is None:
+        _check_length(call, info)
+    kwargs = dict(kwargs)
+    if kwargs.get("global_attention_mask") is not None:
+        if config.is_encoder_decoder and config.is_decoder:
+            # the keyword is meant for the encoder's tokens, but reaches both stacks
+            kwargs.pop("global_attention_mask")
+        elif not info.uses_global_attention_mask:
+            raise ValueError(
+                "global_attention_mask was given, but no converted layer of this model has global tokens; use longformer."
+            )
+    if info.needs_input_ids:
+        if call.get("input_ids") is None:
+            raise ValueError("global_tokens='question' looks for separators and needs input_ids, not inputs_embeds.")
+        kwargs["efficient_input_ids"] = call["input_ids"]
+    if segments is not None:
+        return (), call | kwargs | _packed(call, segments, info)
+    if info.bounded:
+        return _bound_cache(stack, info, call, args, kwargs)
+    return args, kwargs
+
+
+def pass_hidden_states(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hand the attention layer's own input to the dispatcher, through the host's pass-through keywords."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return args, kwargs | {"efficient_hidden_states": hidden}
+
+
+# ---- what a call may say -----------------------------------------------------------------------------------------
+
+
+def _check_form(call: dict[str, Any], config: Any, info: StackInfo) -> None:
+    """Refuse keywords that would change who sees whom, or ask for what does not exist."""
+    if config._attn_implementation != IMPLEMENTATION:
+        raise RuntimeError(
+            f"attn_implementation was changed to {config._attn_implementation!r} while efficient attention is installed, "
+            "which would silently switch it off; use hf_efficient.revert(model) or handle.undo() instead."
+        )
+    if call.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise ValueError(
+            "output_attentions=True: efficient attention never builds the attention weights. Run the unconverted model "
+            "with attn_implementation='eager' to look at them."
+        )
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)}: efficient attention takes (batch, tokens) padding masks only. "
+            "For another pattern convert with the mechanism that has it."
+        )
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "head_mask"):
+        if call.get(name) is not None:
+            raise ValueError(
+                f"{name} is not supported by efficient attention: leave it out. Packed sequences are told apart by "
+                "position_ids that start again."
+            )
+    if call.get("is_causal") is not None and bool(call["is_causal"]) != info.is_causal:
+        raise ValueError(f"is_causal={call['is_causal']}: these layers were converted as is_causal={info.is_causal}.")
+
+
+def _tokens(call: dict[str, Any]) -> Tensor | None:
+    return call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+
+
+def _seen(call: dict[str, Any]) -> int:
+    """Tokens in the call's cache."""
+    cache = call.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def _check_length(call: dict[str, Any], info: StackInfo) -> None:
+    tokens = _tokens(call)
+    if info.max_positions is None or tokens is None:
+        return
+    length = tokens.shape[1] + _seen(call)
+    if length > info.max_positions:
+        raise ValueError(
+            f"input of {length} tokens, but the model has {info.max_positions} positions: truncate it, or convert with "
+            f"max_positions={length} or more."
+        )
+
+
+# ---- packed rows -------------------------------------------------------------------------------------------------
+
+
+def _find_segments(call: dict[str, Any], info: StackInfo) -> Segments | None:
+    """The sequences of packed rows, where `position_ids` start again within a row; `None` = one sequence per row.
+
+    Raises:
+        ValueError: packed rows that can't be honoured, or positions that jump ahead.
+    """
+    positions, mask = call.get("position_ids"), call.get("attention_mask")
+    tokens = _tokens(call)
+    if positions is None or tokens is None or positions.shape[-1] < 2:
+        return None
+    if "position_ids" not in info.parameters:
+        _refuse_without_table(positions, mask)
+        return None
+    if torch.compiler.is_compiling():
+        _refuse_compiled(positions, mask, info.first_position, call.get("past_key_values") is not None)
+        return None
+    length = positions.shape[-1]
+    positions = positions.reshape(-1, length).expand(tokens.shape[0], -1)
+    keep = None if mask is None else mask[:, -length:].bool()
+    if keep is not None and keep.shape != positions.shape:
+        return None  # the host or the mask function says what is wrong with it
+    steps = position_steps(positions, keep, info.first_position)
+    if not bool((steps.restart | steps.jump).any()):
+        return None
+    if not bool(steps.restart.any()):
+        if mask is None and info.is_causal and _seen(call) == 0:
+            raise ValueError(_jump(positions, steps))
+        return None
+    _check_packed(call, positions, keep, steps, info)
+    return Segments.find(steps, keep)
+
+
+def _check_packed(call: dict[str, Any], positions: Tensor, keep: Tensor | None, steps: Steps, info: StackInfo) -> None:
+    """Refuse packed rows that can't be honoured."""
+    if bool(steps.jump.any()):
+        raise ValueError(_jump(positions, steps))
+    if info.has_extra_tokens:
+        raise ValueError(
+            "position_ids start again within a row, i.e. several packed sequences per row; but the extra global tokens "
+            "stand once in front of each row and would mix its sequences. Put one sequence into each row, or convert "
+            "with num_global_tokens=0."
+        )
+    if call.get("past_key_values") is not None:
+        raise ValueError(
+            "packed rows (position_ids that start again) and past_key_values: a cache holds one sequence per row. Leave "
+            "it out; to generate, put one sequence into each row."
+        )
+    if call.get("encoder_hidden_states") is not None:
+        raise ValueError(
+            "packed rows (position_ids that start again) and encoder_hidden_states: all sequences of a row would see the "
+            "same encoder states. Put one sequence into each row."
+        )
+    marked = call.get("global_attention_mask")
+    if marked is not None and marked.shape != positions.shape:
+        raise ValueError(
+            f"global_attention_mask of shape {tuple(marked.shape)} must be {tuple(positions.shape)} on packed rows, one "
+            "entry per token."
+        )
+    real = positions if keep is None else positions[keep]
+    low, high = int(real.min()), int(real.max())
+    if low < info.first_position:
+        raise ValueError(
+            f"position_ids start at {low}, but the first position of this model is {info.first_position}: count each "
+            f"sequence from there (DataCollatorWithFlattening: position_ids_start={info.first_position})."
+        )
+    if info.max_positions is not None and high >= info.first_position + info.max_positions:
+        raise ValueError(
+            f"position_ids go up to {high}, but the model has {info.max_positions} positions from {info.first_position}: "
+            "shorten the packed sequences, or convert with a larger max_positions."
+        )
+
+
+def _packed(call: dict[str, Any], segments: Segments, info: StackInfo) -> dict[str, Any]:
+    """The keywords that a packed call gets."""
+    changes: dict[str, Any] = {"efficient_segments": segments}
+    if call.get("attention_mask") is None:
+        # without a mask the host would look for the sequences itself, and ask for a mask of N × N
+        changes["attention_mask"] = torch.ones(segments.shape, dtype=torch.long, device=segments.place.device)
+    if info.is_causal:
+        # a cache could not tell the sequences of a row apart
+        changes["use_cache"] = False
+    return changes
+
+
+def _jump(positions: Tensor, steps: Steps) -> str:
+    row, token = steps.jump.nonzero()[0].tolist()
+    return (
+        f"position_ids jump ahead to {int(positions[row, token])} at token {token} of row {row}: neither one sequence nor "
+        "the start of another. Packed sequences must start again at the first position."
+    )
+
+
+def _refuse_without_table(positions: Tensor, mask: Tensor | None) -> None:
+    if mask is None and not torch.compiler.is_compiling() and bool((positions.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            "position_ids start again within a row, i.e. several packed sequences per row, but this model has no "
+            "position_ids: put one sequence into each row and pad, with attention_mask."
+        )
+
+
+def _refuse_compiled(positions: Tensor, mask: Tensor | None, first: int, has_cache: bool) -> None:
+    """A compiled call can't look at positions and split its rows; where it must run on, packing stops it while it runs."""
+    advice = (
+        "run packed rows (position_ids that start again) without torch.compile, or put one sequence into each row."
+    )
+    if mask is None and not has_cache:
+        raise ValueError(
+            "compiled models can't tell packed position_ids from plain ones: pass attention_mask beside plain ones, and "
+            + advice
+        )
+    length = positions.shape[-1]
+    keep = None if mask is None else mask[:, -length:].bool()
+    if keep is None or keep.shape[-1] == length:
+        positions = positions if keep is None else positions.expand(keep.shape[0], -1)
+        torch._assert_async(~position_steps(positions, keep, first).restart.any(), f"torch.compile: {advice}")
+
+
+# ---- caches ------------------------------------------------------------------------------------------------------
+
+
+def _bound_cache(
+    stack: Any, info: StackInfo, call: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a call that fills a cache the layers of its mechanisms, and its attention layers the way to them."""
+    cache, use_cache = call.get("past_key_values"), call.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(stack.config, "use_cache", False)
+    if cache is None and (not use_cache or (stack.training and getattr(stack, "gradient_checkpointing", False))):
+        return args, kwargs
+    has_cross_attention = stack.config.is_encoder_decoder or call.get("encoder_hidden_states") is not None
+    cache, own = bounded_cache(cache, info.bounded, stack.config, has_cross_attention)
+    tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+    masks = call.get("attention_mask"), kwargs.get("global_attention_mask")
+    if prepare_layers(own, info.bounded, tokens, *masks):
+        kwargs["efficient_cache"] = own
+    place = info.parameters.index("past_key_values")
+    if len(args) > place:
+        args = (*args[:place], cache, *args[place + 1 :])
+    else:
+        kwargs["past_key_values"] = cache
+    return args, kwargs

@@ -1,0 +1,365 @@
+"""The README.md of a checkpoint, rendered from what was recorded: conversion report, results, config. Nothing else.
+
+A figure that no file holds reads "not measured". No network is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .base import describe, get_mechanism
+from .card_facts import README, CardFacts, gather, is_hub_id
+from .cards import table
+
+NOT_MEASURED = "not measured"
+NOT_RECORDED = "not recorded"
+PIPELINES = {
+    "ForMaskedLM": "fill-mask",
+    "LMHeadModel": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
+    "Model": "feature-extraction",
+}
+FIDELITY = {"embedding_cosine", "embedding_cosine_min", "token_cosine", "hidden_error", "kl", "top1_agreement"}
+STAGES = {
+    "exact": "full attention",
+    "control": "mean of values",
+    "converted": "converted",
+    "transferred": "transferred",
+    "trained": "trained",
+}
+
+
+def checkpoint_card(checkpoint: str | Path, results: list[Path] | None = None) -> ModelCard:
+    """The card of a checkpoint folder: converted, trained, reverted, or with adapters (PEFT).
+
+    Args:
+        checkpoint: the folder. Its `conversion_report.json` and `result.json` are read if they are there, and the
+            `result.json` beside a folder named `model`, where recipes write it.
+        results: further `result.json` files, of earlier runs first. Only the last run of all describes the weights as they
+            are, so only its figures enter the model index.
+
+    Raises:
+        ValueError: no checkpoint folder, a file that can't be read, or a report of another conversion.
+        OSError: a file of `results` is missing.
+    """
+    facts = gather(Path(checkpoint), list(results or []))
+    sections = [
+        _heading(facts),
+        "## Attention\n\n" + _attention(facts),
+        "## Conversion\n\n" + _conversion(facts),
+        "## How close it is to the original\n\n" + _fidelity(facts),
+        "## Training\n\n" + ("\n\n".join(map(_training, facts.records)) or f"Training runs: {NOT_RECORDED}."),
+        "## Speed and memory\n\n" + _speed(facts),
+        "## Use\n\n" + _use(facts),
+        "## Reproduce\n\n" + _commands(facts),
+        "## Limits\n\n" + _limits(facts),
+        "## Licence and citation\n\n" + _citation(facts),
+    ]
+    return ModelCard(f"---\n{_data(facts).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def write_card(
+    checkpoint: str | Path, out: Path | None = None, results: list[Path] | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write the card to `out` (default: README.md in the checkpoint), whole or not at all.
+
+    Returns:
+        `checkpoint`, `out`, `metadata` (the front matter) and `text`.
+
+    Raises:
+        FileExistsError: the file exists and `overwrite` is False. Also see `checkpoint_card`.
+    """
+    path = Path(checkpoint) / README if out is None else out
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another file with --out, or replace it with --overwrite.")
+    card = checkpoint_card(checkpoint, results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(str(card), encoding="utf-8")
+    partial.replace(path)
+    return {"checkpoint": str(checkpoint), "out": str(path), "metadata": card.data.to_dict(), "text": card.text}
+
+
+# ---- front matter ------------------------------------------------------------------------------------------------
+
+
+def _data(facts: CardFacts) -> ModelCardData:
+    has_side_files = (facts.folder / "modules.json").is_file()
+    library = "peft" if facts.adapter else "sentence-transformers" if has_side_files else "transformers"
+    tags = [facts.inspected["family"]]
+    if facts.inspected["converted"]:
+        tags += ["hf_efficient", "efficient-attention", *facts.mechanisms]
+    options: dict[str, Any] = dict(facts.inherited)
+    if facts.source is not None and is_hub_id(facts.source):
+        options["base_model"] = facts.source
+    datasets = [str(r["settings"].get("dataset", "")) for r in facts.records]
+    hub = [name for name in dict.fromkeys(datasets) if "/" in name and is_hub_id(name)]
+    results = _eval_results(facts)
+    if results:
+        options |= {"model_name": facts.name, "eval_results": results}
+    return ModelCardData(
+        library_name=library,
+        pipeline_tag="sentence-similarity" if has_side_files else _pipeline(facts),
+        tags=tags,
+        datasets=hub or None,
+        **options,
+    )
+
+
+def _pipeline(facts: CardFacts) -> str | None:
+    name = facts.inspected["model_class"]
+    if "T5" in name and not any(name.endswith(head) for head in PIPELINES if head.startswith("For")):
+        return None  # one checkpoint, any task from text to text
+    return next((pipeline for head, pipeline in PIPELINES.items() if name.endswith(head)), None)
+
+
+def _eval_results(facts: CardFacts) -> list[EvalResult]:
+    """Finite figures of the last run's trained model; times are no quality."""
+    if not facts.records or not facts.records[-1]["finished"]:
+        return []
+    record = facts.records[-1]
+    dataset = str(record["settings"].get("dataset") or record["settings"].get("texts") or NOT_RECORDED)
+    found = []
+    for name, value in _figures(record["metrics"].get("trained", {})).items():
+        if not math.isfinite(value) or _is_time(name):
+            continue
+        against = ", against the unconverted model" if name in FIDELITY else ""
+        found.append(
+            EvalResult(
+                task_type=_pipeline(facts) or "text-generation",
+                dataset_type=dataset if is_hub_id(dataset) else "text",
+                dataset_name=dataset,
+                dataset_config=record["settings"].get("dataset_config") or None,
+                dataset_split="validation",
+                metric_type=name,
+                metric_name=name.replace("_", " ") + against,
+                metric_value=value,
+            )
+        )
+    return found
+
+
+def _figures(values: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def _is_time(name: str) -> bool:
+    return name == "runtime" or name.endswith("_per_second")
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+def _text(value: Any) -> str:
+    """A recorded value in a table."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_text(value)}" for name, value in values.items() if value is not None)
+
+
+def _heading(facts: CardFacts) -> str:
+    name, source = facts.inspected["model_class"], facts.source
+    if not facts.inspected["converted"]:
+        return f"# {facts.name}\n\n`{name}` with full attention in every layer: not converted, or reverted."
+    of = f"[{source}](https://huggingface.co/{source})" if source and is_hub_id(source) else f"`{source}`"
+    what = f"{of if source else 'its source (' + NOT_RECORDED + ')'} with efficient attention: {', '.join(facts.mechanisms)}"
+    length = facts.inspected["max_positions"]
+    lines = [f"# {facts.name}", f"`{name}` made from {what}."]
+    if facts.adapter is not None:
+        lines.append(f"This folder holds adapters of `{facts.adapter['base_model_name_or_path']}`.")
+    if length is not None:
+        lines.append(f"Longest input: {length} tokens.")
+    return "\n\n".join(lines)
+
+
+def _attention(facts: CardFacts) -> str:
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for layer in facts.inspected["layers"]:
+        options = ", ".join(f"{k} = {json.dumps(v)}" for k, v in layer["options"].items())
+        groups.setdefault((layer["side"], layer["mechanism"], options), []).append(layer["layer"])
+    rows = [
+        [side, ", ".join(map(str, layers)), mechanism, _text(options)]
+        for (side, mechanism, options), layers in groups.items()
+    ]
+    return table(["side", "layers", "attention", "options"], rows)
+
+
+def _conversion(facts: CardFacts) -> str:
+    if facts.report is None:
+        return f"What was copied and what was added: {NOT_RECORDED}."
+    groups: dict[str, list[str]] = {}
+    counts: dict[str, int] = {}
+    for name, tensor in facts.report["tensors"].items():
+        status = tensor["status"]
+        counts[status] = counts.get(status, 0) + 1
+        entry = {"copied": "bit for bit", "initialised": tensor["from"]}.get(status, f"`{name}`")
+        if entry not in groups.setdefault(status, []):
+            groups[status].append(entry)
+    rows = [[status, str(counts[status]), "; ".join(entries)] for status, entries in groups.items()]
+    ignored = facts.report.get("ignored") or []
+    if ignored:
+        rows.append(["not used", str(len(ignored)), "; ".join(f"`{name}`" for name in ignored)])
+    head = f"Source: `{facts.report['source']}`, revision {facts.report['revision'] or NOT_RECORDED}. "
+    head += f"Position table lengthened by: {facts.report['positions']}. " if "extended" in counts else ""
+    head += f"{_listed(facts.report.get('versions') or {})}."
+    return head + "\n\n" + table(["tensors", "number", "from"], rows)
+
+
+def _rung(facts: CardFacts, name: str) -> dict[str, Any]:
+    rungs = ((facts.report or {}).get("fidelity") or {}).get("rungs", [])
+    return next((rung["detail"] for rung in rungs if rung["name"] == name and rung["status"] == "measured"), {})
+
+
+def _fidelity(facts: CardFacts) -> str:
+    fidelity = (facts.report or {}).get("fidelity")
+    if not fidelity:
+        return f"As converted: {NOT_MEASURED}."
+    ours, control = _figures(_rung(facts, "fidelity")), _rung(facts, "control: mean of values")
+    rows = [[name.replace("_", " "), _text(value), _text(control.get(name))] for name, value in ours.items()]
+    checks = [[rung["name"], rung["status"], rung["rule"]] for rung in fidelity["rungs"]]
+    settings = {k: v for k, v in fidelity["settings"].items() if isinstance(v, (int, float, str)) and k != "source"}
+    return "\n\n".join(
+        [
+            "As converted, before any training below, beside what is left when attention carries no information:",
+            table(["figure", "converted", "mean of values"], rows),
+            table(["check", "outcome", "rule"], [[_text(cell) for cell in row] for row in checks]),
+            f"{_listed(settings)}; {_listed(fidelity['versions'])}.",
+        ]
+    )
+
+
+def _training(record: dict[str, Any]) -> str:
+    stages = {name: _figures(figures) for name, figures in record["metrics"].items()}
+    order = sorted(stages, key=lambda name: [*STAGES, name].index(name))
+    names = list(dict.fromkeys(figure for name in order for figure in stages[name] if not _is_time(figure)))
+    rows = [[figure.replace("_", " "), *(_text(stages[name].get(figure)) for name in order)] for figure in names]
+    parts = [f"### {record['recipe']}"]
+    if not record["finished"]:
+        parts.append("This run was not finished.")
+    header = ["figure", *(STAGES.get(name, name) for name in order)]
+    parts.append(table(header, rows) if rows else f"Figures: {NOT_MEASURED}.")
+    if record["layer_errors"]:
+        parts.append("Relative error of each layer's attention, given the states of full attention:")
+        parts.append(_layer_table(record["layer_errors"]))
+    facts = {k: v for k, v in record["training"].items() if isinstance(v, (int, float, str))}
+    parts.append(f"{_listed({k.replace('_', ' '): v for k, v in facts.items()}) or 'Cost: ' + NOT_MEASURED}.")
+    versions, hardware = record.get("versions") or {}, record.get("hardware") or {}
+    seed = NOT_RECORDED if record.get("seed") is None else record["seed"]
+    parts.append(
+        f"Seed {seed}; {_listed(versions) or 'versions ' + NOT_RECORDED}; {_listed(hardware)}.".replace("; .", ".")
+    )
+    return "\n\n".join(parts)
+
+
+def _layer_table(errors: dict[str, Any]) -> str:
+    names = [name for name in ("before", "transferred", "after") if name in errors]
+    last = errors[names[-1]]
+    controls = [name for name in last if name not in ("layers", "mechanism")]
+    columns = [*(errors[name]["mechanism"] for name in names), *(last[name] for name in controls)]
+    rows = [[f"`{layer}`", *map(_text, values)] for layer, *values in zip(last["layers"], *columns, strict=True)]
+    return table(["layer", *names, *controls], rows)
+
+
+def _speed(facts: CardFacts) -> str:
+    detail = _rung(facts, "speed and memory")
+    if not detail.get("rows"):
+        return f"By length: {NOT_MEASURED}."
+    header = list(detail["rows"][0])
+    rows = [[_text(row.get(name)) for name in header] for row in detail["rows"]]
+    return table([name.replace("_", " ") for name in header], rows) + f"\n\n{_listed(detail.get('hardware') or {})}."
+
+
+# ---- what to do with it ------------------------------------------------------------------------------------------
+
+
+def _use(facts: CardFacts) -> str:
+    name, cls = json.dumps(facts.name), facts.inspected["model_class"]
+    base = name if facts.adapter is None else json.dumps(str(facts.adapter["base_model_name_or_path"]))
+    package = "hf_efficient" if facts.inspected["converted"] else "transformers"
+    lines = [f"from {package} import {cls}", "from transformers import AutoTokenizer", ""]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained({base})", f"model = {cls}.from_pretrained({base})"]
+    if facts.adapter is not None:
+        lines.insert(0, "from peft import PeftModel")
+        lines.append(f"model = PeftModel.from_pretrained(model, {name})")
+    hint = "Importing `hf_efficient` is all that the Auto classes need to load it.\n\n"
+    return (hint if package == "hf_efficient" else "") + "\n".join(["```python", *lines, "```"])
+
+
+def _commands(facts: CardFacts) -> str:
+    lines = []
+    # a run that converted on the way has that in its own command
+    if facts.report is not None and not any(record["conversion"] for record in facts.records):
+        began_with = [record["settings"].get("model") for record in facts.records[:1]]
+        lines += _convert_commands(facts.report, facts.config, str((*began_with, None)[0] or "converted"))
+    lines += [_train_command(record) for record in facts.records]
+    return "\n".join(["```bash", *lines, "```"]) if lines else f"Commands: {NOT_RECORDED}."
+
+
+def _convert_commands(report: dict[str, Any], config: dict[str, Any], out: str) -> list[str]:
+    before, groups = config.get("efficient_source") or {}, report["efficient_attention"]
+    attention = json.dumps(groups[0] if len(groups) == 1 else groups)
+    words = ["hf-efficient", "convert", report["source"], out, "--attention", attention]
+    if report["max_positions"] != before.get("max_positions") or "model_max_length" in before:
+        words += ["--max-positions", str(report["max_positions"]), "--positions", report["positions"]]
+    words += ["--revision", report["revision"]] if report["revision"] else []
+    return [shlex.join(words), shlex.join(["hf-efficient", "verify", out, report["source"]])]
+
+
+def _train_command(record: dict[str, Any]) -> str:
+    """The command of a run: as it was recorded, or a recipe with all its settings."""
+    if record.get("command"):
+        return str(record["command"])
+    settings = record["settings"]
+    if not {"output_dir", "dataset"} <= settings.keys():  # called from Python
+        return f"# {record['recipe']}: settings {json.dumps(settings)}"
+    given = {name: value for name, value in settings.items() if value not in ("", None) and name != "resume"}
+    words = [f"--{name}={json.dumps(v) if isinstance(v, (dict, list)) else v}" for name, v in given.items()]
+    return shlex.join(["python", f"recipes/{record['recipe']}.py", *words])
+
+
+def _limits(facts: CardFacts) -> str:
+    lines = []
+    for mechanism in facts.mechanisms:
+        cls, told = get_mechanism(mechanism), describe(mechanism)
+        lines.append(f"{mechanism}: equals full attention when {told['exact_when']}. Training: {told['training']}.")
+        refusals = {"causal layers": cls.causal_refusal, "T5's relative bias": cls.relative_bias_refusal}
+        lines += [f"{mechanism} does not take {what}: {why}." for what, why in refusals.items() if why]
+    if facts.inspected["converted"]:
+        lines.append("`output_attentions=True` is refused: attention weights are never built.")
+    before, now = (facts.config.get("efficient_source") or {}).get("max_positions"), facts.inspected["max_positions"]
+    if before is not None and now is not None and before < now:
+        lines.append(
+            f"The original has {before} positions; what lies beyond them is known to be as good as measured above, no more."
+        )
+    lines.append("What the original is not fit for, and its biases, hold for this model as well.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _citation(facts: CardFacts) -> str:
+    licence = facts.inherited.get("license")
+    found = f"Licence of the source: {licence}." if licence else f"Licence of the source: {NOT_RECORDED}; ask there."
+    lines = [found, "Please cite the source model, and:"]
+    for mechanism in facts.mechanisms:
+        told = describe(mechanism)
+        number = re.search(r"arXiv ([\w./-]+)", told["paper"])
+        link = f"[{told['paper']}](https://arxiv.org/abs/{number[1]})" if number else told["paper"]
+        lines.append(f"- {told['title']}: {link}")
+    return "\n\n".join(lines[:2] if facts.mechanisms else lines[:1]) + "\n\n" + "\n".join(lines[2:])

@@ -1,0 +1,247 @@
+"""Hybrids: exact softmax attention in a window, a learned feature map for every key outside it, in one normalisation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import (
+    AttentionContext,
+    AttentionGeometry,
+    EfficientAttention,
+    EfficientAttentionConfig,
+    attention_config,
+)
+from .ops.attend import Partial, merge_attention
+from .ops.block_sparse import block_sparse_attention
+from .ops.far_attention import far_future, far_past, log_kernel, window_means
+from .ops.linear_attention import linear_attention
+from .ops.patterns import Window
+from .ops.windows import window_sides
+from .recurrent import RecurrentLayer
+
+# with these the far part is of use before it is trained
+START = {"log_scale": -1.0, "sharpness": 0.5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridAttentionConfig(EfficientAttentionConfig):
+    """Options of a learned feature map, alone or beside a window.
+
+    Args:
+        attention_window: w, in tokens, even; 0 = no window. Encoder: w // 2 keys on each side plus the token itself are
+            exact. Causal: the last w keys, the token itself included.
+        feature_dim: rows of the map of each head; `None` = the head's width D.
+    """
+
+    attention_window: int = 0
+    feature_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        window = self.attention_window
+        self._require(
+            "attention_window", type(window) is int and window >= 0 and window % 2 == 0, "an even integer ≥ 0"
+        )
+        if self.feature_dim is not None:
+            self._require_positive("feature_dim")
+
+
+class HybridAttention(EfficientAttention):
+    """`y_i = Σ_j p_ij v_j / Σ_j p_ij` with `p_ij = exp(s · q_i·k_j + b(j - i))` in the window of query i and, outside it,
+
+        p_ij = exp(g + a (L_i - m_i) + s · q_i·k̄_i + b_far) φ(q_i)·φ(k_j)
+
+    with the log-sum-exp L_i and the mean m_i of the window's logits, the mean k̄_i of its keys, b_far the bias of all
+    far keys in that direction, and g, a learned per head: the far part is measured against what the window holds, the
+    less the sharper the window is (a < 1), and nothing changes when a number is added to all logits of a query. Both
+    parts are computed apart and merged by their log-sum-exps, with gradients through these. Without a window only φ is
+    left. A subclass gives φ.
+    """
+
+    config: HybridAttentionConfig
+    transfer_learning_rate: ClassVar[float] = 1e-2
+
+    def __init__(self, config: HybridAttentionConfig, geometry: AttentionGeometry):
+        super().__init__(config, geometry)
+        shape = (geometry.num_heads, config.feature_dim or geometry.head_dim, geometry.head_dim)
+        self.query_map, self.key_map = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
+        if config.attention_window:
+            self.log_scale, self.sharpness = (nn.Parameter(torch.empty(geometry.num_heads)) for _ in START)
+        left, right = window_sides(max(1, config.attention_window), geometry.is_causal)
+        self.pattern = Window(left=left, right=right)
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            for parameter in (self.query_map, self.key_map):
+                parameter.copy_(_identity_rows(*parameter.shape[1:]))
+            if self.config.attention_window:
+                for name, value in START.items():
+                    getattr(self, name).fill_(value)
+
+    @torch.no_grad()
+    def initialise_from(self, source: object) -> dict[str, str]:
+        origin = {"query_map": "identity", "key_map": "identity"}
+        return origin | ({name: f"{value}" for name, value in START.items()} if self.config.attention_window else {})
+
+    def log_features(self, x: Tensor, name: str) -> Tensor:
+        """(B, H, N, M) logarithms of φ of (B, H, N, D) heads times √(s √D); `name` is "query" or "key"."""
+        raise NotImplementedError(f"{type(self).__name__} has no feature map")
+
+    @classmethod
+    def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
+        reasons = super().unsupported(config, geometry)
+        if not geometry.has_relative_bias:
+            return reasons
+        smallest = _smallest_window(geometry)
+        if config.attention_window < smallest:
+            reasons.append(
+                f"{config.mechanism}: attention_window={config.attention_window} leaves keys outside whose relative bias "
+                f"differs from token to token, which a feature map can't carry: give attention_window={smallest} or more, "
+                "or use local"
+            )
+        return reasons
+
+    @classmethod
+    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        return dataclasses.replace(config, attention_window=max(2 * length, _smallest_window(geometry)))
+
+    @classmethod
+    def control_config(cls, config: Any) -> EfficientAttentionConfig | None:
+        if not config.attention_window:
+            return None
+        places = {"layers": config.layers, "side": config.side}
+        return attention_config("local", attention_window=config.attention_window, **places)
+
+    def cache_layer(self) -> RecurrentLayer | None:
+        return RecurrentLayer(self.pattern) if self.geometry.is_causal else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            log_query, log_key = self._features(query, key, context)
+            far_value = value
+            if context.dropout:
+                far_value = value * F.dropout(torch.ones_like(value[..., :1]), context.dropout)
+            if self.config.attention_window:
+                near = self._near(query, key, value, context)
+                scales = self._log_scales(query, key, near[1], context)
+                far = self._far(log_query, log_key, far_value, scales, context)
+                out, _ = merge_attention((near[0].to(log_query.dtype), near[1]), *far)
+            elif context.is_causal:
+                out, _ = far_past(log_query, log_key, far_value, 0, _state(context))
+            else:
+                out = linear_attention(log_query, log_key, far_value, is_causal=False)
+        if context.recurrent is not None:
+            context.recurrent.fold(log_key, value)
+        return out.to(query.dtype)
+
+    def _features(self, query: Tensor, key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        # 1 for scaled dot products, so that hosts without scaling start from equally sharp features
+        unit = math.sqrt(context.scaling * math.sqrt(query.shape[-1]))
+        log_query = self.log_features(query.to(dtype) * unit, "query")
+        log_key = self.log_features(key.to(dtype) * unit, "key")
+        if context.key_padding_mask is not None:
+            log_key = log_key.masked_fill(~context.key_padding_mask[:, None, :, None], float("-inf"))
+        return log_query, log_key
+
+    def _near(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Partial:
+        near: Partial = block_sparse_attention(
+            query,
+            key,
+            value,
+            self.pattern,
+            scaling=context.scaling,
+            is_causal=context.is_causal,
+            key_padding_mask=context.key_padding_mask,
+            relative_bias=context.relative_bias,
+            dropout=context.dropout,
+            query_offset=context.query_offset,
+            row_start=context.row_start,
+            key_positions=context.key_positions,
+            return_lse=True,
+        )
+        return near
+
+    def _far(
+        self,
+        log_query: Tensor,
+        log_key: Tensor,
+        value: Tensor,
+        scales: tuple[Tensor, Tensor],
+        context: AttentionContext,
+    ) -> list[Partial]:
+        parts = [far_past(log_query, log_key, value, self.pattern.left + 1, _state(context))]
+        if not context.is_causal:
+            parts.append(far_future(log_query, log_key, value, self.pattern.right + 1))
+        return [(out, lse + scale) for (out, lse), scale in zip(parts, scales, strict=False)]
+
+    def _log_scales(
+        self, query: Tensor, key: Tensor, near_lse: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Tensor]:
+        """What is added to the logarithms of the far weights of the past and of the future: (B, H, N) each."""
+        dtype, (left, right) = near_lse.dtype, (self.pattern.left, self.pattern.right)
+        means = window_means(key.to(dtype), context.key_padding_mask, left, right, query.shape[2])
+        level = context.scaling * (query.to(dtype) * means).sum(-1)
+        start = level + self.log_scale.to(dtype)[:, None]
+        share, bias = self.sharpness.to(dtype)[:, None], context.relative_bias
+        near_bias = past = future = torch.zeros((), dtype=dtype, device=key.device)
+        if bias is not None:
+            offsets = torch.arange(-left, right + 1, device=key.device)
+            ends = torch.tensor([-bias.saturation, bias.saturation], device=key.device)
+            near_bias = bias.at(offsets).to(dtype).mean(-1, keepdim=True)
+            past, future = bias.at(ends).to(dtype).split(1, dim=-1)
+        # queries whose window is empty are padding
+        scale = start + share * torch.where(near_lse.isfinite(), near_lse - level - near_bias, 0.0)
+        return scale + past, scale + future
+
+    def attention_weights(self, query: Tensor, key: Tensor, context: AttentionContext) -> Tensor:
+        n, s = query.shape[2], key.shape[2]
+        with torch.autocast(query.device.type, enabled=False):
+            log_query, log_key = self._features(query, key, context)
+            keep = context.key_padding_mask
+            # log-features of -inf have no logarithm of a kernel: padding is masked below
+            logits = log_kernel(
+                log_query, log_key if keep is None else log_key.masked_fill(~keep[:, None, :, None], 0.0)
+            )
+            offset = torch.arange(s, device=key.device) - torch.arange(s - n, s, device=key.device)[:, None]
+            if self.config.attention_window:
+                near_lse = self._near(query, key, torch.zeros_like(key), context)[1]
+                past, future = self._log_scales(query, key, near_lse, context)
+                logits = logits + torch.where(offset < 0, past[..., None], future[..., None])
+                exact = (query.to(logits.dtype) @ key.to(logits.dtype).transpose(-1, -2)) * context.scaling
+                if context.relative_bias is not None:
+                    exact = exact + context.relative_bias.at(offset).to(logits.dtype)
+                in_window = (offset >= -self.pattern.left) & (offset <= self.pattern.right)
+                logits = torch.where(in_window, exact, logits)
+            hidden = torch.zeros_like(offset, dtype=torch.bool) if not context.is_causal else offset > 0
+            hidden = hidden[None, None] if keep is None else hidden | ~keep[:, None, None]
+            # a row that sees nothing gets 0, not NaN
+            return logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
+
+
+def _smallest_window(geometry: AttentionGeometry) -> int:
+    """All keys outside it have one relative bias in each direction, from the first one on."""
+    if not geometry.has_relative_bias:
+        return 0
+    reach = geometry.relative_bias_reach
+    return max(2, reach + reach % 2 if geometry.is_causal else 2 * (reach - 1))
+
+
+def _state(context: AttentionContext) -> Any:
+    return None if context.recurrent is None else context.recurrent.state
+
+
+def _identity_rows(rows: int, width: int) -> Tensor:
+    """(rows, width): the identity, then further orthogonal matrices from a fixed seed."""
+    blocks, generator = [torch.eye(width)], torch.Generator().manual_seed(0)
+    while len(blocks) * width < rows:
+        q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+        blocks.append((q * r.diagonal().sign()).to(torch.float32))
+    return torch.cat(blocks)[:rows]

@@ -1,0 +1,73 @@
+"""Linear attention over what a window does not show: the far parts of a hybrid, each with its log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attend import Partial
+from .linear_attention import FeatureState, linear_attention
+
+
+def far_past(
+    log_query: Tensor, log_key: Tensor, value: Tensor, beyond: int, state: FeatureState | None = None
+) -> Partial:
+    """Kernel attention of each query over the keys at least `beyond` tokens before it.
+
+    The queries are the last of the keys' tokens: query n stands at key S - N + n. Keys are shifted by whole tokens, not by
+    blocks, so that no query misses a key or sees one twice beside its window, and nothing is subtracted.
+
+    Args:
+        log_query: (B, H, N, M); log_key: (B, H, S, M), S ≥ N; value: (B, H, S, D), see `linear_attention`.
+        beyond: ≥ 0.
+        state: of keys before all of these, far from every query.
+
+    Returns:
+        (out (B, H, N, D), lse (B, H, N)); 0 and -inf for a query without such keys.
+    """
+    n, far = log_query.shape[2], max(0, log_key.shape[2] - beyond)
+    seeing = n if state is not None else min(n, far)
+    if seeing == 0:
+        # empty, but part of the graph: parameters without gradient would stop distributed training
+        nothing = (log_query[:, :, :0, :1] + log_key[:, :, :0, :1]) * value[:, :, :0]
+        return F.pad(nothing, (0, 0, 0, n)), F.pad(nothing.sum(-1), (0, n), value=float("-inf"))
+    out, lse = linear_attention(
+        log_query[:, :, n - seeing :],
+        log_key[:, :, :far],
+        value[:, :, :far],
+        is_causal=True,
+        state=state,
+        return_lse=True,
+    )
+    return F.pad(out, (0, 0, n - seeing, 0)), F.pad(lse, (n - seeing, 0), value=float("-inf"))
+
+
+def far_future(log_query: Tensor, log_key: Tensor, value: Tensor, beyond: int) -> Partial:
+    """The mirror image of `far_past`: over the keys at least `beyond` tokens behind each query, S = N."""
+    out, lse = far_past(log_query.flip(2), log_key.flip(2), value.flip(2), beyond)
+    return out.flip(2), lse.flip(2)
+
+
+def window_means(key: Tensor, keep: Tensor | None, left: int, right: int, num_queries: int) -> Tensor:
+    """(B, H, N, D) mean of the keys (B, H, S, D) that a window shows each of the last N tokens; 0 where it shows none.
+
+    Args:
+        keep: (B, S) bool, True = real; `None` = all.
+
+    By prefix sums: O(S · D) time and memory.
+    """
+    real = torch.ones_like(key[:1, :1, :, :1]) if keep is None else keep[:, None, :, None].to(key.dtype)
+    total = F.pad(key if keep is None else key.masked_fill(~keep[:, None, :, None], 0.0), (0, 0, 1, 0)).cumsum(2)
+    count = F.pad(real, (0, 0, 1, 0)).cumsum(2)
+    s = key.shape[2]
+    rows = torch.arange(s - num_queries, s, device=key.device)
+    low, high = (rows - left).clamp(min=0), (rows + right + 1).clamp(max=s)
+    return (total[:, :, high] - total[:, :, low]) / (count[:, :, high] - count[:, :, low]).clamp(min=1)
+
+
+def log_kernel(log_query: Tensor, log_key: Tensor) -> Tensor:
+    """(B, H, N, S) dense `log φ(q_n)·φ(k_s)`, for losses on attention weights; O(N · S)."""
+    top_query, top_key = (x.detach().amax(dim=-1, keepdim=True) for x in (log_query, log_key))
+    products = (log_query - top_query).exp() @ (log_key - top_key).exp().transpose(-1, -2)
+    return products.clamp_min(torch.finfo(products.dtype).tiny).log() + top_query + top_key.transpose(-1, -2)

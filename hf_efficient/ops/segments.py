@@ -1,0 +1,151 @@
+"""Packed rows: several sequences one after another in a row, told apart by positions that start again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..base import AttentionContext
+
+# facts of a call with one entry per token, (B, N, …)
+PER_TOKEN = ("hidden_states", "input_ids", "global_attention_mask")
+
+
+class Steps(NamedTuple):
+    """How positions go on from each real token to the next real token of its row; padding between them is stepped over.
+
+    Attributes:
+        first: (B, N) bool, the first real token of its row.
+        restart: (B, N) bool, the position is not above the one before: another sequence starts here.
+        jump: (B, N) bool, the position went up, but by more than the tokens in between.
+        last: (B, N) index of the last real token up to here, -1 = none yet.
+    """
+
+    first: Tensor
+    restart: Tensor
+    jump: Tensor
+    last: Tensor
+
+
+def position_steps(position_ids: Tensor, keep: Tensor | None = None, first: int = 0) -> Steps:
+    """Where (B, N) `position_ids` start again and where they jump.
+
+    Behind padding a sequence starts only at the position `first`: `generate()` goes on counting from the padding.
+
+    Args:
+        keep: (B, N) bool, True = real token; `None` = all real.
+
+    Static shapes and no look at values. O(B · N) time and memory.
+    """
+    real = torch.ones_like(position_ids, dtype=torch.bool) if keep is None else keep
+    token = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    last = torch.where(real, token, -1).cummax(dim=-1).values
+    before = F.pad(last[:, :-1], (1, 0), value=-1)
+    step = position_ids - position_ids.gather(-1, before.clamp(min=0))
+    follows = real & (before >= 0)
+    jump = follows & (step > 1) & (step != token - before)
+    restart = follows & (step <= 0) & ((token - before == 1) | (position_ids == first))
+    return Steps(real & (before < 0), restart, jump, last)
+
+
+class Group(NamedTuple):
+    """Segments of similar length: (M, L) places of their `tokens` among all B · N, and `keep` (M, L), `None` = all real.
+
+    Entries behind a segment's end repeat its first token and are False in `keep`.
+    """
+
+    tokens: Tensor
+    keep: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """The sequences of a packed batch, each as a row of its own.
+
+    Attributes:
+        shape: (B, N) of the batch. groups: the segments by length; a group's lengths differ by less than a factor of 2.
+        place: (B · N,) index of each token among all entries of all groups in order.
+        real: (B · N,) bool, False = padding, which belongs to no segment; `None` = there is none.
+    """
+
+    shape: tuple[int, int]
+    groups: tuple[Group, ...]
+    place: Tensor
+    real: Tensor | None
+
+    @classmethod
+    def find(cls, steps: Steps, keep: Tensor | None = None) -> Segments:
+        """The segments that `position_steps(position_ids, keep)` found, trimmed of padding at their ends.
+
+        Reads values: the index tables are made on the CPU, and sent to the device once.
+        """
+        device, (batch, length) = steps.last.device, steps.last.shape
+        last = steps.last.cpu()
+        real = torch.ones_like(last, dtype=torch.bool) if keep is None else keep.cpu()
+        row = torch.arange(batch)[:, None] * length
+        real, last = real.flatten(), (last + row).flatten()
+        start = (steps.first | steps.restart).cpu().flatten().nonzero().squeeze(-1)
+        row_end = (start // length + 1) * length
+        following = torch.minimum(torch.cat([start[1:], row_end[-1:]]), row_end)
+        sizes = last[following - 1] + 1 - start
+        place, groups, entries = torch.zeros(batch * length, dtype=torch.long), [], 0
+        bits = torch.frexp(sizes.double()).exponent
+        for bit in bits.unique().tolist():
+            chosen = bits == bit
+            offset = torch.arange(int(sizes[chosen].max()))
+            within = offset < sizes[chosen, None]
+            index = start[chosen, None] + torch.where(within, offset, 0)
+            kept = within & real[index]
+            place[index[kept]] = entries + kept.flatten().nonzero().squeeze(-1)
+            entries += index.numel()
+            groups.append(Group(index.to(device), None if bool(kept.all()) else kept.to(device)))
+        all_real = bool(real.all())
+        return cls((batch, length), tuple(groups), place.to(device), None if all_real else real.to(device))
+
+    def split(self, tokens: Tensor, group: Group) -> Tensor:
+        """(M, L, …) entries of `group` from (B, N, …) tokens."""
+        index = group.tokens.to(tokens.device)
+        return tokens.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+
+    def join(self, outputs: list[Tensor]) -> Tensor:
+        """(B, N, …) from the (M, L, …) outputs of all groups in order; padding gets zeros."""
+        entries = torch.cat([x.flatten(0, 1) for x in outputs])
+        tokens = entries.index_select(0, self.place.to(entries.device))
+        if self.real is not None:
+            real = self.real.to(entries.device)
+            tokens = torch.where(real.view(-1, *(1,) * (tokens.dim() - 1)), tokens, 0.0)
+        return tokens.unflatten(0, self.shape)
+
+
+def attend_segments(
+    mix: Callable[[Tensor, Tensor, Tensor, AttentionContext], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: AttentionContext,
+    segments: Segments,
+) -> Tensor:
+    """Attention of each segment within itself: `mix` on rows that hold one segment each, padded on the right.
+
+    Args:
+        mix: (M, H, L, D) queries, keys and values and their context to (M, H, L, D); called once per group.
+        query, key, value: (B, H, N, D) packed rows.
+
+    Returns:
+        (B, H, N, D); zeros at padding. Less than 2 × the tokens are mixed, in at most 1 + log₂(longest segment) calls.
+    """
+    outputs = []
+    for group in segments.groups:
+        q, k, v = (segments.split(x.transpose(1, 2), group).transpose(1, 2) for x in (query, key, value))
+        facts: dict[str, Any] = {
+            name: segments.split(tensor, group) for name in PER_TOKEN if (tensor := getattr(context, name)) is not None
+        }
+        keep = None if group.keep is None else group.keep.to(query.device)
+        outputs.append(mix(q, k, v, dataclasses.replace(context, key_padding_mask=keep, **facts)).transpose(1, 2))
+    return segments.join(outputs).transpose(1, 2)

@@ -1,0 +1,63 @@
+"""Decoding in constant memory where no key is forgotten without trace: what leaves the window joins a state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .decoding import BoundedLayer
+from .ops.linear_attention import FeatureState, absorb
+
+
+class RecurrentLayer(BoundedLayer):
+    """Cache layer that keeps the keys of a window, and of all older ones a state of `ops.linear_attention`.
+
+    With t tokens seen, the state holds the keys that lie outside the windows of all queries from token t - SLACK on, so that
+    `crop` goes back as far as in every bounded layer. The layer knows no feature map: it hands out what it will forget once
+    more, and the mechanism folds that in. O(window + 2 · SLACK) keys and (M, D + 2) numbers per head, in fp32 at least: in
+    bfloat16 the normaliser of positive features stops growing after a few hundred tokens.
+
+    transformers' `LinearAttentionAndFullAttentionLayer` can't serve: it takes no token back once it has a recurrent state,
+    doesn't repeat or select rows of it, and keeps all keys beside it.
+
+    Attributes:
+        state: of the forgotten keys; `None` = nothing was forgotten.
+    """
+
+    @property
+    def is_anchored(self) -> bool:
+        """The masks of earlier calls kept padding out of the state: rows must go on starting there."""
+        return True
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.state: FeatureState | None = None
+
+    def fold(self, log_key: Tensor, value: Tensor) -> None:
+        """Add what the last `update` forgot to the state; to be called once after every update.
+
+        Args:
+            log_key: (B, H, R, M) log-features of all keys that the update returned, -inf = the key does not exist.
+            value: (B, H, R, D).
+        """
+        assert self.keys is not None
+        count = log_key.shape[2] - self.keys.shape[2]
+        if count > 0:
+            self.state = absorb(self.state, log_key[:, :, :count].detach(), value[:, :, :count].detach())
+
+    def offload(self) -> None:
+        super().offload()
+        self._change_state(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        self._change_state(lambda x: x.to(self.device, non_blocking=True))
+
+    def _select(self, rows: Callable[[Tensor], Tensor]) -> None:
+        super()._select(rows)
+        self._change_state(rows)
+
+    def _change_state(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.state is not None:
+            self.state = FeatureState(*map(change, self.state))

@@ -1,0 +1,361 @@
+"""distill: from a converted model and texts to a model whose mechanisms have learned what full attention did."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from ..exact import Teacher, converted_layers, eval_mode, mechanism_of, substituted
+from ..fidelity import MeanOfValues, MeanOfValuesConfig, compare, text_batches
+from ..models import EfficientModelMixin
+from ..saving import atomic_folder
+from ..side_files import copy_side_files
+from .callbacks import RedrawFeatures, StopOnNonFiniteLoss
+from .checkpoints import CompleteCheckpoints, is_first_process, last_complete_checkpoint
+from .data import token_blocks
+from .keep_best import KeepBest
+from .recipe import start
+from .results import RESULT_NAME, peak_memory
+from .transfer import AttentionTransfer, blocks, layer_errors, trainable
+
+TRAINED = "trained.safetensors"
+DECODER_TOKENS = 64
+GUARD_BATCHES, GUARD_CHECKS = 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings:
+    """How `distill` trains.
+
+    Args:
+        steps: optimiser steps of the transfer layer by layer; 0 = leave it out.
+        length: tokens of a row. batch_size: rows of a batch. accumulation_steps: batches of a step.
+        learning_rate: of the first stage; 0 = what each mechanism asks for (`transfer_learning_rate`).
+        losses: of the first stage, see `AttentionTransfer`.
+        layers_per_block: transfer so many layers at a time, each block for all `steps`; 0 = all at once.
+        end_to_end_steps, end_to_end_learning_rate: of the second stage, against the unconverted model's own states.
+        end_to_end_losses: {name: weight}, see `AttentionTransfer`.
+        train: what the second stage trains, see `trainable`.
+        eval_texts: held-out texts that fidelity is measured on.
+        save_steps: steps between checkpoints; 0 = only what each stage ends with.
+        logging_steps, seed, bf16, cpu: as the Trainer's `logging_steps`, `seed`, `bf16`, `use_cpu`.
+    """
+
+    steps: int = 200
+    length: int = 512
+    batch_size: int = 2
+    accumulation_steps: int = 1
+    learning_rate: float = 0.0
+    losses: str = "attention_output"
+    layers_per_block: int = 0
+    end_to_end_steps: int = 0
+    end_to_end_learning_rate: float = 2e-4
+    end_to_end_losses: dict[str, float] = field(default_factory=lambda: {"hidden_states": 1.0, "embedding": 1.0})
+    train: str = "attention"
+    eval_texts: int = 16
+    save_steps: int = 0
+    logging_steps: int = 10
+    seed: int = 0
+    bf16: bool = False
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("length", "batch_size", "accumulation_steps", "eval_texts", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not possible; it must be at least 1.")
+        for name in ("steps", "layers_per_block", "end_to_end_steps", "save_steps", "learning_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not possible; it must be at least 0.")
+
+
+def distill(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    output_dir: str | Path,
+    held_out: Sequence[str] | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Transfer full attention into the mechanisms of `model`, in place, and measure what that was worth.
+
+        report = distill(he.convert("…", "hedgehog").model, tokenizer, texts, output_dir="out", end_to_end_steps=100)
+
+    Two stages with the stock Trainer: layer by layer (only what the mechanisms added learns; skipped with a note where that
+    is nothing), then if asked end to end (`train` says what learns). AdamW without weight decay, the learning rate falling
+    linearly to 0. Each stage keeps the best it measured on rows set aside from `texts`, so that no layer ends worse
+    than it began, and resumes from its last complete checkpoint.
+
+    Writes into `output_dir`: `model` (weights and tokenizer), `result.json`, and a folder per stage.
+
+    Args:
+        model: a converted model, of any class. tokenizer: its own.
+        texts: documents to train on; rows never mix two of them, and short rows serve only where no text fills one.
+        held_out: documents to measure on; `None` sets 5 % of `texts` aside, at least one.
+        resume: go on with what stands in `output_dir`.
+        settings: fields of `DistillSettings`.
+
+    Returns:
+        What `result.json` holds: `metrics` (fidelity to the unconverted model of "converted", "control", "trained", and with
+        both stages "transferred") and `layer_errors` ("before", "after", and with both stages "transferred").
+
+    Raises:
+        ValueError: an unconverted model, impossible settings, nothing to train, too few texts, or an `output_dir` that holds
+            something without `resume`, or a run with other settings.
+    """
+    is_converted = isinstance(model, EfficientModelMixin)
+    if not is_converted:
+        raise ValueError(
+            f"{type(model).__name__} is no converted model: convert it with hf_efficient.convert first. For adapters see "
+            "recipes/distill.py."
+        )
+    installed = model.config.efficient_attention
+    run = _Run(
+        **settings, output_dir=str(output_dir), resume=resume, model=model.config._name_or_path, attention=installed
+    )
+    flags = {p: p.requires_grad for p in model.parameters()}
+    try:
+        return _Distillation(model, tokenizer, texts, held_out, run).run()
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run(DistillSettings):
+    """What is noted of a call, and must be the same where it is resumed."""
+
+    output_dir: str
+    resume: bool
+    model: str
+    attention: list[dict[str, Any]]
+
+
+@dataclass
+class _Stage:
+    """One training run: a folder's name, the transfer that is active in it, and how it is trained."""
+
+    name: str
+    transfer: AttentionTransfer
+    steps: int
+    learning_rate: float
+    warmup: float = 0.0
+
+
+class _Distillation:
+    """One call of `distill`."""
+
+    def __init__(self, model: Any, tokenizer: Any, texts: Any, held_out: Any, settings: _Run):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.folder, self.resume = Path(settings.output_dir), settings.resume
+        self.notes: list[str] = []
+        own = any(True for layer in converted_layers(model).values() for _ in mechanism_of(layer).parameters())
+        if not own and settings.steps:
+            self.notes.append("layer by layer: skipped, these mechanisms have no parameters of their own")
+        self.transfers_layers = own and settings.steps > 0
+        if not self.transfers_layers and not settings.end_to_end_steps:
+            raise ValueError(
+                "nothing to train layer by layer (no steps, or mechanisms without parameters): give end_to_end_steps."
+            )
+        train, held_out = _split(list(texts), held_out, settings.seed)
+        self.rows, self.guard = self._rows(train)
+        self.batches = text_batches(
+            tokenizer, held_out[: settings.eval_texts], settings.length, settings.batch_size, model
+        )
+        self.record = start("distill", settings)
+
+    def run(self) -> dict[str, Any]:
+        settings, record = self.settings, self.record
+        began = time.perf_counter()
+        if is_first_process():
+            record.write(self.folder / RESULT_NAME)
+        # what the teacher needs former values of must require gradients when it is made
+        trainable(self.model, settings.train if settings.end_to_end_steps else "mechanism")
+        final = None
+        if settings.end_to_end_steps:
+            transfer = AttentionTransfer(self.model, settings.end_to_end_losses)
+            final = _Stage("end_to_end", transfer, settings.end_to_end_steps, settings.end_to_end_learning_rate)
+        teacher = Teacher(self.model) if final is None else final.transfer.teacher
+        assert teacher is not None
+        self._measure(teacher, "converted", "before")
+        with self._control():
+            record.add("control", compare(self.model, teacher, self.batches))  # type: ignore[arg-type]
+        history = []
+        if self.transfers_layers:
+            for stage in self._layer_stages():
+                history += self._train(stage)
+            self._measure(teacher, *(("trained", "after") if final is None else ("transferred", "transferred")))
+        if final is not None:
+            history += self._train(final)
+            self._measure(teacher, "trained", "after")
+        self._save()
+        tokens = settings.length * settings.batch_size * settings.accumulation_steps
+        record.training = {
+            "seconds": time.perf_counter() - began,
+            "tokens_per_step": tokens,
+            "notes": self.notes,
+            "log": history,
+        } | peak_memory()
+        record.finished = True
+        if is_first_process():
+            record.write(self.folder / RESULT_NAME)
+        return record.to_dict()
+
+    # ---- data ----------------------------------------------------------------------------------------------------
+
+    def _rows(self, texts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """Rows to train on, and rows set aside for the guard."""
+        length = self.settings.length
+        rows = token_blocks(texts, self.tokenizer, length)["input_ids"]
+        rows = [row for row in rows if len(row) == length] or list(rows)
+        random.Random(self.settings.seed).shuffle(rows)
+        aside = min(GUARD_BATCHES * self.settings.batch_size, max(1, len(rows) // 10))
+        if len(rows) < 2:
+            raise ValueError(f"{len(texts)} texts give {len(rows)} row of {length} tokens; at least 2 are needed.")
+        return rows[aside:], rows[:aside]
+
+    def _collate(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """(B, N) ids and mask, padded on the right; a decoder reads the same text."""
+        width = max(len(row) for row in rows)
+        pad = self.model.config.pad_token_id or 0
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if self.model.config.is_encoder_decoder:
+            sides = {mechanism_of(layer).geometry.side for layer in converted_layers(self.model).values()}
+            tokens = width if "decoder" in sides else DECODER_TOKENS
+            batch |= {"decoder_input_ids": ids[:, :tokens], "decoder_attention_mask": mask[:, :tokens]}
+        return batch
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def _layer_stages(self) -> Iterator[_Stage]:
+        settings = self.settings
+        groups = blocks(self.model, settings.layers_per_block or len(converted_layers(self.model)))
+        for index, group in enumerate(groups):
+            # layers without parameters of their own have nothing to learn
+            if not any(True for n in group for _ in mechanism_of(converted_layers(self.model)[n]).parameters()):
+                continue
+            name = "transfer" if len(groups) == 1 else f"transfer-{index}"
+            transfer = AttentionTransfer(self.model, settings.losses, group)
+            yield _Stage(name, transfer, settings.steps, settings.learning_rate)
+
+    def _train(self, stage: _Stage) -> list[dict[str, Any]]:
+        """Run a stage, or what is left of it. Returns the Trainer's log."""
+        folder = self.folder / stage.name
+        if self.resume and (folder / TRAINED).is_file():
+            self._load(folder / TRAINED)
+            return []
+        checkpoint = last_complete_checkpoint(folder, self.model) if self.resume else None
+        size = self.settings.batch_size
+        with stage.transfer as transfer:
+            guard_batches = [self._collate(self.guard[i : i + size]) for i in range(0, len(self.guard), size)]
+            guard = KeepBest(transfer, guard_batches, every=-(-stage.steps // GUARD_CHECKS))
+            if checkpoint is not None:
+                guard.load(checkpoint)
+            trainer = Trainer(
+                model=self.model,
+                args=self._arguments(stage, folder),
+                train_dataset=self.rows,
+                data_collator=self._collate,
+                optimizers=(self._optimizer(stage.learning_rate), None),
+                # the guard writes into a checkpoint before it is marked as complete
+                callbacks=[guard, CompleteCheckpoints(self.model), StopOnNonFiniteLoss(), RedrawFeatures()],
+            )
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            learned = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
+        if is_first_process():
+            partial_file = folder / f".{TRAINED}"
+            save_file({name: p.contiguous() for name, p in learned.items()}, partial_file)
+            partial_file.replace(folder / TRAINED)
+        return [{"stage": stage.name, **entry} for entry in trainer.state.log_history]
+
+    def _arguments(self, stage: _Stage, folder: Path) -> TrainingArguments:
+        settings = self.settings
+        return TrainingArguments(
+            output_dir=str(folder),
+            max_steps=stage.steps,
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.accumulation_steps,
+            lr_scheduler_type="linear",
+            warmup_steps=stage.warmup,
+            logging_steps=settings.logging_steps,
+            logging_nan_inf_filter=False,
+            save_strategy="steps" if settings.save_steps else "no",
+            save_steps=settings.save_steps or 500,
+            seed=settings.seed,
+            bf16=settings.bf16,
+            use_cpu=settings.cpu,
+            remove_unused_columns=False,
+            report_to="none",
+        )
+
+    def _optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
+        """AdamW; with learning rate 0 every mechanism has its own."""
+        groups: dict[float, list[Any]] = {}
+        rates = {}
+        for layer in converted_layers(self.model).values():
+            for parameter in mechanism_of(layer).parameters():
+                rates[id(parameter)] = mechanism_of(layer).transfer_learning_rate
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                groups.setdefault(learning_rate or rates[id(parameter)], []).append(parameter)
+        return torch.optim.AdamW(
+            [{"params": parameters, "lr": rate} for rate, parameters in groups.items()], weight_decay=0.0
+        )
+
+    @torch.no_grad()
+    def _load(self, file: Path) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, value in load_file(file).items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise ValueError(f"{file} is of another model: {name} does not fit. Give another output_dir.")
+            parameters[name].copy_(value)
+
+    # ---- what comes of it ----------------------------------------------------------------------------------------
+
+    def _measure(self, teacher: Teacher, metrics: str, errors: str) -> None:
+        with eval_mode(self.model):
+            self.record.add(metrics, compare(self.model, teacher, self.batches))  # type: ignore[arg-type]
+        self.record.layer_errors[errors] = layer_errors(self.model, self.batches)
+
+    @contextmanager
+    def _control(self) -> Iterator[None]:
+        with (
+            substituted(self.model, lambda mechanism: MeanOfValues(MeanOfValuesConfig(), mechanism.geometry)),
+            eval_mode(self.model),
+        ):
+            yield
+
+    def _save(self) -> None:
+        if not is_first_process():
+            return
+        path = self.folder / "model"
+        with atomic_folder(path, overwrite=path.exists()) as folder:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            source = Path(self.model.config._name_or_path or "")
+            if source.is_dir() and str(source) != ".":
+                copy_side_files(source, folder, None)
+
+
+def _split(texts: list[str], held_out: Any, seed: int) -> tuple[list[str], list[str]]:
+    if held_out is not None:
+        return texts, list(held_out)
+    if len(texts) < 2:
+        raise ValueError("one text can't be trained on and held out as well: give more texts, or held_out.")
+    order = random.Random(seed).sample(texts, len(texts))
+    aside = max(1, round(0.05 * len(texts)))
+    return order[aside:], order[:aside]

@@ -1,0 +1,186 @@
+"""What the finetuning recipes share: labels that are checked before anything is trained, lengths, and the baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from ..families import family_of
+from .checkpoints import is_first_process
+from .results import RESULT_NAME, RunRecord
+
+NO_LIMIT = 10**6
+MOST_SHOWN = 12
+
+
+def require_filled(rows: Any, *columns: str) -> None:
+    """Refuse rows without a value: nothing, an empty text or an empty list.
+
+    Args:
+        rows: a `DatasetDict`. columns: names in it.
+
+    Raises:
+        ValueError: names the first such row.
+    """
+    for split in rows:
+        for column in columns:
+            for index, value in enumerate(rows[split][column]):
+                text = value.strip() if isinstance(value, str) else value
+                if text is None or (isinstance(text, (str, list)) and not text):
+                    raise ValueError(
+                        f"row {index} of {split} has nothing in {column!r}: fill it or leave the row out."
+                    )
+
+
+def with_label_ids(rows: Any, column: str) -> tuple[Any, list[str]]:
+    """Labels as ids, and their names in order of id.
+
+    A `ClassLabel` column keeps its names and ids; of other columns the names are the distinct values of the training rows,
+    in order. A row has one label, or a list of them.
+
+    Args:
+        rows: a `DatasetDict` with "train". column: where the labels stand.
+
+    Raises:
+        ValueError: a label that is out of range, unknown in the training rows, or no label at all; fewer than two classes.
+    """
+    from datasets import ClassLabel
+
+    feature = rows["train"].features[column]
+    feature = getattr(feature, "feature", feature)
+    values = {split: list(rows[split][column]) for split in rows}
+    if isinstance(feature, ClassLabel):
+        names, known = list(feature.names), list(range(len(feature.names)))
+    else:
+        found = {label for value in values["train"] for label in _labels(value) if _is_label(label)}
+        known = sorted(found, key=lambda label: (isinstance(label, str), label))
+        names = [str(label) for label in known]
+    ids = {label: index for index, label in enumerate(known)}
+    for split, labels in values.items():
+        for index, value in enumerate(labels):
+            for label in _labels(value):
+                if label not in ids or not _is_label(label):
+                    raise ValueError(
+                        f"row {index} of {split} has the label {label!r} in {column!r}, {_why(label, known)}"
+                    )
+        new = [[ids[label] for label in v] if isinstance(v, list) else ids[v] for v in labels]
+        rows[split] = rows[split].add_column("ids", new).remove_columns(column).rename_column("ids", column)
+    if len(names) < 2:
+        raise ValueError(f"column {column!r} has {len(names)} classes in the training rows; at least 2 are needed.")
+    return rows, names
+
+
+def _labels(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_label(label: Any) -> bool:
+    # -1 marks rows whose label is kept secret
+    return isinstance(label, str) or (isinstance(label, int) and label >= 0)
+
+
+def _why(label: Any, known: list[Any]) -> str:
+    if not _is_label(label):
+        return "which is no class: classes are names or numbers from 0. Correct it or leave the row out."
+    shown = ", ".join(map(repr, known[:MOST_SHOWN])) + (", …" if len(known) > MOST_SHOWN else "")
+    return (
+        f"which is none of the {len(known)} classes there are in training ({shown}): correct it or leave the row out."
+    )
+
+
+def first_rows(rows: Any, settings: Any) -> Any:
+    """The first `max_train_rows` and `max_eval_rows` rows of a `DatasetDict`; 0 = all."""
+    for split, most in (("train", settings.max_train_rows), ("validation", settings.max_eval_rows)):
+        if most:
+            rows[split] = rows[split].select(range(min(most, len(rows[split]))))
+    return rows
+
+
+def label_options(names: Sequence[str], source: str, head: str) -> dict[str, Any]:
+    """Keywords of `from_pretrained` that put label names into the model's config.
+
+    Args:
+        source: Hub id or folder of the checkpoint. head: how its class is called if it has such labels already, e.g.
+            "ForTokenClassification".
+
+    Raises:
+        ValueError: the checkpoint has such a head, of another number of labels.
+    """
+    config = AutoConfig.from_pretrained(source)
+    if any(name.endswith(head) for name in config.architectures or ()) and config.num_labels != len(names):
+        raise ValueError(
+            f"{source} already tells {config.num_labels} labels apart ({', '.join(config.id2label.values())}), but the rows "
+            f"have {len(names)} ({', '.join(names)}): begin with a checkpoint without {head}, or with rows of its labels."
+        )
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def input_length(model: Any, tokenizer: Any, wanted: int = 0) -> int:
+    """Longest input in tokens: `wanted`, or with 0 all that model and tokenizer can take.
+
+    Raises:
+        ValueError: the model has fewer positions; or nothing limits the input, so a length must be given.
+    """
+    positions = family_of(model).max_positions(model.config)
+    if wanted and positions is not None and wanted > positions:
+        raise ValueError(
+            f"inputs of {wanted} tokens are asked for, but the model has {positions} positions: lower it, or convert "
+            f"with --attention and --max_positions {wanted}."
+        )
+    length = wanted or min(positions or NO_LIMIT, tokenizer.model_max_length)
+    if length >= NO_LIMIT:
+        raise ValueError("neither model nor tokenizer limits the input: say how many tokens of it are read.")
+    return length
+
+
+def ensure_padding(model: Any, tokenizer: Any) -> None:
+    """Rows of a batch need a padding token; where a tokenizer has none (GPT-2) its end-of-text token is used."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def with_baseline(finetune: Callable[[Any], RunRecord], settings: Any) -> RunRecord:
+    """Finetune, and with `settings.baseline` the unconverted model too, in the same way, in `output_dir/baseline`.
+
+    It reads as many tokens as it has positions, if that is less than `settings.max_length`. Its figures become
+    `metrics["baseline"]` of the first run's result.
+
+    Raises:
+        ValueError: there is nothing to compare with, as the model is not converted.
+    """
+    if not settings.baseline:
+        return finetune(settings)
+    config = AutoConfig.from_pretrained(settings.model)
+    is_converted = bool(getattr(config, "efficient_attention", None))
+    if settings.attention == "none" or not (settings.attention or is_converted):
+        raise ValueError(
+            "baseline trains the unconverted model for comparison, but this run is it already: leave it out, or name a "
+            "mechanism with --attention."
+        )
+    record = finetune(settings)
+    positions = getattr(config, "efficient_source", {}).get("max_positions") if is_converted else None
+    positions = positions or family_of(config.model_type).max_positions(config) or NO_LIMIT
+    folder = Path(settings.output_dir)
+    plain = dataclasses.replace(
+        settings,
+        attention="none",
+        max_positions=0,
+        max_length=min(settings.max_length, positions),
+        baseline=False,
+        output_dir=str(folder / "baseline"),
+        resume=settings.resume and (folder / "baseline").is_dir(),
+    )
+    record.add("baseline", finetune(plain).metrics["trained"])
+    if is_first_process():
+        record.write(folder / RESULT_NAME)
+    return record

@@ -1,0 +1,133 @@
+"""Models for recipes: as they are, converted on the way, reverted, or with adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from ..base import attention_configs
+from ..conversion import convert, load_tokenizer, revert
+from ..exact import converted_layers, mechanism_of
+from ..families import PREFIX, family_of
+from ..models.mixin import honours_loss_kwargs
+from .checkpoints import is_first_process
+from .results import RunRecord
+
+# attention projections by architecture, as the pattern that PEFT matches whole module names with
+LORA_TARGETS = {
+    "bert": r".*attention\.(self\.(query|key|value)|output\.dense)",
+    "gpt2": r".*attn\.(c_attn|q_attn|c_proj)",
+    "t5": r".*(SelfAttention|EncDecAttention)\.(q|k|v|o)",
+}
+
+
+def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = None, **kwargs: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) of `settings.model` in fp32: as it is, or converted on the way.
+
+    `settings.attention` names a mechanism, or is its JSON with options; "" leaves the checkpoint as it is, "none" undoes
+    the conversion of a converted one. `settings.max_positions` lengthens what is converted; 0 = as is. Tensors that the
+    checkpoint lacks (a fresh head) are printed. `settings.lora_rank` > 0 freezes all but low-rank adapters of the attention
+    projections, the mechanisms and fresh layers (PEFT).
+
+    Args:
+        record: keeps the conversion's report. kwargs: for `auto_class.from_pretrained`, e.g. `num_labels`.
+
+    Raises:
+        ValueError: an impossible conversion, another mechanism for a converted checkpoint, or no tokenizer.
+    """
+    name, attention = settings.model, getattr(settings, "attention", "")
+    max_positions = getattr(settings, "max_positions", 0)
+    config = AutoConfig.from_pretrained(name)
+    installed = getattr(config, "efficient_attention", None)
+    _check_attention(name, config, attention, max_positions)
+    tokenizer = load_tokenizer(name, None)
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer; put one into the checkpoint's folder.")
+    model, info = auto_class.from_pretrained(
+        name, output_loading_info=True, dtype=torch.float32, use_safetensors=True, **kwargs
+    )
+    fresh = sorted(info["missing_keys"])
+    if fresh and is_first_process():
+        print(f"not in {name}, so they start fresh and must be trained: {', '.join(fresh)}.")
+    if installed and attention == "none":
+        model = revert(model)
+        tokenizer.model_max_length = getattr(config, "efficient_source", {}).get(
+            "model_max_length", tokenizer.model_max_length
+        )
+    elif attention not in ("", "none") and not installed:
+        result = convert(model, attention, max_positions=max_positions or None, tokenizer=tokenizer)
+        model = result.model
+        if record is not None:
+            record.conversion = result.report.to_dict() | {"source": name}
+    return prepared(model, settings, fresh), tokenizer
+
+
+def prepared(model: Any, settings: Any, fresh: list[str] | None = None) -> Any:
+    """A loaded or new model ready for the Trainer: told how it treats loss keywords, and with adapters if asked for.
+
+    Args:
+        fresh: names of tensors that no checkpoint had.
+    """
+    if isinstance(model, PreTrainedModel) and not hasattr(model, "accepts_loss_kwargs"):
+        # a stock head that ignores num_items_in_batch would get its loss multiplied by the accumulation steps
+        model.accepts_loss_kwargs = honours_loss_kwargs(type(model))  # type: ignore[assignment]
+    rank = getattr(settings, "lora_rank", 0)
+    return _with_lora(model, rank, fresh or []) if rank else model
+
+
+def _check_attention(name: str, config: Any, attention: str, max_positions: int) -> None:
+    installed = getattr(config, "efficient_attention", None)
+    if not installed:
+        if max_positions and attention in ("", "none"):
+            raise ValueError(
+                f"max_positions={max_positions} lengthens a checkpoint while it is converted: say to what with --attention."
+            )
+        return
+    if attention not in ("", "none"):
+        given, there = attention_configs(attention), attention_configs(installed)
+        sides = {config.side for config in there}
+        if len(sides) == 1:  # the conversion noted which side was meant
+            given = [dataclasses.replace(c, side=c.side or next(iter(sides))) for c in given]
+        if given != there:
+            raise ValueError(
+                f"{name} is already converted, to {installed}, and --attention asks for something else: leave it out, or "
+                "convert the original."
+            )
+    positions = family_of(config.model_type).max_positions(config)
+    if max_positions and positions is not None and max_positions != positions:
+        raise ValueError(
+            f"{name} is already converted and has {positions} positions, not max_positions={max_positions}: leave it out, "
+            "or convert the original."
+        )
+
+
+def _with_lora(model: Any, rank: int, fresh: list[str]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    model_type = model.config.model_type.removeprefix(PREFIX)
+    kind = next((k for k in ("t5", "gpt2", "bert") if k in model_type.replace("roberta", "bert")), None)
+    if kind is None:
+        raise ValueError(f"lora_rank={rank}: the attention projections of {model_type} models are not known.")
+    mechanisms = [mechanism_of(layer) for layer in converted_layers(model).values()]
+    shared = sorted({name for mechanism in mechanisms for name in mechanism.shared_parameters()})
+    if shared:
+        raise ValueError(
+            f"lora_rank={rank}: adapters would give every layer its own copy of {', '.join(shared)}, which the layers "
+            "share; convert without sharing between layers, or train without LoRA."
+        )
+    modules = dict(model.named_modules())
+    owners = {name.rpartition(".")[0] for name in fresh}
+    saved = sorted(name for name in owners if name in modules and not any(modules[name].children()))
+    if any(True for mechanism in mechanisms for _ in mechanism.parameters()):
+        saved.append("efficient")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=LORA_TARGETS[kind],
+        modules_to_save=saved or None,
+        fan_in_fan_out=kind == "gpt2",
+    )
+    return get_peft_model(model, config)

@@ -1,0 +1,338 @@
+"""What every recipe with a Trainer shares: models, arguments, and a run that can be stopped, resumed and trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from ..conversion import REPORT_NAME
+from ..exact import converted_layers, exact_attention, substituted
+from ..fidelity import MeanOfValues, MeanOfValuesConfig
+from ..saving import atomic_folder
+from .callbacks import KeepRandomState, NonFiniteLoss, RedrawFeatures, StopOnNonFiniteLoss
+from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
+from .loading import load_model
+from .pictures import layer_picture, loss_curve
+from .results import RESULT_NAME, RunRecord, peak_memory
+
+__all__ = ["evaluate", "load_model", "run", "save_model", "start", "train", "training_arguments"]
+
+# settings that a resumed run may change: they say how long and what is shown, not what is computed
+FREE_ON_RESUME = {
+    "resume", "output_dir", "max_steps", "epochs", "eval_steps", "save_steps", "logging_steps", "report_to",
+    "eval_batch_size", "cpu",
+}  # fmt: skip
+LAYER_ERROR_BATCHES = 2
+SAME_NAMES = ("learning_rate", "warmup_steps", "weight_decay", "seed", "logging_steps", "bf16", "report_to")
+RENAMED = {
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "num_train_epochs": "epochs",
+    "lr_scheduler_type": "schedule",
+    "data_seed": "seed",
+    "torch_compile": "compile",
+}
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call a recipe's `main` as a script does: what it refuses is one sentence on stderr and exit code 1."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError, NonFiniteLoss) as error:
+        sys.exit(f"error: {error}")
+
+
+def start(recipe: str, settings: Any) -> RunRecord:
+    """Begin a run, or with `settings.resume` go on with the one in `settings.output_dir`; seeds everything.
+
+    Raises:
+        ValueError: the folder holds something and `resume` is off; or it holds the run of another recipe, or of other
+            settings than may change (`FREE_ON_RESUME`), or no run at all.
+    """
+    set_seed(settings.seed)
+    values = dataclasses.asdict(settings)
+    folder = Path(settings.output_dir)
+    if not folder.exists() or not any(folder.iterdir()):
+        return RunRecord(recipe, values)
+    if not settings.resume:
+        raise ValueError(
+            f"{folder} already holds something: choose another --output_dir, or go on with the run in it by --resume."
+        )
+    if not (folder / RESULT_NAME).is_file():
+        raise ValueError(f"{folder} holds no run to resume (there is no {RESULT_NAME}): choose another --output_dir.")
+    record = RunRecord.read(folder / RESULT_NAME)
+    if record.recipe != recipe:
+        raise ValueError(f"{folder} holds a run of {record.recipe}, not of {recipe}: choose another --output_dir.")
+    changed = [name for name in values if name not in FREE_ON_RESUME and record.settings.get(name) != values[name]]
+    if changed:
+        listed = ", ".join(f"{name} {record.settings.get(name)!r} → {values[name]!r}" for name in changed)
+        raise ValueError(
+            f"the run in {folder} was made with other settings ({listed}): give the former ones to resume it exactly, or "
+            "start anew in another --output_dir."
+        )
+    record.settings, record.finished = values, False
+    return record
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def training_arguments(settings: Any, cls: Any = TrainingArguments, **more: Any) -> Any:
+    """`TrainingArguments` (or `cls`) from the common settings that `settings` has; `more` goes in as it is.
+
+    Checkpoints are written every `save_steps` and at the end, evaluation is every `eval_steps` (0 = never), a loss that is
+    no number is not hidden, and rows reach the collator with all their columns.
+    """
+    given = {name: getattr(settings, name) for name in SAME_NAMES if hasattr(settings, name)}
+    given |= {name: getattr(settings, own) for name, own in RENAMED.items() if hasattr(settings, own)}
+    if getattr(settings, "gradient_checkpointing", False):
+        names = {field.name for field in dataclasses.fields(cls)}
+        given["activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"] = True
+    eval_steps = getattr(settings, "eval_steps", 0)
+    # without a word of it, mixed precision looks for a GPU
+    on_cpu = getattr(settings, "cpu", False) or not torch.accelerator.is_available()
+    given |= {
+        "output_dir": settings.output_dir,
+        "max_steps": getattr(settings, "max_steps", 0) or -1,
+        "eval_strategy": "steps" if eval_steps else "no",
+        "eval_steps": eval_steps or None,
+        "save_strategy": "steps",
+        "save_steps": getattr(settings, "save_steps", 0) or sys.maxsize,  # the last step is always saved
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+    }
+    return cls(**given | more)
+
+
+def train(trainer: Any, settings: Any, record: RunRecord, *, before: bool = True) -> None:
+    """Evaluate, train, evaluate, and keep everything under `settings.output_dir`.
+
+    * `checkpoint-N/`: complete checkpoints, of which the newest is resumed from if `settings.resume`;
+    * `model/`: the final model and tokenizer for the Auto classes, adapters merged, all of it or nothing;
+    * `result.json`: `record`, from the beginning on with `finished: false`; `loss.png`, and of converted models
+      `layers.png`.
+
+    Args:
+        trainer: with an evaluation set. record: from `start`.
+        before: also evaluate before training: with full attention ("exact"), with the mechanisms ("converted") and with
+            the mean of values in their place ("control"); an unconverted model is "exact" alone.
+
+    Raises:
+        NonFiniteLoss, ValueError: see `StopOnNonFiniteLoss` and `last_complete_checkpoint`.
+        SystemExit: interrupted (code 130); what was printed says how to resume.
+    """
+    output, first = Path(settings.output_dir), trainer.is_world_process_zero()
+    trainer.accelerator.wait_for_everyone()  # nobody may still be looking whether the folder is free
+    _refuse_impossible(trainer, settings)
+    checkpoint = last_complete_checkpoint(output, trainer.model) if settings.resume else None
+    if settings.resume and first:
+        print(
+            f"resuming from {checkpoint}."
+            if checkpoint
+            else f"no complete checkpoint in {output}: from the beginning."
+        )
+    _add_callbacks(trainer)
+    if first:
+        record.write(output / RESULT_NAME)
+    is_converted = bool(converted_layers(trainer.model))
+    if before and not record.metrics:
+        _evaluate_before(trainer, record, is_converted)
+        if first:
+            record.write(output / RESULT_NAME)
+    seen = json.loads((checkpoint / "trainer_state.json").read_text())["num_input_tokens_seen"] if checkpoint else 0
+    set_seed(settings.seed)  # whatever was evaluated so far, training draws the same numbers
+    try:
+        seconds = _train(trainer, checkpoint)
+    except KeyboardInterrupt:
+        if first:
+            print(_how_to_resume(output, trainer.state.global_step), file=sys.stderr)
+        raise SystemExit(130) from None
+    tokens = trainer.state.num_input_tokens_seen - seen
+    history = trainer.state.log_history
+    evaluate(trainer, record, "trained")
+    if is_converted:
+        record.layer_errors["after"] = _layer_errors(trainer)
+    parameters = list(trainer.model.parameters())
+    record.training = {
+        "steps": trainer.state.global_step,
+        "resumed_from": int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "parameters": sum(p.numel() for p in parameters),
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "log": [entry for entry in history if "loss" in entry or "eval_loss" in entry],
+    } | peak_memory()
+    save_model(trainer, output / "model", record)
+    if first:
+        losses = {name: figures["loss"] for name, figures in record.metrics.items() if figures.get("loss") is not None}
+        loss_curve(history, output / "loss.png", {k: v for k, v in losses.items() if k != "trained"})
+        if record.layer_errors:
+            layer_picture(record.layer_errors, output / "layers.png")
+        record.finished = True
+        record.write(output / RESULT_NAME)
+        print(summary(record, output))
+
+
+class _AlreadyTrained(Exception):
+    """The checkpoint that training would go on from is the last one."""
+
+
+class _StopIfTrained(TrainerCallback):
+    """The Trainer takes one step before it looks whether all are done; what it resumes from is loaded by then."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _AlreadyTrained
+
+
+def _train(trainer: Any, checkpoint: Path | None) -> float:
+    """Seconds that training took; 0 where the checkpoint is the last one."""
+    try:
+        return float(
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics["train_runtime"]
+        )
+    except _AlreadyTrained:
+        trainer.is_in_train = False
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        return 0.0
+
+
+def _add_callbacks(trainer: Any) -> None:
+    own: list[Any] = [CompleteCheckpoints(trainer.model), StopOnNonFiniteLoss(), KeepRandomState(), RedrawFeatures()]
+    own.append(_StopIfTrained())
+    collator = trainer.data_collator
+    if isinstance(collator, TrainerCallback) and collator not in trainer.callback_handler.callbacks:
+        own.append(collator)
+    for callback in own:
+        trainer.add_callback(callback)
+
+
+def _refuse_impossible(trainer: Any, settings: Any) -> None:
+    if getattr(settings, "lora_rank", 0) and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "lora_rank: adapters of a sharded model can't be merged at the end; train without FSDP or DeepSpeed."
+        )
+    tokenizer = trainer.processing_class
+    if (
+        trainer.args.include_num_input_tokens_seen == "non_padding"
+        and getattr(tokenizer, "pad_token_id", None) is None
+    ):
+        trainer.args.include_num_input_tokens_seen = "all"  # nothing tells padding from text
+
+
+def _how_to_resume(output: Path, step: int) -> str:
+    last = last_complete_checkpoint(output)
+    if last is None:
+        return (
+            f"interrupted after step {step}; no checkpoint was complete yet, so start anew in another --output_dir "
+            "(--save_steps N writes one every N steps)."
+        )
+    return f"interrupted after step {step}; {last} is complete: go on with the same command and --resume."
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled models run uncompiled inside: another attention would be compiled anew for one pass."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def evaluate(trainer: Any, record: RunRecord, name: str) -> None:
+    """Put the Trainer's evaluation figures under `record.metrics[name]`."""
+    with _eager():
+        figures = trainer.evaluate(metric_key_prefix=name)
+    figures = {key.removeprefix(f"{name}_"): value for key, value in figures.items()}
+    if "token_loss" in figures:  # the Trainer's own is a mean over batches, however many tokens each predicts
+        figures["loss"] = figures.pop("token_loss")
+    left_out = ("epoch", "model_preparation_time", "num_input_tokens_seen", "steps_per_second")
+    record.add(name, {key: value for key, value in figures.items() if key not in left_out})
+
+
+def _evaluate_before(trainer: Any, record: RunRecord, is_converted: bool) -> None:
+    model = trainer.model
+    with exact_attention(model):
+        evaluate(trainer, record, "exact")
+    if not is_converted:
+        return
+    evaluate(trainer, record, "converted")
+    with substituted(model, lambda mechanism: MeanOfValues(MeanOfValuesConfig(), mechanism.geometry)):
+        evaluate(trainer, record, "control")
+    record.layer_errors["before"] = _layer_errors(trainer)
+
+
+def _layer_errors(trainer: Any) -> dict[str, Any]:
+    from .transfer import layer_errors
+
+    with _eager():
+        return layer_errors(trainer.model, islice(trainer.get_eval_dataloader(), LAYER_ERROR_BATCHES))
+
+
+def summary(record: RunRecord, output: Path) -> str:
+    """The figures as lines for people."""
+    lines = []
+    for name, figures in record.metrics.items():
+        shown = [f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, (int, float)) and "per_second" not in k]
+        lines.append(f"{name:>10}: {', '.join(text for text in shown if not text.startswith('runtime'))}")
+    training = record.training
+    speed = f"{training['tokens_per_second']:.0f} tokens/s, " if training["tokens_per_second"] else ""
+    lines.append(
+        f"{training['steps']} steps, {speed}peak memory "
+        f"{training['peak_memory_mb']:.0f} MB ({training['peak_memory_of']}). Model: {output / 'model'}, figures: "
+        f"{output / RESULT_NAME}"
+    )
+    return "\n".join(lines)
+
+
+# ---- the result ------------------------------------------------------------------------------------------------------
+
+
+def save_model(trainer: Any, path: Path, record: RunRecord) -> None:
+    """Write the final model and its tokenizer to `path`, all of it or nothing; every process calls it."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        # all processes together write the gathered weights, so the folder's name must be known to all
+        partial = path.with_name(f".{path.name}.partial")
+        trainer.save_model(str(partial))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            with atomic_folder(path, overwrite=path.exists()) as folder:
+                shutil.copytree(partial, folder, dirs_exist_ok=True)
+                _write_report(folder, record)
+            shutil.rmtree(partial)
+    elif trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        # the Trainer switched the cache off, which would make the saved model generate slowly
+        model.config.use_cache = getattr(type(model.config)(), "use_cache", True)
+        with atomic_folder(path, overwrite=path.exists()) as folder:
+            model.save_pretrained(folder)
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(folder)
+            _write_report(folder, record)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _write_report(folder: Path, record: RunRecord) -> None:
+    """The conversion's report beside the weights: of this run, or of the checkpoint that it began with."""
+    source = Path(record.settings["model"]) / REPORT_NAME
+    if record.conversion is not None:
+        (folder / REPORT_NAME).write_text(json.dumps(record.conversion, indent=2) + "\n")
+    elif source.is_file() and record.settings.get("attention") != "none":
+        shutil.copy(source, folder / REPORT_NAME)

@@ -1,0 +1,109 @@
+"""What a run was and what came of it, as one JSON file that is always whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..benchmark import hardware
+from ..conversion import versions
+
+RESULT_NAME = "result.json"
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write JSON beside `path` and rename it, so that whoever reads `path` finds the former or the new file, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return path
+
+
+def peak_memory() -> dict[str, Any]:
+    """Peak memory of this process in MB (10⁶ bytes): on the GPU what PyTorch held, else the resident set."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return {"peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6, "peak_memory_of": "gpu"}
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    return {"peak_memory_mb": peak, "peak_memory_of": "process"}
+
+
+def _plain(value: Any) -> Any:
+    """`value` without what JSON has no word for: numbers that are none become null."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclasses.dataclass
+class RunRecord:
+    """Everything that `result.json` says of a run.
+
+    Attributes:
+        recipe: name of the job.
+        settings: every setting, as JSON.
+        metrics: {"exact" | "converted" | "control" | "trained" | …: {figure: number}}: the model with full attention and
+            with its mechanisms before training, with the mean of values instead of attention, and after training.
+        layer_errors: {"before" | "after": what `layer_errors` returns}; empty for unconverted models.
+        training: steps, seconds, tokens, tokens per second, peak memory, trained and all parameters.
+        conversion: the report of a conversion on the way, if there was one.
+        finished: False while the run goes on, or if it was interrupted.
+    """
+
+    recipe: str
+    settings: dict[str, Any]
+    metrics: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    layer_errors: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    conversion: dict[str, Any] | None = None
+    finished: bool = False
+
+    def add(self, name: str, figures: dict[str, Any]) -> None:
+        """Put figures under `metrics[name]`, beside those that are there."""
+        self.metrics[name] = self.metrics.get(name, {}) | figures
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, with what the figures depend on beside the settings."""
+        return _plain(dataclasses.asdict(self)) | {
+            "seed": self.settings.get("seed"),
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+
+    def write(self, path: str | Path) -> Path:
+        """Write it atomically."""
+        return write_json(path, self.to_dict())
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunRecord:
+        """The record that `write` wrote.
+
+        Raises:
+            ValueError: the file is none.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no record of a run: {error!r}.") from error

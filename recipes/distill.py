@@ -1,0 +1,244 @@
+"""Teach the attention of a converted checkpoint what full attention did, as a plain Accelerate loop.
+
+    python recipes/distill.py --model sentence-transformers/all-MiniLM-L6-v2 --attention hedgehog --output_dir distilled
+    python recipes/distill.py --model converted-checkpoint --steps 500 --end_to_end_steps 200 --output_dir distilled
+    python recipes/distill.py --model gpt2 --attention hedgehog --lora_rank 8 --end_to_end_steps 200 \\
+        --end_to_end_losses logits --output_dir distilled
+    accelerate launch recipes/distill.py --config distill.yaml --resume
+
+Two stages: layer by layer on the original model's own states, where only what the mechanism added learns; then, if asked,
+end to end against the original's states. No second copy of the weights is held: the converted model is its own teacher.
+`hf-efficient distill` does the same job with the stock Trainer. `output_dir` gets model/ (for the Auto classes, adapters
+merged), result.json and complete checkpoints per stage; an interrupted run goes on with the same command and --resume.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator, skip_first_batches
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from hf_efficient.conversion import REPORT_NAME
+from hf_efficient.exact import Teacher, converted_layers, eval_mode, mechanism_of
+from hf_efficient.fidelity import compare, text_batches
+from hf_efficient.saving import atomic_folder
+from hf_efficient.training import AttentionTransfer, KeepBest, layer_errors, trainable
+from hf_efficient.training.checkpoints import load_state, save_state
+from hf_efficient.training.data import load_texts, token_blocks
+from hf_efficient.training.recipe import load_model, run, start
+from hf_efficient.training.results import RESULT_NAME, RunRecord, peak_memory
+from hf_efficient.training.settings import parse_settings
+
+
+@dataclass
+class Settings:
+    """Teach the attention of a converted checkpoint what full attention did."""
+
+    model: str  # Hub id or folder: converted, or original together with --attention
+    output_dir: str  # an empty or new folder, unless --resume
+    attention: str = ""  # mechanism to convert to on the way, or its JSON
+    max_positions: int = 0  # lengthen the converted model to so many positions; 0 = as is
+    dataset: str = "offline"  # offline, files (.jsonl .json .csv .parquet .txt), a folder, or a Hub id
+    dataset_config: str = ""  # configuration of a Hub dataset
+    text_column: str = "text"  # column that the text stands in
+    length: int = 512  # tokens of a row
+    steps: int = 200  # optimiser steps layer by layer; 0 = leave this stage out
+    learning_rate: float = 0.0  # layer by layer; 0 = what each mechanism asks for
+    losses: str = "attention_output"  # layer by layer; or attention_weights
+    end_to_end_steps: int = 0  # optimiser steps end to end
+    end_to_end_learning_rate: float = 2e-4  # end to end
+    end_to_end_losses: str = "hidden_states,embedding"  # of hidden_states, logits, embedding
+    train: str = "attention"  # what learns end to end: mechanism, attention or all
+    lora_rank: int = 0  # end to end train adapters of this rank and the mechanisms instead; 0 = no adapters
+    batch_size: int = 2  # rows per device and batch
+    accumulation_steps: int = 1  # batches per optimiser step
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    eval_texts: int = 16  # held-out texts that fidelity is measured on
+    save_steps: int = 0  # steps between checkpoints; 0 = at the end of a stage
+    seed: int = 0  # of order and dropout
+    bf16: bool = False  # mixed precision
+    cpu: bool = False  # even where there is a GPU
+    resume: bool = False  # go on from the last complete checkpoint
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse_settings(Settings, arguments)
+    record = start("distill-loop", settings)
+    began = time.perf_counter()
+    texts = load_texts(
+        settings.dataset,
+        dataset_config=settings.dataset_config,
+        text_column=settings.text_column,
+        seed=settings.seed,
+    )
+    model, tokenizer = load_model(settings, auto_class(settings.model), record=record)
+    if not converted_layers(model):
+        raise ValueError(f"{settings.model} is not converted: say to what with --attention.")
+    output = Path(settings.output_dir)
+    model.to(accelerator_of(settings).device)
+    if accelerator_of(settings).is_main_process:
+        record.write(output / RESULT_NAME)
+    rows = token_blocks(texts["train"], tokenizer, settings.length)["input_ids"]
+    rows = [row for row in rows if len(row) == settings.length] or list(rows)
+    random.Random(settings.seed).shuffle(rows)
+    aside = min(4 * settings.batch_size, max(1, len(rows) // 10))
+    batches = text_batches(
+        tokenizer, texts["validation"]["text"][: settings.eval_texts], settings.length, settings.batch_size, model
+    )
+
+    # the teacher is the model as it is now, so what is trained must be decided first
+    if not settings.lora_rank:
+        trainable(model, settings.train if settings.end_to_end_steps else "mechanism")
+    final = AttentionTransfer(model, settings.end_to_end_losses.split(",")) if settings.end_to_end_steps else None
+    teacher = Teacher(model) if final is None else final.teacher
+    measure(model, teacher, batches, record, "converted", "before")
+    if settings.steps and any(p.requires_grad for layer in converted_layers(model).values()
+                              for p in mechanism_of(layer).parameters()):  # fmt: skip
+        transfer = AttentionTransfer(model, settings.losses)
+        stage(settings, "transfer", transfer, rows, aside, settings.steps, settings.learning_rate)
+        measure(model, teacher, batches, record, *(("trained", "after") if final is None else ["transferred"] * 2))
+    elif final is None:
+        raise ValueError("these mechanisms have nothing to learn layer by layer: give --end_to_end_steps.")
+    if final is not None:
+        stage(settings, "end_to_end", final, rows, aside, settings.end_to_end_steps, settings.end_to_end_learning_rate)
+        measure(model, teacher, batches, record, "trained", "after")
+
+    record.training = {"seconds": time.perf_counter() - began} | peak_memory()
+    record.finished = True
+    if accelerator_of(settings).is_main_process:
+        save(model, tokenizer, output / "model", record)
+        record.write(output / RESULT_NAME)
+        for name, figures in record.metrics.items():
+            print(
+                f"{name:>12}: embedding cosine {figures['embedding_cosine']:.4f}, hidden error {figures['hidden_error']:.3f}"
+            )
+
+
+def accelerator_of(settings: Settings) -> Accelerator:
+    return Accelerator(
+        cpu=settings.cpu,
+        mixed_precision="bf16" if settings.bf16 else "no",
+        gradient_accumulation_steps=settings.accumulation_steps,
+    )
+
+
+def auto_class(name: str) -> Any:
+    """The Auto class whose models have the head of a checkpoint."""
+    heads = {
+        "ForMaskedLM": "AutoModelForMaskedLM",
+        "LMHeadModel": "AutoModelForCausalLM",
+        "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+        "ForSequenceClassification": "AutoModelForSequenceClassification",
+        "ForTokenClassification": "AutoModelForTokenClassification",
+        "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    }
+    architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+    return getattr(
+        transformers, next((auto for end, auto in heads.items() if architecture.endswith(end)), "AutoModel")
+    )
+
+
+def collate(model: Any, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """(B, N) ids and mask, padded on the right; a decoder reads the same text."""
+    width, pad = max(len(row) for row in rows), model.config.pad_token_id or 0
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        batch |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    return batch
+
+
+def stage(
+    settings: Settings, name: str, transfer: AttentionTransfer, rows: list[Any], aside: int, steps: int, rate: float
+) -> None:
+    """Train one stage, or what is left of it, and give each layer the best parameters it had."""
+    accelerator, folder, model = accelerator_of(settings), Path(settings.output_dir) / name, transfer.model
+    batches = [
+        collate(model, rows[i : min(aside, i + settings.batch_size)]) for i in range(0, aside, settings.batch_size)
+    ]
+    # all rows of the stage in their order, so that going on means skipping those that were seen
+    per_step = settings.batch_size * settings.accumulation_steps * accelerator.num_processes
+    shuffle, order = random.Random(settings.seed), []
+    while len(order) < steps * per_step:
+        order += shuffle.sample(rows[aside:], len(rows) - aside)
+    loader = DataLoader(order[: steps * per_step], settings.batch_size, collate_fn=lambda rows: collate(model, rows))  # type: ignore[arg-type]
+
+    with transfer:
+        optimizer = torch.optim.AdamW(groups(model, rate), weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        guard = KeepBest(transfer, batches)
+        prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        accelerator.register_for_checkpointing(schedule, guard)
+        step = load_state(accelerator, folder, prepared) if settings.resume else 0
+        bar = tqdm(total=steps, initial=step, desc=name, disable=not accelerator.is_main_process)
+        prepared.train()
+        for batch in skip_first_batches(loader, step * settings.accumulation_steps):
+            with accelerator.accumulate(prepared):
+                loss = prepared(**batch).loss
+                if not loss.isfinite():
+                    raise ValueError(
+                        f"{name}, step {step + 1}: the loss is {loss.item()}; lower the learning rate and --resume."
+                    )
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(prepared.parameters(), settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            schedule.step()
+            step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            if step % -(-steps // 8) == 0 or step == steps:
+                guard.update()
+            if step == steps or (settings.save_steps and step % settings.save_steps == 0):
+                save_state(accelerator, folder, step, prepared)
+        guard.restore()
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
+    accelerator.free_memory()
+
+
+def groups(model: Any, rate: float) -> list[dict[str, Any]]:
+    """What is trained, by learning rate; 0 = the one that each mechanism asks for."""
+    found: dict[float, list[Any]] = {}
+    own = {
+        id(p): mechanism_of(layer)
+        for layer in converted_layers(model).values()
+        for p in mechanism_of(layer).parameters()
+    }
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            found.setdefault(rate or own[id(parameter)].transfer_learning_rate, []).append(parameter)
+    return [{"params": parameters, "lr": lr} for lr, parameters in found.items()]
+
+
+def measure(model: Any, teacher: Any, batches: Any, record: RunRecord, metrics: str, errors: str) -> None:
+    """Fidelity to the unconverted model, and the error of each layer beside controls."""
+    with eval_mode(model):
+        record.add(metrics, compare(model, teacher, batches))
+    record.layer_errors[errors] = layer_errors(model, batches)
+
+
+def save(model: Any, tokenizer: Any, path: Path, record: RunRecord) -> None:
+    model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    with atomic_folder(path, overwrite=path.exists()) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if record.conversion is not None:
+            (folder / REPORT_NAME).write_text(json.dumps(record.conversion, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,212 @@
+"""Finetune a sentence encoder to embed long documents.
+
+    python recipes/embed.py --model sentence-transformers/all-MiniLM-L6-v2 --max_positions 2048 --output_dir out \\
+        --attention '{"mechanism": "longformer", "attention_window": 256, "global_tokens": "first"}'
+    python recipes/embed.py --model converted-checkpoint --dataset questions.jsonl --anchor_column query \\
+        --positive_column document --output_dir out
+
+Rows are pairs: a short text, and the document that should be found by it. Without a dataset of yours: a passage of 30 words,
+and the document it was cut from. Loss: multiple negatives ranking. Figures: recall@1 of the documents by their short texts;
+"early" and "deep" are passages that lie within and beyond what the unconverted model reads, whose own figures, with
+documents cut to its length, are "truncated". `output_dir/model` loads with SentenceTransformer. Needs sentence-transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from transformers import AutoModel
+
+from hf_efficient.exact import exact_attention
+from hf_efficient.training.data import load_rows
+from hf_efficient.training.finetuning import input_length, require_filled
+from hf_efficient.training.loading import prepared
+from hf_efficient.training.offline_tasks import offline_task
+from hf_efficient.training.recipe import load_model, run, start, train, training_arguments
+from hf_efficient.training.results import RESULT_NAME, RunRecord
+from hf_efficient.training.settings import parse_settings
+
+
+@dataclass
+class Settings:
+    """Finetune a sentence encoder to embed long documents."""
+
+    model: str  # Hub id or folder of an encoder or a sentence-transformers model: original, or converted
+    output_dir: str  # an empty or new folder, unless --resume
+    attention: str = ""  # mechanism to convert to on the way, or its JSON; none = revert a converted checkpoint
+    max_positions: int = 0  # lengthen the converted model to so many positions; 0 = as is
+    dataset: str = "offline"  # offline, files (.jsonl .json .csv .parquet), a folder, or a Hub id
+    dataset_config: str = ""  # configuration of a Hub dataset
+    anchor_column: str = "anchor"  # column of short texts
+    positive_column: str = "positive"  # column of their documents
+    max_length: int = 0  # tokens read of each text; 0 = all that the model can read
+    max_train_rows: int = 0  # train on the first so many rows; 0 = all
+    max_eval_rows: int = 0  # evaluate on the first so many rows; 0 = all
+    max_steps: int = 0  # optimiser steps; 0 = by epochs
+    epochs: float = 1.0  # passes over the training rows
+    batch_size: int = 8  # pairs per device and step; each document is a wrong answer for the others
+    eval_batch_size: int = 8  # texts per device in evaluation
+    accumulation_steps: int = 1  # batches per optimiser step
+    learning_rate: float = 2e-5  # peak learning rate
+    warmup_steps: float = 0.1  # steps of warm-up; below 1 = share of all
+    schedule: str = "linear"  # learning-rate schedule
+    weight_decay: float = 0.01  # of AdamW
+    seed: int = 0  # of everything random
+    eval_steps: int = 0  # evaluate every so many steps; 0 = at the end only
+    save_steps: int = 0  # checkpoint every so many steps; 0 = at the end only
+    logging_steps: int = 10  # log every so many steps
+    bf16: bool = False  # mixed precision
+    gradient_checkpointing: bool = False  # trade time for memory
+    lora_rank: int = 0  # > 0 = train adapters of this rank and the mechanism alone
+    resume: bool = False  # go on from the last complete checkpoint
+    report_to: str = "none"  # tracker, e.g. tensorboard
+    cpu: bool = False  # even if there is a GPU
+
+
+class Encoder(SentenceTransformer):
+    """A SentenceTransformer that can do what a run asks of every model."""
+
+    main_input_name = "positive_input_ids"  # the tokens that are counted
+
+    def forward(self, input: Any = None, **options: Any) -> Any:
+        if input is None:  # a batch of pairs: its documents
+            kind = "positive_"
+            input = {name.removeprefix(kind): value for name, value in options.items() if name.startswith(kind)}
+            options = {}
+        return super().forward(input, **options)
+
+    def merge_and_unload(self) -> Encoder:
+        """Adapters into the weights, if there are any."""
+        if hasattr(self[0].model, "merge_and_unload"):
+            self[0].model = self[0].model.merge_and_unload()
+        return self
+
+    def save_pretrained(self, path: str, **options: Any) -> None:
+        super().save_pretrained(str(path), **options | {"create_model_card": False})
+
+
+class Trainer(SentenceTransformerTrainer):
+    """Its checkpoints hold all weights, also beside adapters, whose own files name a base model that is nowhere saved."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.model, str(folder / "model.safetensors"))
+
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+        load_weights(self.model, Path(checkpoint_path) / "model.safetensors")
+
+
+class Retrieval(BaseEvaluator):
+    """Recall@1: how many short texts have their own document as the nearest one, by cosine.
+
+    Args:
+        rows: `anchor` and `positive`.
+        reach: tokens that the unconverted model reads: a passage that ends there is "early", one that begins behind it is
+            "deep", and one that its document does not hold is neither.
+    """
+
+    def __init__(self, rows: Any, tokenizer: Any, reach: int, batch_size: int):
+        super().__init__()
+        self.anchors, positives = list(rows["anchor"]), list(rows["positive"])
+        self.documents = list(dict.fromkeys(positives))
+        self.wanted = torch.tensor([self.documents.index(text) for text in positives])
+        self.batch_size = batch_size
+        places = [self._tokens(anchor, text, tokenizer) for anchor, text in zip(self.anchors, positives, strict=True)]
+        self.groups = {
+            "early": torch.tensor([place is not None and place[1] <= reach for place in places]),
+            "deep": torch.tensor([place is not None and place[0] >= reach for place in places]),
+        }
+
+    @staticmethod
+    def _tokens(anchor: str, document: str, tokenizer: Any) -> tuple[int, int] | None:
+        place = document.find(anchor)
+        ends = (place, place + len(anchor))
+        return None if place < 0 else tuple(len(tokenizer(document[:end], verbose=False)["input_ids"]) for end in ends)
+
+    def __call__(self, model: Any, output_path: Any = None, epoch: Any = -1, steps: int = -1) -> dict[str, float]:
+        options = {"batch_size": self.batch_size, "convert_to_tensor": True, "show_progress_bar": False}
+        anchors, documents = (
+            torch.nn.functional.normalize(model.encode(texts, **options).float().cpu(), dim=-1)
+            for texts in (self.anchors, self.documents)
+        )
+        right = ((anchors @ documents.T).argmax(-1) == self.wanted).float()
+        groups = {f"recall_at_1_{name}": mask for name, mask in self.groups.items() if mask.any()}
+        return {"recall_at_1": float(right.mean())} | {
+            name: float(right[mask].mean()) for name, mask in groups.items()
+        }
+
+
+def load_data(settings: Settings) -> Any:
+    """Rows with `anchor` and `positive`."""
+    offline = settings.dataset == "offline"
+    rows = load_rows(
+        offline_task("pairs", settings.seed) if offline else settings.dataset,
+        {"anchor": settings.anchor_column, "positive": settings.positive_column},
+        dataset_config=settings.dataset_config,
+        seed=settings.seed,
+        max_train_rows=settings.max_train_rows,
+        max_eval_rows=settings.max_eval_rows,
+    )
+    require_filled(rows, "anchor", "positive")
+    for split in rows:
+        if len(set(rows[split]["positive"])) < 2:
+            raise ValueError(f"{split} holds a single document: there is nothing to tell it from.")
+    return rows
+
+
+def load_encoder(settings: Settings, record: RunRecord) -> tuple[Encoder, int]:
+    """The encoder, and how many tokens the unconverted model reads."""
+    # efficient attention: converted on the way, or as the checkpoint has it; pooling as the original's
+    model, tokenizer = load_model(replace(settings, lora_rank=0), AutoModel, record=record)
+    encoder = Encoder(settings.model, device="cpu" if settings.cpu else None)
+    encoder.max_seq_length = input_length(model, tokenizer, settings.max_length)
+    reach = getattr(model.config, "efficient_source", {}).get("max_positions") or input_length(model, tokenizer)
+    encoder[0].model = prepared(model, settings).to(encoder.device)
+    return encoder, min(reach, encoder.max_seq_length)
+
+
+def finetune(settings: Settings) -> RunRecord:
+    record = start("embed", settings)
+    rows = load_data(settings)
+    encoder, reach = load_encoder(settings, record)
+    retrieval = Retrieval(rows["validation"], encoder.tokenizer, reach, settings.eval_batch_size)
+    # the loss takes every other document of a batch for a wrong one, so each comes once
+    first = {text: index for index, text in reversed([*enumerate(rows["validation"]["positive"])])}
+    trainer = Trainer(
+        model=encoder,
+        args=training_arguments(settings, SentenceTransformerTrainingArguments, batch_sampler="no_duplicates"),
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"].select(sorted(first.values())),
+        loss=MultipleNegativesRankingLoss(encoder),
+        evaluator=retrieval,
+    )
+    length, encoder.max_seq_length = encoder.max_seq_length, reach
+    with exact_attention(encoder):
+        truncated = retrieval(encoder)
+    encoder.max_seq_length = length
+    train(trainer, settings, record)
+    record.add("truncated", truncated)
+    if trainer.is_world_process_zero():
+        record.write(Path(settings.output_dir) / RESULT_NAME)
+    return record
+
+
+def main(arguments: list[str] | None = None) -> None:
+    finetune(parse_settings(Settings, arguments))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,199 @@
+"""What every mechanism costs a language model, and what of it transfer and continued pretraining give back.
+
+A small model is trained from scratch, then taken down the same road with every mechanism that fits it, each step the
+command that a user would type: convert → transfer attention → continue pretraining. Held-out perplexity all along, the
+dense model trained on just as long as ceiling, the mean of values and the window alone as floor. One table, one JSON.
+
+    python recipes/recover.py --family gpt2 --output_dir outputs/recover-gpt2
+    python recipes/recover.py --family t5 --output_dir outputs/recover-t5 --record model_cards/results/perplexity_t5.json
+
+About half an hour each on one CPU core. Interrupted, it goes on where it was when called again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+import hf_efficient as he
+from hf_efficient.training.recipe import run
+from hf_efficient.training.results import hardware, versions, write_json
+from hf_efficient.training.settings import parse_settings
+
+
+@dataclass
+class Settings:
+    family: str = "gpt2"  # gpt2, or t5, whose encoder is converted
+    output_dir: str = "outputs/recover"  # every model of the road
+    record: str = ""  # also write the table's JSON here
+    only: str = ""  # names of roads, with commas between them; empty = all
+    hidden_size: int = 128
+    layers: int = 3
+    heads: int = 4
+    vocabulary_size: int = 2000
+    block_length: int = 256
+    batch_size: int = 8
+    pretrain_steps: int = 600  # of the dense model from scratch
+    pretrain_learning_rate: float = 2e-3
+    transfer_steps: int = 100  # layer by layer, of mechanisms with parameters of their own
+    steps: int = 100  # of continued pretraining, also of the dense model
+    learning_rate: float = 5e-4
+    max_eval_rows: int = 8  # held-out documents, 0 = all
+    seed: int = 0
+
+
+# {family: {name: attention}}; a mechanism that learns stands beside the same window without it
+ROADS: dict[str, dict[str, dict[str, Any]]] = {
+    "gpt2": {
+        "local": dict(mechanism="local", attention_window=16),
+        "longformer": dict(mechanism="longformer", attention_window=16, global_tokens="first"),
+        "bigbird": dict(mechanism="bigbird", block_size=8, num_random_blocks=2),
+        "sparse_transformer": dict(mechanism="sparse_transformer", stride=16),
+        "blockwise": dict(mechanism="blockwise", block_size=32),
+        "image_local": dict(mechanism="image_local", block_size=16, memory_size=16),
+        "axial": dict(mechanism="axial", row_length=16),
+        "combined": dict(
+            mechanism="combined",
+            patterns=[
+                dict(mechanism="local", attention_window=16),
+                dict(mechanism="sparse_transformer", pattern="fixed", stride=16, summary_size=2),
+            ],
+        ),
+        "performer": dict(mechanism="performer", num_features=64),
+        "t2r": dict(mechanism="t2r"),
+        "hedgehog": dict(mechanism="hedgehog", attention_window=0),
+        "hedgehog + window": dict(mechanism="hedgehog", attention_window=16),
+    },
+    "t5": {
+        "local": dict(mechanism="local", attention_window=16),
+        "local, wide": dict(mechanism="local", attention_window=184),
+        "longformer": dict(mechanism="longformer", attention_window=16, global_tokens="first"),
+        "bigbird": dict(mechanism="bigbird", block_size=8, num_random_blocks=2),
+        "etc": dict(mechanism="etc", attention_window=16, num_global_tokens=8),
+        "longt5": dict(mechanism="longt5", attention_window=16, global_block_size=8),
+        "sparse_transformer": dict(mechanism="sparse_transformer", stride=16),
+        "blockwise": dict(mechanism="blockwise", block_size=32),
+        "image_local": dict(mechanism="image_local", block_size=16, memory_size=16),
+        "axial": dict(mechanism="axial", row_length=16),
+        "linformer": dict(mechanism="linformer", rank=32, max_length=256),
+        "hedgehog + window, wide": dict(mechanism="hedgehog", attention_window=184),
+    },
+}
+RECIPES = {"gpt2": "clm.py", "t5": "span_corruption.py"}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse_settings(Settings, arguments)
+    if settings.family not in ROADS:
+        raise ValueError(f"family={settings.family!r} is not possible; it must be one of {', '.join(ROADS)}.")
+    roads = ROADS[settings.family]
+    chosen = [name.strip() for name in settings.only.split(",")] if settings.only else list(roads)
+    unknown = [name for name in chosen if name not in roads]
+    if unknown:
+        raise ValueError(f"only={settings.only!r}: there is no road {unknown[0]!r}; there are {', '.join(roads)}.")
+    folder = Path(settings.output_dir)
+    dense = train(settings, f"scratch:{settings.family}", folder / "dense", settings.pretrain_steps, from_scratch=True)
+    ceiling = train(settings, str(folder / "dense/model"), folder / "dense-continued", settings.steps)
+    rows = {}
+    for name in tqdm(chosen, desc="roads"):
+        rows[name] = travel(settings, folder, name, roads[name])
+    document = {
+        "suite": "perplexity",
+        "settings": asdict(settings),
+        "dense": dense["metrics"]["trained"] | {"tokens": dense["training"]["tokens"]},
+        "dense, continued": ceiling["metrics"]["trained"],
+        "results": rows,
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    write_json(folder / "perplexity.json", document)
+    if settings.record:
+        write_json(settings.record, document)
+    show(document)
+
+
+def travel(settings: Settings, folder: Path, name: str, attention: dict[str, Any]) -> dict[str, Any]:
+    """One mechanism all the way; figures of what is already there are read, not computed again."""
+    place = folder / name.replace(" ", "-").replace(",", "")
+    converted = place / "converted"
+    result = he.convert(folder / "dense/model", attention)
+    if not converted.exists():
+        result.save(converted)
+    plain = train(settings, str(converted), place / "continued", settings.steps)
+    figures = {
+        "attention": attention,
+        "control": plain["metrics"]["control"],
+        "converted": plain["metrics"]["converted"],
+        "continued": plain["metrics"]["trained"],
+    }
+    if any(".efficient." in parameter for parameter, _ in result.model.named_parameters()):
+        distill(settings, converted, place / "transfer")
+        after = train(settings, str(place / "transfer/model"), place / "transferred-continued", settings.steps)
+        figures["transferred"] = after["metrics"]["converted"]
+        figures["transferred, continued"] = after["metrics"]["trained"]
+    return figures
+
+
+def train(settings: Settings, model: str, out: Path, steps: int, from_scratch: bool = False) -> dict[str, Any]:
+    """The pretraining recipe as a command; returns its result.json."""
+    result = out / "result.json"
+    if result.is_file() and json.loads(result.read_text())["finished"]:
+        return json.loads(result.read_text())
+    command = [
+        sys.executable, str(Path(__file__).with_name(RECIPES[settings.family])), "--model", model,
+        "--output_dir", str(out), "--block_length", settings.block_length, "--max_steps", steps,
+        "--batch_size", settings.batch_size, "--seed", settings.seed, "--max_eval_rows", settings.max_eval_rows,
+        "--save_steps", 100, "--logging_steps", 20, "--warmup_steps", 0.1, "--resume",
+        "--learning_rate", settings.pretrain_learning_rate if from_scratch else settings.learning_rate,
+    ]  # fmt: skip
+    if from_scratch:
+        for option in ("hidden_size", "layers", "heads", "vocabulary_size"):
+            command += [f"--{option}", getattr(settings, option)]
+    call(command)
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # the run is whole; many of them would fill the disk
+    return json.loads(result.read_text())
+
+
+def distill(settings: Settings, converted: Path, out: Path) -> None:
+    """`hf-efficient distill` as a command."""
+    if (out / "result.json").is_file():
+        return
+    call([
+        sys.executable, "-m", "hf_efficient.cli", "distill", converted, out, "--resume", "--steps", settings.transfer_steps,
+        "--length", settings.block_length, "--batch-size", settings.batch_size, "--seed", settings.seed,
+    ])  # fmt: skip
+
+
+def call(command: list[Any]) -> None:
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise ValueError(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}")
+
+
+def show(document: dict[str, Any]) -> None:
+    """The table: perplexity at every step of the road, and the end as a multiple of the dense model's."""
+    settings, ceiling = document["settings"], document["dense, continued"]["perplexity"]
+    steps = ("control", "converted", "continued", "transferred", "transferred, continued")
+    table = Table(title=f"{settings['family']}: held-out perplexity (dense {document['dense']['perplexity']:.2f}, "
+                        f"continued {ceiling:.2f})")  # fmt: skip
+    for heading in ("mechanism", *steps, "× dense"):
+        table.add_column(heading)
+    for name, row in document["results"].items():
+        figures = [row[step]["perplexity"] if step in row else None for step in steps]
+        best = min(value for value in figures[2:] if value is not None)
+        table.add_row(name, *("–" if v is None else f"{v:.2f}" for v in figures), f"{best / ceiling:.4f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,668 @@
+"""The parts of the recipes, each against truth: settings, data, collators, checkpoints, records, callbacks, scores."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, DatasetDict
+from pretraining import SENTINELS, t5_tokenizer
+from tiny import tiny_tokenizer, words
+from torch import nn
+
+import hf_efficient as he
+from hf_efficient.testing import tiny_model
+from hf_efficient.training import checkpoints as checkpoint_parts
+from hf_efficient.training.checkpoints import (
+    MARKER,
+    CompleteCheckpoints,
+    last_complete_checkpoint,
+    load_state,
+    mark_complete,
+    rotate,
+    save_state,
+    signature,
+)
+from hf_efficient.training.collators import (
+    IGNORED,
+    LanguageModelCollator,
+    SeededCollator,
+    SpanCorruptionCollator,
+    fixed_rows,
+)
+from hf_efficient.training.data import load_rows, load_texts, token_blocks
+from hf_efficient.training.pictures import layer_picture, loss_curve
+from hf_efficient.training.pretraining import TokenScores, first_position, target_size, text_size, train_tokenizer
+from hf_efficient.training.results import RunRecord, write_json
+from hf_efficient.training.settings import parse_settings
+
+# ---- settings ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """A job."""
+
+    model: str  # what is trained
+    learning_rate: float = 5e-5  # highest rate; 10 % of it at the end
+    max_steps: int = 0
+    attention: str = ""
+    bf16: bool = False
+    pack: bool = True
+
+
+def test_settings_from_both_spellings():
+    settings = parse_settings(Settings, ["--model", "m", "--learning_rate", "1e-4", "--max-steps=3", "--bf16"])
+    assert settings == Settings("m", 1e-4, 3, bf16=True)
+    assert parse_settings(Settings, ["--model=m", "--no_pack", "--bf16", "false"]) == Settings("m", pack=False)
+
+
+def test_settings_from_yaml_then_the_command_line(tmp_path):
+    file = tmp_path / "job.yaml"
+    # YAML takes 1e-4 for text; a mechanism with options may be written out
+    file.write_text("model: m\nlearning_rate: 1e-4\nmax_steps: 7\nbf16: true\nattention: {mechanism: local}\n")
+    for words_ in (["--config", str(file), "--max_steps", "9"], ["--max_steps=9", f"--config={file}"]):
+        settings = parse_settings(Settings, words_)
+        assert settings == Settings("m", 1e-4, 9, '{"mechanism": "local"}', bf16=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "learning_rat: 1",
+            r"job.yaml: there is no setting learning_rat. Did you mean learning_rate\? The settings are model",
+        ),
+        ("max_steps: many", "--max_steps.*invalid int value: 'many'"),
+        ("max_steps: [1]", r"invalid int value: '\[1\]'"),
+        ("max_steps:", "max_steps has no value"),
+        ("just words", "must hold `setting: value` lines"),
+        ("a: [", "is no YAML"),
+    ],
+)
+def test_yaml_that_is_refused(line, message, tmp_path):
+    (tmp_path / "job.yaml").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        parse_settings(Settings, ["--model=m", f"--config={tmp_path / 'job.yaml'}"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["--model=m", "--lerning_rate=1"],
+            "no setting --lerning_rate. Did you mean learning_rate.* attention, bf16, pack",
+        ),
+        (["--model=m", "--learn=1"], "no setting --learn"),  # no abbreviations
+        (["--model=m", "--learning_rate=fast"], "invalid float value: 'fast'"),
+        (["--model=m", "--bf16=maybe"], "Truthy value expected"),
+        (["--model=m", "stray"], "unrecognized arguments: stray"),
+        ([], "required: --model"),
+    ],
+)
+def test_command_line_that_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        parse_settings(Settings, given)
+
+
+def test_help_shows_the_comments(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse_settings(Settings, ["--help"])
+    assert done.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "what is trained" in printed and "highest rate; 10 % of it at the end (default: 5e-05)" in printed
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+
+ROWS = [{"text": f"text {i}", "label": i % 2} for i in range(40)]
+
+
+def write_rows(folder: Path, kind: str) -> Path:
+    path = folder / f"rows.{kind}"
+    rows = Dataset.from_list(ROWS)
+    if kind == "txt":
+        path.write_text("\n".join(row["text"] for row in ROWS) + "\n\n  \n")
+    elif kind in ("json", "jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif kind == "csv":
+        rows.to_csv(path)
+    else:
+        rows.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "txt"])
+def test_texts_from_files(kind, tmp_path):
+    """A fixed twentieth of the rows is held out, by seed; nothing is lost and nothing twice."""
+    path = write_rows(tmp_path, kind)
+    loaded = load_texts(str(path), seed=3)
+    assert [len(loaded[split]) for split in ("train", "validation")] == [38, 2]
+    assert sorted([*loaded["train"]["text"], *loaded["validation"]["text"]]) == sorted(row["text"] for row in ROWS)
+    assert load_texts(str(path), seed=3)["validation"].to_list() == loaded["validation"].to_list()
+    assert load_texts(str(path), seed=4)["validation"].to_list() != loaded["validation"].to_list()
+    assert loaded["train"].column_names == ["text"]
+
+
+def test_texts_from_a_folder_and_a_pattern(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"body": "a b"}\n{"body": "c d"}\n')
+    (tmp_path / "validation.jsonl").write_text('{"body": "e f"}\n')
+    loaded = load_texts(str(tmp_path), text_column="body")
+    assert (list(loaded["train"]["text"]), list(loaded["validation"]["text"])) == (["a b", "c d"], ["e f"])
+    pattern = load_texts(str(tmp_path / "*.jsonl"), text_column="body", max_train_rows=1)
+    assert (len(pattern["train"]), len(pattern["validation"])) == (1, 1)
+
+
+def test_offline_texts():
+    loaded = load_texts("offline", max_train_rows=3, max_eval_rows=2)
+    assert [len(loaded[split]) for split in ("train", "validation")] == [3, 2]
+    assert not set(loaded["train"]["text"]) & set(loaded["validation"]["text"])
+
+
+def test_rows_are_renamed():
+    given = DatasetDict({"train": Dataset.from_list(ROWS), "validation": Dataset.from_list(ROWS[:3])})
+    loaded = load_rows(given, {"sentence": "text", "label": "label"}, max_eval_rows=2)
+    assert loaded["validation"].to_list() == [{"sentence": "text 0", "label": 0}, {"sentence": "text 1", "label": 1}]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ('{"body": "a"}\n{"body": "b"}\n', {}, r"no column 'text' in train; its columns are body\."),
+        ('{"text": ""}\n{"text": " "}\n', {}, "0 training rows and no validation split"),
+        ('{"text": "a"}\n', {}, "1 training rows and no validation split"),
+        ('{"text": 1}\n{"text": 2}\n', {}, "holds [12], which is no text; choose another with --text_column"),
+        ('{"text": \n', {}, r"can't be loaded, neither from disk nor from the Hub.*Give 'offline', files"),
+    ],
+)
+def test_data_that_is_refused(content, options, message, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_texts(str(tmp_path / "rows.jsonl"), **options)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "*.csv", "nobody/no-such-dataset"])
+def test_dataset_that_is_not_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"can't be loaded, neither from disk nor from the Hub"):
+        load_texts(name)
+
+
+# ---- rows of tokens ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("length", [7, 16, 63])
+@pytest.mark.parametrize(("family", "special"), [("bert", "around"), ("gpt2", "end"), ("gpt2", "none")])
+def test_blocks_hold_every_token_once_and_never_mix_texts(family, special, length, pack):
+    tokenizer = tiny_tokenizer(family)
+    texts = [words(n, start=n) for n in (1, 2, 5, 14, 15, 16, 40, 97)]
+    rows = token_blocks(texts, tokenizer, length, special_tokens=special, pack=pack, first_position=2 if pack else 0)
+    found = []
+    for row in rows:
+        ids, special_mask = row["input_ids"], row["special_tokens_mask"]
+        assert len(ids) == len(special_mask) <= length
+        positions = row["position_ids"] if pack else list(range(len(ids)))
+        starts = [i for i, p in enumerate(positions) if p == (2 if pack else 0)]
+        assert pack or starts == [0]
+        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+            assert positions[start:stop] == [p + positions[start] for p in range(stop - start)]
+            block = list(zip(ids[start:stop], special_mask[start:stop], strict=True))
+            if special == "around":
+                assert block[0] == (tokenizer.cls_token_id, 1) and block[-1] == (tokenizer.sep_token_id, 1)
+            found.append(tuple(i for i, is_special in block if not is_special))
+            assert len(found[-1]) >= 2
+    room = length - (2 if special == "around" else 0)
+    expected = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        expected += [tuple(ids[i : i + room]) for i in range(0, len(ids), room)]
+    assert Counter(found) == Counter(piece for piece in expected if len(piece) >= 2)
+    assert rows["index"] == list(range(len(rows)))
+    if not pack and special == "end":
+        ends = sum(row.count(tokenizer.eos_token_id) for row in rows["input_ids"])
+        assert ends == sum(len(t.split()) >= 2 and len(t.split()) % room not in (0, 1) for t in texts)
+
+
+def test_packed_rows_are_nearly_full():
+    """First fit, longest first: at most one row is half empty."""
+    texts = [words(n) for n in range(2, 60)]
+    rows = token_blocks(texts, tiny_tokenizer("gpt2"), 64, special_tokens="end", pack=True)
+    assert sum(len(ids) <= 32 for ids in rows["input_ids"]) <= 1
+    assert len(rows) < len(token_blocks(texts, tiny_tokenizer("gpt2"), 64, special_tokens="end")) * 0.6
+
+
+@pytest.mark.parametrize("length", [5, 200])
+def test_characters_of_blocks_add_up(length):
+    texts = [words(50), "  " + words(23)]
+    rows = token_blocks(texts, tiny_tokenizer("bert"), length)
+    # spaces before the first word belong to no token, and a last block of one token is left out
+    assert len("".join(texts)) - 2 - 4 <= sum(rows["characters"]) <= len("".join(texts)) - 2
+    assert text_size(rows)[1] == sum(rows["characters"])
+    assert text_size(rows)[0] == sum(len(ids) - 2 for ids in rows["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "length", "options", "message"),
+    [
+        ([words(5)], 16, {"drop_short": True}, "no block is left of 1 texts: none has 16 tokens"),
+        (["w10", "w11"], 16, {}, "no block is left of 2 texts: all are empty"),
+        ([words(5)], 3, {}, "a block of 3 tokens leaves 1 for text beside the special tokens"),
+        ([words(5)], 16, {"pack": True, "drop_short": True}, "drop_short has nothing to say beside it"),
+        ([words(5)], 16, {"special_tokens": "some"}, "must be one of around, end, none"),
+    ],
+)
+def test_blocks_that_are_refused(texts, length, options, message):
+    with pytest.raises(ValueError, match=message):
+        token_blocks(texts, tiny_tokenizer("bert"), length, **options)
+
+
+def test_drop_short_keeps_full_rows_alone():
+    rows = token_blocks([words(33), words(3)], tiny_tokenizer("bert"), 12, drop_short=True)
+    assert [len(ids) for ids in rows["input_ids"]] == [12, 12, 12]
+
+
+# ---- collators ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", [0.01, 0.15, 0.5, 0.99])
+@pytest.mark.parametrize("mean_span", [1.0, 3.0, 10.0])
+@pytest.mark.parametrize("length", [2, 3, 13, 64, 97, 512])
+def test_span_corruption_loses_nothing(length, density, mean_span):
+    """Kept and taken tokens are the input again, in order; sentinels mark where, and both sides end with the end token."""
+    collator = SpanCorruptionCollator(t5_tokenizer(), density, mean_span)
+    names = {index: name for name, index in t5_tokenizer().get_vocab().items()}
+    torch.manual_seed(length)
+    for _ in range(5):
+        ids = torch.randint(5, 90, (length,)).tolist()
+        source, target = collator.corrupt(ids)
+        assert source[-1] == target[-1] == collator.end
+        spans: dict[int, list[int]] = {}
+        for token in target[:-1]:
+            if token in collator.sentinels:
+                current = spans.setdefault(token, [])
+            else:
+                current.append(token)
+        marks = [token for token in source if token in collator.sentinels]
+        assert [names[token] for token in spans] == [f"<extra_id_{i}>" for i in range(len(marks) + 1)]
+        assert marks == list(spans)[:-1] and spans[list(spans)[-1]] == []
+        rebuilt = []
+        for token in source[:-1]:
+            rebuilt += spans.get(token, [token])
+        assert rebuilt == ids
+        taken = sum(map(len, spans.values()))
+        assert taken == min(max(round(length * density), 1), length - 1)
+        assert len(marks) <= SENTINELS - 1 and all(spans[mark] for mark in marks)
+        if 1 < round(taken / mean_span) <= min(length - taken, SENTINELS - 1):
+            assert len(marks) == round(taken / mean_span)
+
+
+def test_spans_fall_everywhere_and_follow_the_seed():
+    collator = SpanCorruptionCollator(t5_tokenizer())
+    rows = [{"input_ids": list(range(5, 90))}]
+    torch.manual_seed(1)
+    first = collator(rows)["input_ids"]
+    second = collator(rows)["input_ids"]
+    torch.manual_seed(1)
+    assert torch.equal(collator(rows)["input_ids"], first) and not torch.equal(first, second)
+    taken = Counter(i for _ in range(400) for i in collator.corrupt(rows[0]["input_ids"])[1] if 5 <= i < 90)
+    # the first piece is kept, so the first token is never taken; from the fourth or so on each is, as often as any other
+    assert taken[5] == 0
+    assert all(0.08 < taken[i] / 400 < 0.25 for i in range(20, 80))
+
+
+def test_span_corruption_batch():
+    tokenizer = t5_tokenizer()
+    rows = [{"input_ids": list(range(5, 45))}, {"input_ids": list(range(5, 15)), "labels": [9, 1]}]
+    batch = SpanCorruptionCollator(tokenizer, pad_to=40)(rows)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 40)
+    assert batch["labels"].shape == (2, 6 + 2 + 2)  # 6 tokens in 2 spans, one more sentinel, the end
+    assert batch["labels"][1].tolist() == [9, 1] + [IGNORED] * 8
+    assert batch["input_ids"][1, :10].tolist() == rows[1]["input_ids"]
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
+    model = tiny_model("t5", vocab_size=99 + SENTINELS)
+    assert model(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0.0}, "between 0 and 1"),
+        ({"density": 1.0}, "between 0 and 1"),
+        ({"mean_span": 0.5}, "must be ≥ 1"),
+    ],
+)
+def test_span_corruption_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        SpanCorruptionCollator(t5_tokenizer(), **options)
+    with pytest.raises(ValueError, match="has 0 sentinel tokens"):
+        SpanCorruptionCollator(tiny_tokenizer("t5"))
+    with pytest.raises(ValueError, match="a row of 1 tokens"):
+        SpanCorruptionCollator(t5_tokenizer()).corrupt([7])
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_causal_labels_equal_each_document_alone(pack):
+    """The loss of a batch is the mean over the documents' predicted tokens, each computed on its own."""
+    tokenizer, model = tiny_tokenizer("gpt2"), tiny_model("gpt2")
+    texts = [words(n, start=n) for n in (20, 9, 5, 14, 30)]
+    rows = token_blocks(texts, tokenizer, 40, special_tokens="end", pack=pack)
+    batch = LanguageModelCollator(tokenizer, pad_to=40)(list(rows))
+    assert ("attention_mask" in batch) != pack and (batch["input_ids"].shape[0] < len(texts)) == pack
+    total = count = 0.0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]])
+        logits = model(ids).logits[0, :-1]
+        total += float(F.cross_entropy(logits, ids[0, 1:], reduction="sum").detach())
+        count += len(logits)
+    # in eval mode the host would fill a cache, and with one it looks at no positions
+    assert float(model(**batch, use_cache=False).loss.detach()) == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("mechanism", ["local", "linformer"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_packed_masked_loss_equals_each_document_alone(family, mechanism):
+    tokenizer, model = tiny_tokenizer(family), tiny_model(family)
+    options = {"attention_window": 4} if mechanism == "local" else {"rank": 8}
+    he.convert(model, mechanism, tokenizer=tokenizer, **options)
+    first = first_position(model)
+    rows = token_blocks(
+        [words(n, start=n) for n in (20, 9, 5, 14, 30)], tokenizer, 40, pack=True, first_position=first
+    )
+    torch.manual_seed(0)
+    batch = LanguageModelCollator(tokenizer, 0.3)(list(rows))
+    total = count = documents = 0.0
+    for ids, positions, labels in zip(batch["input_ids"], batch["position_ids"], batch["labels"], strict=True):
+        starts = [*(positions == first).nonzero().flatten().tolist(), len(ids)]
+        for start, stop in itertools.pairwise(starts):
+            if (labels[start:stop] != IGNORED).any():
+                alone = model(ids[None, start:stop], position_ids=positions[None, start:stop])
+                loss = F.cross_entropy(alone.logits[0], labels[start:stop], ignore_index=IGNORED, reduction="sum")
+                total, count = total + float(loss.detach()), count + int((labels[start:stop] != IGNORED).sum())
+                documents += 1
+    assert documents > len(rows)
+    assert float(model(**batch).loss.detach()) == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_masking_leaves_special_tokens_and_padding_alone(pack):
+    tokenizer = tiny_tokenizer("bert")
+    rows = token_blocks([words(n) for n in (20, 9, 5, 14, 30)] * 8, tokenizer, 40, pack=pack)
+    plain = LanguageModelCollator(tokenizer)(list(rows))
+    torch.manual_seed(0)
+    batch = LanguageModelCollator(tokenizer, 0.15)(list(rows))
+    chosen = batch["labels"] != IGNORED
+    text = plain["input_ids"] >= 5
+    assert not (chosen & ~text).any() and 0.1 < chosen.sum() / text.sum() < 0.2
+    assert torch.equal(batch["labels"][chosen], plain["input_ids"][chosen])
+    changed = batch["input_ids"] != plain["input_ids"]
+    assert not (changed & ~chosen).any()
+    assert 0.65 < (batch["input_ids"] == tokenizer.mask_token_id).sum() / chosen.sum() < 0.95
+    assert set(batch) == {"input_ids", "labels", "position_ids" if pack else "attention_mask"}
+
+
+def test_short_batch_always_has_something_to_predict():
+    """Of two tokens 15 % is mostly none; the loss would be 0 / 0."""
+    tokenizer = tiny_tokenizer("bert")
+    collate = LanguageModelCollator(tokenizer, 0.15)
+    rows = [{"input_ids": [2, 50, 51, 3], "special_tokens_mask": [1, 0, 0, 1]}]
+    chosen = Counter()
+    for _ in range(100):
+        batch = collate(rows)
+        chosen.update((batch["labels"][0] != IGNORED).nonzero().flatten().tolist())
+        assert (batch["labels"] != IGNORED).any()
+    assert chosen.keys() == {1, 2} and min(chosen.values()) > 25
+
+
+def test_padding_of_packed_rows_is_a_document_of_its_own():
+    rows = [{"input_ids": [7, 8, 9], "position_ids": [2, 3, 2]}, {"input_ids": [7], "position_ids": [2]}]
+    batch = LanguageModelCollator(tiny_tokenizer("gpt2"), pad_to=5)(rows)
+    assert batch["position_ids"].tolist() == [[2, 3, 2, 2, 3], [2, 2, 3, 4, 5]]
+    assert batch["labels"].tolist() == [[-100, 8, -100, -100, -100], [-100] * 5]
+
+
+def test_seeded_collator_depends_on_seed_epoch_and_rows_alone():
+    tokenizer = tiny_tokenizer("bert")
+    rows = list(token_blocks([words(60)] * 4, tokenizer, 32))
+    collator = SeededCollator(LanguageModelCollator(tokenizer, 0.3), seed=1)
+    before = torch.random.get_rng_state()
+    first = collator(rows[:2])["input_ids"]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(99)
+    collator(rows[2:])
+    assert torch.equal(collator(rows[:2])["input_ids"], first)
+    assert not torch.equal(collator([rows[2], rows[3]])["input_ids"], first)  # the same texts at other places
+    state = type("State", (), {"epoch": 1.0})()
+    collator.on_epoch_begin(None, state, None)
+    assert collator.epoch == 1 and not torch.equal(collator(rows[:2])["input_ids"], first)
+    other = SeededCollator(collator.collate, seed=2)
+    assert not torch.equal(other(rows[:2])["input_ids"], first)
+
+
+def test_fixed_rows_are_the_same_in_every_batch():
+    tokenizer = tiny_tokenizer("bert")
+    collate = LanguageModelCollator(tokenizer, 0.3)
+    rows = token_blocks([words(50), words(9), words(33)], tokenizer, 32)
+    fixed = fixed_rows(rows, collate, seed=0)
+    torch.manual_seed(7)
+    assert fixed_rows(rows, collate, seed=0).to_list() == fixed.to_list()
+    assert fixed_rows(rows, collate, seed=1).to_list() != fixed.to_list()
+    batch = collate(list(fixed))
+    for row, ids, labels in zip(fixed, batch["input_ids"], batch["labels"], strict=True):
+        assert ids[: len(row["input_ids"])].tolist() == row["input_ids"]
+        assert labels[: len(row["labels"])].tolist() == row["labels"]
+        assert sum(label != IGNORED for label in row["labels"]) == int((labels != IGNORED).sum())
+
+
+# ---- scores ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_scores_are_means_over_tokens_not_over_batches(is_causal):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 9, 11), torch.randint(0, 11, (5, 9))
+    labels[0, 1:] = labels[3, 4:] = IGNORED
+    scores = TokenScores(is_causal, tokens=40, characters=120)
+    parts = [scores.losses((logits[i : i + 2], None), labels[i : i + 2]) for i in (0, 2, 4)]
+    prediction = type("Prediction", (), {"predictions": torch.cat(parts).numpy()})()
+    x, y = (logits[:, :-1], labels[:, 1:]) if is_causal else (logits, labels)
+    expected = float(F.cross_entropy(x.reshape(-1, 11).double(), y.reshape(-1), ignore_index=IGNORED))
+    figures = scores(prediction)
+    assert figures["token_loss"] == pytest.approx(expected, rel=1e-6)
+    assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+    assert figures["bits_per_character"] == pytest.approx(expected / math.log(2) * 40 / 120, rel=1e-6)
+
+
+def test_target_size_counts_hidden_text():
+    tokenizer = t5_tokenizer()
+    first, second = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"])
+    rows = Dataset.from_dict({"labels": [[first, 10, 11, second, 1]]})
+    tokens, characters = target_size(rows, tokenizer.decode)
+    assert tokens == 5 and characters >= len("w10w11")
+
+
+@pytest.mark.parametrize(("kind", "size"), [("gpt2", 300), ("bert", 200), ("t5", 220)])
+def test_tokenizers_from_scratch(kind, size, tmp_path):
+    from transformers import AutoTokenizer
+
+    texts = [
+        f"The {a} fox jumps over the {b} dog, {a}{b}." for a in ("quick", "brown", "lazy") for b in ("old", "wet")
+    ] * 9
+    tokenizer = train_tokenizer(kind, texts, size)
+    assert len(tokenizer) <= size
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "the quick brown dog jumps"
+    ids = reloaded(text)["input_ids"]
+    assert ids == tokenizer(text)["input_ids"]
+    assert reloaded.unk_token_id not in ids or kind == "gpt2"
+    assert reloaded.decode(ids, skip_special_tokens=True).strip() == text
+    if kind == "t5":
+        assert len(SpanCorruptionCollator(reloaded).sentinels) == 100
+    with pytest.raises(ValueError, match="too small"):
+        train_tokenizer(kind, texts, 50)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def checkpoint(folder: Path, step: int, model: Any, complete: bool = True) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "weights").write_bytes(b"x" * 10)
+    if complete:
+        mark_complete(path, step, signature(model))
+    return path
+
+
+def test_newest_whole_checkpoint_is_found(tmp_path, capsys):
+    model = nn.Linear(3, 2)
+    assert last_complete_checkpoint(tmp_path) is None
+    for step in (2, 9, 10):  # by number, not by name
+        checkpoint(tmp_path, step, model)
+    assert last_complete_checkpoint(tmp_path, model) == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-10/weights").write_bytes(b"x" * 9)
+    (tmp_path / "checkpoint-9/weights").unlink()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    checkpoint(tmp_path, 20, model, complete=False)
+    (tmp_path / "checkpoint-2" / MARKER).write_text('{"step":')
+    assert last_complete_checkpoint(tmp_path) is None
+    printed = capsys.readouterr().out
+    for reason in ("9 bytes instead of 10", "weights is missing", "the save was interrupted", "can't be read"):
+        assert reason in printed
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 4
+
+
+def test_rotation_never_takes_the_last_whole_checkpoint(tmp_path):
+    """By age the half-written ones would stay and the only whole one would go."""
+    model = nn.Linear(3, 2)
+    checkpoint(tmp_path, 1, model)
+    for step in (2, 3, 4):
+        checkpoint(tmp_path, step, model, complete=False)
+    rotate(tmp_path, keep=2)
+    assert len(list(tmp_path.iterdir())) == 4
+    for step in (5, 6, 7):
+        checkpoint(tmp_path, step, model)
+    rotate(tmp_path, keep=2, spare=str(tmp_path / "checkpoint-1"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-{i}" for i in (1, 2, 3, 4, 6, 7)]
+
+
+def test_interrupted_deletion_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    model = nn.Linear(3, 2)
+    for step in (1, 2):
+        checkpoint(tmp_path, step, model)
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint_parts.shutil, "rmtree", killed)
+        rotate(tmp_path, keep=1)
+    assert not (tmp_path / "checkpoint-1").exists()
+    rotate(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_checkpoint_of_another_shape(tmp_path):
+    checkpoint(tmp_path, 1, nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"weight has shape \[2, 3\] there and \[2, 4\] here.*another --output_dir"):
+        last_complete_checkpoint(tmp_path, nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"bias has shape \[2\] there and none here"):
+        last_complete_checkpoint(tmp_path, nn.Linear(3, 2, bias=False))
+
+
+def test_trainers_own_rotation_is_refused():
+    arguments = type("Arguments", (), {"save_total_limit": 2})()
+    with pytest.raises(ValueError, match="save_total_limit=2 would delete complete checkpoints"):
+        CompleteCheckpoints(nn.Linear(3, 2)).on_train_begin(arguments, None, None)
+    with pytest.raises(ValueError, match="keep=0"):
+        CompleteCheckpoints(nn.Linear(3, 2), keep=0)
+
+
+def test_state_of_a_plain_loop(tmp_path, monkeypatch):
+    """Saved whole or not at all, restored bit for bit, optimiser and random state included."""
+    from accelerate import Accelerator
+
+    def loop(model: nn.Module, folder: Path, until: int, kill_at: int = -1) -> list[float]:
+        accelerator = Accelerator(cpu=True)
+        prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+        done, losses = load_state(accelerator, folder, prepared), []
+        for step in range(done + 1, until + 1):
+            loss = (prepared(torch.randn(4, 3)) ** 2).mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+            if step == kill_at:
+                with monkeypatch.context() as patch:
+                    patch.setattr(checkpoint_parts, "mark_complete", lambda *args: 1 / 0)
+                    with pytest.raises(ZeroDivisionError):
+                        save_state(accelerator, folder, step, prepared)
+                return losses
+            save_state(accelerator, folder, step, prepared)
+        return losses
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(3, 2)
+
+    expected, whole = model(), tmp_path / "whole"
+    losses = loop(expected, whole, 6)
+    assert sorted(path.name for path in whole.iterdir()) == ["checkpoint-5", "checkpoint-6"]
+    resumed, folder = model(), tmp_path / "killed"
+    first = loop(resumed, folder, 6, kill_at=4)
+    assert last_complete_checkpoint(folder) == folder / "checkpoint-3" and first == losses[:4]
+    resumed = model()
+    assert loop(resumed, folder, 6) == losses[3:]
+    assert torch.equal(resumed.weight, expected.weight)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        load_state(Accelerator(cpu=True), folder, nn.Linear(5, 2))
+
+
+# ---- records and pictures ----------------------------------------------------------------------------------------
+
+
+def test_record_round_trip(tmp_path):
+    record = RunRecord("mlm", {"seed": 7, "model": "m"})
+    record.add("exact", {"loss": 1.5})
+    record.add("exact", {"perplexity": math.inf})
+    path = record.write(tmp_path / "a/result.json")
+    read = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert read["seed"] == 7 and read["metrics"]["exact"] == {"loss": 1.5, "perplexity": None}
+    assert {"torch", "transformers"} <= read["versions"].keys() and "cpu" in read["hardware"]
+    assert RunRecord.read(path).metrics == read["metrics"]
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="is no record of a run"):
+        RunRecord.read(path)
+
+
+def test_half_written_json_never_replaces_the_former(tmp_path):
+    write_json(tmp_path / "r.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "r.json", {"a": object()})
+    assert json.loads((tmp_path / "r.json").read_text()) == {"a": 1}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_pictures(tmp_path):
+    history = [{"step": i, "loss": 5.0 - i} for i in range(4)] + [{"step": 4, "eval_loss": 2.0}]
+    loss_curve(history, tmp_path / "loss.png", {"exact": 3.0})
+    loss_curve([], tmp_path / "empty.png")
+    errors = {"layers": ["a", "b"], "mechanism": [0.5, 0.25], "mean of values": [0.9, 0.8], "window only": [None, 0.5]}
+    layer_picture({"before": errors, "after": errors}, tmp_path / "layers.png")
+    for path in tmp_path.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"hf-efficient\[recipes\]"):
+        loss_curve([], tmp_path / "loss.png")
