@@ -135,7 +135,7 @@ def recovery_table(mechanism: str | None = None) -> str:
     settings = data["settings"]
     what = (
         f"Embedding cosine to `{settings['checkpoint']}`, {settings['texts']} held-out texts of {settings['length']} "
-        f"tokens, all layers; trained on batches of {settings['batch_size']} × {settings['length']}. Control: mean of values."
+        f"tokens, all layers; trained on batches of {settings['batch_size']} × {settings['length']}. Control: V averaged."
     )
     header += ["layer error before", "after", "minutes"]
     return table(header, rows) + f"\n\n{what} {_source(data)}"

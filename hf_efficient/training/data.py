@@ -209,17 +209,7 @@ def token_blocks(
         if drop_short:
             blocks = [block for block in blocks if len(block.input_ids) == length]
         rows = _packed(blocks, length) if pack else [[block] for block in blocks]
-        columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "special_tokens_mask", "characters")}
-        columns |= {"position_ids": []} if pack else {}
-        for row in rows:
-            columns["input_ids"].append([i for block in row for i in block.input_ids])
-            columns["special_tokens_mask"].append([m for block in row for m in block.special_tokens_mask])
-            columns["characters"].append(sum(block.characters for block in row))
-            if pack:
-                columns["position_ids"].append(
-                    [first_position + i for block in row for i in range(len(block.input_ids))]
-                )
-        return columns
+        return _as_columns(rows, first_position if pack else None)
 
     rows = texts.map(rows_of, batched=True, remove_columns=texts.column_names, desc="Tokenising")
     if not len(rows):
@@ -232,6 +222,20 @@ def token_blocks(
             )
         )
     return rows.add_column("index", list(range(len(rows))))
+
+
+def _as_columns(rows: list[list[_Block]], first_position: int | None) -> dict[str, list[Any]]:
+    """Rows of blocks as a batch of a dataset; `first_position=None` = one block a row, without positions."""
+    columns: dict[str, list[Any]] = {
+        "input_ids": [[i for block in row for i in block.input_ids] for row in rows],
+        "special_tokens_mask": [[m for block in row for m in block.special_tokens_mask] for row in rows],
+        "characters": [sum(block.characters for block in row) for row in rows],
+    }
+    if first_position is not None:
+        columns["position_ids"] = [
+            [first_position + i for block in row for i in range(len(block.input_ids))] for row in rows
+        ]
+    return columns
 
 
 class _Block(NamedTuple):

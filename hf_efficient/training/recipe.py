@@ -166,17 +166,7 @@ def train(trainer: Any, settings: Any, record: RunRecord, *, before: bool = True
     evaluate(trainer, record, "trained")
     if is_converted:
         record.layer_errors["after"] = _layer_errors(trainer)
-    parameters = list(trainer.model.parameters())
-    record.training = {
-        "steps": trainer.state.global_step,
-        "resumed_from": int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
-        "seconds": seconds,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds if seconds else None,
-        "parameters": sum(p.numel() for p in parameters),
-        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "log": [entry for entry in history if "loss" in entry or "eval_loss" in entry],
-    } | peak_memory()
+    record.training = _training_figures(trainer, checkpoint, seconds, tokens, history)
     save_model(trainer, output / "model", record)
     if first:
         losses = {name: figures["loss"] for name, figures in record.metrics.items() if figures.get("loss") is not None}
@@ -186,6 +176,22 @@ def train(trainer: Any, settings: Any, record: RunRecord, *, before: bool = True
         record.finished = True
         record.write(output / RESULT_NAME)
         print(summary(record, output))
+
+
+def _training_figures(
+    trainer: Any, checkpoint: Path | None, seconds: float, tokens: int, history: list[dict[str, Any]]
+) -> dict[str, Any]:
+    parameters = list(trainer.model.parameters())
+    return {
+        "steps": trainer.state.global_step,
+        "resumed_from": int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "parameters": sum(p.numel() for p in parameters),
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "log": [entry for entry in history if "loss" in entry or "eval_loss" in entry],
+    } | peak_memory()
 
 
 class _AlreadyTrained(Exception):
