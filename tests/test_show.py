@@ -287,7 +287,7 @@ def test_mechanisms_without_a_pattern_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} has no picture") as refused:
         he.show(name)
     assert str(refused.value).endswith(f"have one: {', '.join(sorted(PATTERNS))}.")
-    assert ("the one that local draws" in str(refused.value)) == (name in ("etc", "longt5"))
+    assert ("the one that local draws" in str(refused.value)) == (name in ("etc", "hedgehog", "longt5", "t2r"))
     assert sorted(PATTERNS) == drawable_mechanisms()
 
 
