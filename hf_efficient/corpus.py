@@ -45,10 +45,16 @@ def offline_texts(split: str = "held-out", minimum_characters: int = 2000) -> li
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not possible; it must be one of {', '.join(SPLITS)}.")
 
-    def side(name: str) -> str:
-        return "held-out" if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0 else "train"
+    return [
+        text
+        for name, text in offline_documents(minimum_characters).items()
+        if split == "all" or is_held_out(name) == (split == "held-out")
+    ]
 
-    return [text for name, text in offline_documents(minimum_characters).items() if split in ("all", side(name))]
+
+def is_held_out(name: str) -> bool:
+    """Whether the document of this name belongs to the held-out fifth."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0
 
 
 def minilm_checkpoint() -> Path:

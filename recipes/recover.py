@@ -7,7 +7,7 @@ dense model trained on just as long as ceiling, the mean of values and the windo
     python recipes/recover.py --family gpt2 --output_dir outputs/recover-gpt2
     python recipes/recover.py --family t5 --output_dir outputs/recover-t5 --record model_cards/results/perplexity_t5.json
 
-About half an hour each on one CPU core. Interrupted, it goes on where it was when called again.
+Interrupted, it goes on where it was when called again.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..corpus import offline_documents
+from ..corpus import is_held_out, offline_documents
 
 Row = dict[str, Any]
 
@@ -72,8 +72,7 @@ def _digest(name: str) -> int:
 
 
 def _in_split(name: str, split: str) -> bool:
-    # the rule of hf_efficient.corpus
-    return (_digest(name) % 5 == 0) == (split == "validation")
+    return is_held_out(name) == (split == "validation")
 
 
 def _sources(pattern: str, split: str) -> Iterator[str]:
