@@ -36,6 +36,7 @@ class BoundedLayer(DynamicLayer):
         keys, values: (B, H, R, D), in order of their tokens, the newest last.
         positions: (B, R) index of each key among all tokens, -1 = spare entry, in front; `None` = nothing was dropped yet.
         key_positions: the same for the keys that the last `update` returned.
+        dropped: (B, R) bool, which of these keys it forgot; `None` = none.
         seen: tokens seen so far.
         row_start: (B,) index of each row's first real token, `seen` for a row without any yet.
     """
@@ -54,6 +55,7 @@ class BoundedLayer(DynamicLayer):
     def _forget(self) -> None:
         self.positions: Tensor | None = None
         self.key_positions: Tensor | None = None
+        self.dropped: Tensor | None = None
         self.seen = self.pruned_at = self._kept = 0
         self._global_mask: Tensor | None = None
         self._is_prepared = False
@@ -80,7 +82,7 @@ class BoundedLayer(DynamicLayer):
             index = torch.arange(self.seen, self.seen + new, device=keys.device)
             self.positions = torch.cat([self.positions, index.expand(batch, -1)], dim=-1)
         self.seen += new
-        self.key_positions = self.positions
+        self.key_positions, self.dropped = self.positions, None
         if keys.shape[2] > self._kept + SLACK and not torch.compiler.is_compiling():
             self._prune(keys, values)
         return keys, values
@@ -102,6 +104,7 @@ class BoundedLayer(DynamicLayer):
         self._kept = int(keep.sum(-1).max())
         if self._kept == keep.shape[1]:
             return
+        self.dropped = ~keep
         # stable: what stays keeps its order, behind the spare entries of rows that keep less
         order = keep.int().argsort(dim=-1, stable=True)[:, keep.shape[1] - self._kept :]
         self.positions = torch.where(keep, positions, -1).gather(1, order)

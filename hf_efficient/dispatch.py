@@ -129,7 +129,7 @@ def efficient_attention_forward(
     if efficient_segments is not None:
         # every segment starts at the left edge of a row of its own
         return attend_segments(mechanism, query, key, value, context, efficient_segments).transpose(1, 2), None
-    return _mixed(mechanism, query, key, value, context).transpose(1, 2), None
+    return aligned_call(mechanism, query, key, value, context).transpose(1, 2), None
 
 
 def _place_keys(context: AttentionContext, positions: Tensor, query_offset: int) -> None:
@@ -142,8 +142,8 @@ def _place_keys(context: AttentionContext, positions: Tensor, query_offset: int)
         context.key_padding_mask = entries_at(positions, keep)
 
 
-def _mixed(mechanism: Any, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-    """Call the mechanism, on rows aligned to the left where it needs that."""
+def aligned_call(mechanism: Any, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+    """Call the mechanism, on rows aligned to the left where it needs that; the context then becomes that of these rows."""
     n, keep = query.shape[2], context.key_padding_mask
     if context.query_offset and not context.is_causal:
         raise ValueError(

@@ -18,11 +18,12 @@ from .base import (
     EfficientAttentionConfig,
     attention_config,
 )
-from .ops.attend import Partial, merge_attention
+from .ops.alignment import first_real_token
+from .ops.attend import Partial, additive_mask, attend, merge_attention
 from .ops.block_sparse import block_sparse_attention
 from .ops.far_attention import far_future, far_past, log_kernel, window_means
 from .ops.linear_attention import linear_attention
-from .ops.patterns import Window
+from .ops.patterns import Columns, Window
 from .ops.windows import window_sides
 from .recurrent import RecurrentLayer
 
@@ -37,10 +38,12 @@ class HybridAttentionConfig(EfficientAttentionConfig):
     Args:
         attention_window: w, in tokens, even; 0 = no window. Encoder: w // 2 keys on each side plus the token itself are
             exact. Causal: the last w keys, the token itself included.
+        sink_tokens: the first real tokens of each row that are exact for every query, beside a window.
         feature_dim: rows of the map of each head; `None` = the head's width D.
     """
 
     attention_window: int = 0
+    sink_tokens: int = 0
     feature_dim: int | None = None
 
     def __post_init__(self) -> None:
@@ -49,18 +52,22 @@ class HybridAttentionConfig(EfficientAttentionConfig):
         self._require(
             "attention_window", type(window) is int and window >= 0 and window % 2 == 0, "an even integer ≥ 0"
         )
+        sinks = self.sink_tokens
+        fits = type(sinks) is int and sinks >= 0 and (window > 0 or sinks == 0)
+        self._require("sink_tokens", fits, "an integer ≥ 0, and 0 without a window: give attention_window as well")
         if self.feature_dim is not None:
             self._require_positive("feature_dim")
 
 
 class HybridAttention(EfficientAttention):
-    """`y_i = Σ_j p_ij v_j / Σ_j p_ij` with `p_ij = exp(s · q_i·k_j + b(j - i))` in the window of query i and, outside it,
+    """`y_i = Σ_j p_ij v_j / Σ_j p_ij` with `p_ij = exp(s · q_i·k_j + b(j - i))` in the window of query i and for the first
+    tokens of its row (sinks), and for all other keys
 
         p_ij = exp(g + a (L_i - m_i) + s · q_i·k̄_i + b_far) φ(q_i)·φ(k_j)
 
     with the log-sum-exp L_i and the mean m_i of the window's logits, the mean k̄_i of its keys, b_far the bias of all
     far keys in that direction, and g, a learned per head: the far part is measured against what the window holds, the
-    less the sharper the window is (a < 1), and nothing changes when a number is added to all logits of a query. Both
+    less the sharper the window is (a < 1), and nothing changes when a number is added to all logits of a query. The
     parts are computed apart and merged by their log-sum-exps, with gradients through these. Without a window only φ is
     left. A subclass gives φ.
     """
@@ -116,11 +123,14 @@ class HybridAttention(EfficientAttention):
     def control_config(cls, config: Any) -> EfficientAttentionConfig | None:
         if not config.attention_window:
             return None
-        places = {"layers": config.layers, "side": config.side}
-        return attention_config("local", attention_window=config.attention_window, **places)
+        shared = ("attention_window", "sink_tokens", "layers", "side")
+        return attention_config("local", **{name: getattr(config, name) for name in shared})
 
     def cache_layer(self) -> RecurrentLayer | None:
-        return RecurrentLayer(self.pattern) if self.geometry.is_causal else None
+        if not self.geometry.is_causal:
+            return None
+        sinks = self.config.sink_tokens
+        return RecurrentLayer(self.pattern | Columns(positions=tuple(range(sinks))) if sinks else self.pattern)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
@@ -131,8 +141,11 @@ class HybridAttention(EfficientAttention):
             if self.config.attention_window:
                 near = self._near(query, key, value, context)
                 scales = self._log_scales(query, key, near[1], context)
+                exact = [near]
+                if self.config.sink_tokens:
+                    exact.append(self._at_sinks(query, key, value, context))
                 far = self._far(log_query, log_key, far_value, scales, context)
-                out, _ = merge_attention((near[0].to(log_query.dtype), near[1]), *far)
+                out, _ = merge_attention(*((part.to(log_query.dtype), lse) for part, lse in exact), *far)
             elif context.is_causal:
                 out, _ = far_past(log_query, log_key, far_value, 0, _state(context))
             else:
@@ -149,7 +162,14 @@ class HybridAttention(EfficientAttention):
         log_key = self.log_features(key.to(dtype) * unit, "key")
         if context.key_padding_mask is not None:
             log_key = log_key.masked_fill(~context.key_padding_mask[:, None, :, None], float("-inf"))
+        if self.config.sink_tokens:
+            log_key = log_key.masked_fill(self._is_sink(context, key)[:, None, :, None], float("-inf"))
         return log_query, log_key
+
+    def _is_sink(self, context: AttentionContext, key: Tensor) -> Tensor:
+        """(B or 1, S) bool: the first tokens of each row."""
+        index = torch.arange(key.shape[2], device=key.device) - _first_entry(context, key)
+        return (index >= 0) & (index < self.config.sink_tokens)
 
     def _near(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Partial:
         near: Partial = block_sparse_attention(
@@ -168,6 +188,32 @@ class HybridAttention(EfficientAttention):
             return_lse=True,
         )
         return near
+
+    def _at_sinks(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Partial:
+        """Exact attention to the sinks that lie outside the window of a query."""
+        n, s, count = query.shape[2], key.shape[2], self.config.sink_tokens
+        entries = _first_entry(context, key) + torch.arange(count, device=key.device)
+        exists, entries = entries < s, entries.clamp(max=s - 1).expand(key.shape[0], -1)
+        if context.key_padding_mask is not None:
+            exists = exists & context.key_padding_mask.gather(1, entries)
+        position = entries if context.key_positions is None else context.key_positions.gather(1, entries)
+        offset = (
+            position[:, None]
+            - torch.arange(context.query_offset, context.query_offset + n, device=key.device)[:, None]
+        )
+        visible = exists[:, None] & ((offset < -self.pattern.left) | (offset > self.pattern.right))
+        if context.is_causal:
+            visible = visible & (offset <= 0)
+        logits = additive_mask(visible, query.dtype)[:, None]
+        if context.relative_bias is not None:
+            logits = logits + context.relative_bias.at(offset).transpose(0, 1).to(query.dtype)
+        index = entries[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        keys, values = key.gather(2, index), value.gather(2, index)
+        out, lse = attend(
+            query, keys, values, logits, scaling=context.scaling, dropout=context.dropout, return_lse=True
+        )
+        assert lse is not None
+        return out, lse
 
     def _far(
         self,
@@ -206,10 +252,8 @@ class HybridAttention(EfficientAttention):
         with torch.autocast(query.device.type, enabled=False):
             log_query, log_key = self._features(query, key, context)
             keep = context.key_padding_mask
-            # log-features of -inf have no logarithm of a kernel: padding is masked below
-            logits = log_kernel(
-                log_query, log_key if keep is None else log_key.masked_fill(~keep[:, None, :, None], 0.0)
-            )
+            # log-features of -inf have no logarithm of a kernel: padding is masked below, sinks are replaced
+            logits = log_kernel(log_query, log_key.masked_fill(log_key == float("-inf"), 0.0))
             offset = torch.arange(s, device=key.device) - torch.arange(s - n, s, device=key.device)[:, None]
             if self.config.attention_window:
                 near_lse = self._near(query, key, torch.zeros_like(key), context)[1]
@@ -218,8 +262,10 @@ class HybridAttention(EfficientAttention):
                 exact = (query.to(logits.dtype) @ key.to(logits.dtype).transpose(-1, -2)) * context.scaling
                 if context.relative_bias is not None:
                     exact = exact + context.relative_bias.at(offset).to(logits.dtype)
-                in_window = (offset >= -self.pattern.left) & (offset <= self.pattern.right)
-                logits = torch.where(in_window, exact, logits)
+                is_exact = (offset >= -self.pattern.left) & (offset <= self.pattern.right)
+                if self.config.sink_tokens:
+                    is_exact = is_exact | self._is_sink(context, key)[:, None, None]
+                logits = torch.where(is_exact, exact, logits)
             hidden = torch.zeros_like(offset, dtype=torch.bool) if not context.is_causal else offset > 0
             hidden = hidden[None, None] if keep is None else hidden | ~keep[:, None, None]
             # a row that sees nothing gets 0, not NaN
@@ -232,6 +278,16 @@ def _smallest_window(geometry: AttentionGeometry) -> int:
         return 0
     reach = geometry.relative_bias_reach
     return max(2, reach + reach % 2 if geometry.is_causal else 2 * (reach - 1))
+
+
+def _first_entry(context: AttentionContext, key: Tensor) -> Tensor:
+    """(B or 1, 1) index, among the keys that are there, of each row's first token."""
+    if context.key_positions is not None:
+        start = 0 if context.row_start is None else context.row_start[:, None]
+        return (context.key_positions < start).sum(-1, keepdim=True)
+    if context.key_padding_mask is not None:
+        return first_real_token(context.key_padding_mask)[:, None]
+    return torch.zeros(1, 1, dtype=torch.long, device=key.device)
 
 
 def _state(context: AttentionContext) -> Any:

@@ -11,9 +11,9 @@ from .ops.linear_attention import FeatureState, absorb
 
 
 class RecurrentLayer(BoundedLayer):
-    """Cache layer that keeps the keys of a window, and of all older ones a state of `ops.linear_attention`.
+    """Cache layer that keeps the keys of a pattern, and of all others a state of `ops.linear_attention`.
 
-    With t tokens seen, the state holds the keys that lie outside the windows of all queries from token t - SLACK on, so that
+    With t tokens seen, the state holds the keys that no query from token t - SLACK on can see by the pattern, so that
     `crop` goes back as far as in every bounded layer. The layer knows no feature map: it hands out what it will forget once
     more, and the mechanism folds that in. O(window + 2 · SLACK) keys and (M, D + 2) numbers per head, in fp32 at least: in
     bfloat16 the normaliser of positive features stops growing after a few hundred tokens.
@@ -41,10 +41,9 @@ class RecurrentLayer(BoundedLayer):
             log_key: (B, H, R, M) log-features of all keys that the update returned, -inf = the key does not exist.
             value: (B, H, R, D).
         """
-        assert self.keys is not None
-        count = log_key.shape[2] - self.keys.shape[2]
-        if count > 0:
-            self.state = absorb(self.state, log_key[:, :, :count].detach(), value[:, :, :count].detach())
+        if self.dropped is not None:
+            log_key = log_key.detach().masked_fill(~self.dropped[:, None, :, None], float("-inf"))
+            self.state = absorb(self.state, log_key, value.detach())
 
     def offload(self) -> None:
         super().offload()

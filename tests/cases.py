@@ -44,7 +44,11 @@ class Case:
 ALL = frozenset({"E", "C", "T5"})
 
 CASES: dict[str, Case] = {
-    "local": Case(dict(attention_window=8), ALL, variants=(dict(attention_window=6, dilation=3),)),
+    "local": Case(
+        dict(attention_window=8),
+        ALL,
+        variants=(dict(attention_window=6, dilation=3), dict(attention_window=6, sink_tokens=2)),
+    ),
     "longformer": Case(
         dict(attention_window=8, global_tokens="first"),
         ALL,
@@ -186,7 +190,7 @@ CASES: dict[str, Case] = {
         variants=(
             dict(attention_window=0),
             dict(attention_window=2, feature_dim=11),
-            dict(feature_dim=3, attention_window=6),
+            dict(feature_dim=3, attention_window=6, sink_tokens=2),
         ),
         mask=False,
         parameters=True,

@@ -27,7 +27,15 @@ def in_window(i: int, j: int, window: int, dilation: int, causal: bool) -> bool:
 
 def local_mask(mechanism: Any, keep: Tensor, causal: bool) -> Tensor:
     config = mechanism.config
-    return pairs(keep.shape[1], lambda i, j: in_window(i, j, config.attention_window, config.dilation, causal))
+    rows = []
+    for start, _ in row_extent(keep):
+
+        def sees(i: int, j: int, start: int = start) -> bool:
+            sink = 0 <= j - start < config.sink_tokens and (j <= i or not causal)
+            return sink or in_window(i, j, config.attention_window, config.dilation, causal)
+
+        rows.append(pairs(keep.shape[1], sees))
+    return torch.stack(rows)[:, None]
 
 
 def longformer_mask(mechanism: Any, keep: Tensor, causal: bool) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hf_efficient as he
 from hf_efficient.base import AttentionGeometry, LinearWeights, SourceAttention
-from hf_efficient.dispatch import _mixed
+from hf_efficient.dispatch import aligned_call
 from hf_efficient.families import family_of
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.testing import tiny_model
@@ -203,7 +203,7 @@ class Bench:
             hidden_states=tokens.hidden if self.mechanism.needs_hidden_states else None,
             project=self.project if self.mechanism.needs_project else None,
         )
-        return _mixed(self.mechanism, tokens.query, tokens.key, tokens.value, context)
+        return aligned_call(self.mechanism, tokens.query, tokens.key, tokens.value, context)
 
 
 class Tokens(NamedTuple):

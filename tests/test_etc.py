@@ -18,7 +18,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 import hf_efficient as he
 from hf_efficient.attention.etc import GATE
 from hf_efficient.base import EfficientAttention, EfficientAttentionConfig
-from hf_efficient.dispatch import _mixed
+from hf_efficient.dispatch import aligned_call
 from hf_efficient.families import family_of
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
@@ -423,7 +423,7 @@ def test_aligned_mechanisms_get_their_extra_tokens_in_front() -> None:
     keep = torch.tensor([[1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]).bool()
     query = torch.arange(6.0).expand(3, 1, 6)[..., None]
     context = he.AttentionContext(is_causal=False, scaling=1.0, key_padding_mask=keep, hidden_states=query[:, 0])
-    out = _mixed(mechanism, query, query, query, context)
+    out = aligned_call(mechanism, query, query, query, context)
     heads, mask, hidden = mechanism.seen
     assert heads[:, 0].tolist() == [[0, 1, 4, 5, 2, 3], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
     assert torch.equal(hidden[..., 0], heads[:, 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -20,10 +21,10 @@ from hf_efficient.testing import assert_close, tiny_model
 
 PLACES = [("bert", None), ("gpt2", None), ("t5", "encoder"), ("t5", "decoder")]
 SETTINGS = [
-    pytest.param(mechanism, family, side, window, id=f"{mechanism}-{side or family}-{window}")
+    pytest.param(mechanism, family, side, window, sinks, id=f"{mechanism}-{side or family}-{window}-{sinks}")
     for mechanism in ("hedgehog", "t2r")
     for family, side in PLACES
-    for window in ((0, 6, 2) if family != "t5" else (8, 12))
+    for window, sinks in (((0, 0), (6, 0), (2, 0), (2, 5)) if family != "t5" else ((8, 0), (12, 0), (8, 2)))
 ]
 
 
@@ -68,21 +69,23 @@ def defined_weights(bench: Bench, query: Tensor, key: Tensor, keep: Tensor) -> T
     level = (plain * near).sum(-1) / near.sum(-1).clamp(min=1)
     outside = torch.where(offset < 0, far[:, :1, None], far[:, -1:, None])
     scale = mechanism.log_scale[:, None] + level + mechanism.sharpness[:, None] * (log_sum - level - mean_b)
-    weights = torch.where(near, (plain + b).exp(), kernel * (scale[..., None] + outside).exp()) * visible
+    since_start = (torch.arange(n) - keep.int().argmax(-1)[:, None])[:, None, None]
+    exact = near | (since_start >= 0) & (since_start < mechanism.config.sink_tokens)
+    weights = torch.where(exact, (plain + b).exp(), kernel * (scale[..., None] + outside).exp()) * visible
     return weights / torch.where(sees, weights.sum(-1, keepdim=True), 1.0)
 
 
 # ---- against the definition --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mechanism", "family", "side", "window"), SETTINGS)
+@pytest.mark.parametrize(("mechanism", "family", "side", "window", "sinks"), SETTINGS)
 @pytest.mark.parametrize("n", [1, 2, 63, 97])
 def test_output_and_gradients_equal_the_definition(
-    mechanism: str, family: str, side: str | None, window: int, n: int, monkeypatch
+    mechanism: str, family: str, side: str | None, window: int, sinks: int, n: int, monkeypatch
 ):
     """Rows padded on both sides; chunks far shorter than the input."""
     monkeypatch.setattr(linear_attention, "CHUNK", 16)
-    bench = bench_of(mechanism, family, side, window, feature_dim=3)
+    bench = bench_of(mechanism, family, side, window, sink_tokens=sinks, feature_dim=3)
     tokens = bench.tokens(3, n)
     keep = torch.ones(3, n, dtype=torch.bool)
     keep[1, n - n // 3 :] = keep[2, : n // 4] = False
@@ -100,9 +103,9 @@ def test_output_and_gradients_equal_the_definition(
         assert (one - (0.0 if two is None else two)).abs().max() <= 1e-9 * scale, f"gradient {number}"
 
 
-@pytest.mark.parametrize(("mechanism", "family", "side", "window"), SETTINGS)
-def test_dense_weights_are_those_of_the_output(mechanism: str, family: str, side: str | None, window: int):
-    bench = bench_of(mechanism, family, side, window)
+@pytest.mark.parametrize(("mechanism", "family", "side", "window", "sinks"), SETTINGS)
+def test_dense_weights_are_those_of_the_output(mechanism: str, family: str, side: str | None, window: int, sinks: int):
+    bench = bench_of(mechanism, family, side, window, sink_tokens=sinks)
     tokens = bench.tokens(3, 61)
     keep = torch.ones(3, 61, dtype=torch.bool)
     keep[1, 40:] = keep[2, :7] = False
@@ -146,8 +149,19 @@ def test_the_control_is_the_window_alone():
         config = he.attention_config(mechanism, attention_window=8, layers=(1,), side="decoder")
         control = config.attention_class.control_config(config)
         assert control == he.attention_config("local", attention_window=8, layers=(1,), side="decoder")
+        with_sinks = dataclasses.replace(config, sink_tokens=3)
+        assert config.attention_class.control_config(with_sinks) == dataclasses.replace(control, sink_tokens=3)
         alone = he.attention_config(mechanism, attention_window=0)
         assert alone.attention_class.control_config(alone) is None
+
+
+@pytest.mark.parametrize("sinks", [-1, 1.0, True])
+def test_sinks_that_make_no_sense_are_refused(sinks: Any):
+    for mechanism in ("hedgehog", "local"):
+        with pytest.raises(ValueError, match=f"sink_tokens={sinks}"):
+            he.attention_config(mechanism, attention_window=8, sink_tokens=sinks)
+    with pytest.raises(ValueError, match=r"sink_tokens=1 .*attention_window"):
+        he.attention_config("t2r", sink_tokens=1)
 
 
 # ---- T5 ----------------------------------------------------------------------------------------------------------

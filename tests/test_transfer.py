@@ -41,7 +41,15 @@ def alone(pair: Pair, config: Any, layer: int, inputs: Inputs) -> tuple[Any, Ten
     return model, heads(model, inputs, pair.side)[layer], expected
 
 
-@each(ALONE)
+@each(
+    [
+        *ALONE,
+        *(
+            Pair("hedgehog", family, None, dict(attention_window=6, sink_tokens=2), "sinks")
+            for family in ("bert", "gpt2")
+        ),
+    ]
+)
 def test_layer_errors_against_models_with_one_converted_layer(pair: Pair):
     """Every layer sees the unconverted model's states, and only real tokens count; so do the controls."""
     model = pair.model().double()
@@ -324,6 +332,9 @@ def test_classifiers_and_bare_encoders():
 
 @each([pair for pair in LEARNING if pair.family != "roberta"])
 def test_autocast_gives_nearly_the_same_gradients(pair: Pair):
+    if pair.mechanism == "t2r":
+        # a query whose few features are all 0 divides by ε alone: there the function itself is steep
+        pair = dataclasses.replace(pair, options=pair.options | dict(feature_dim=64))
     model = pair.model()
     inputs = inputs_for(model)
     found, losses = [], []
@@ -340,8 +351,7 @@ def test_autocast_gives_nearly_the_same_gradients(pair: Pair):
             losses.append(output.loss.detach())
             found.append(torch.cat([g.flatten() for g in gradients(model).values()]))
     assert_close(losses[1], losses[0], 0.03)
-    # rounding moves features of t2r across the kink of its relu, where the logarithm is steep
-    assert torch.cosine_similarity(found[0], found[1], dim=0) > (0.5 if pair.mechanism == "t2r" else 0.9)
+    assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.99
 
 
 def test_autocast_keeps_no_weights_of_the_other_model():

@@ -19,6 +19,7 @@ class HedgehogAttentionConfig(HybridAttentionConfig):
     Args:
         attention_window: w, in tokens, even; 0 = no window. Encoder: w // 2 keys on each side plus the token itself are
             exact. Causal: the last w keys, the token itself included.
+        sink_tokens: the first real tokens of each row that are exact for every query, beside a window.
         feature_dim: rows of the map of each head, which gives twice as many features; `None` = the head's width D.
     """
 
@@ -35,19 +36,19 @@ class HedgehogAttention(HybridAttention):
     one for queries and one for keys:
 
         φ(x) = [softmax(W x), softmax(-W x)]
-        p_ij = exp(s · q_i·k_j + b(j - i))                                    in the window
-        p_ij = exp(g + a (L_i - m_i) + s · q_i·k̄_i + b_far) φ(q_i)·φ(k_j)     outside
+        p_ij = exp(s · q_i·k_j + b(j - i))                                    in the window, and at sinks
+        p_ij = exp(g + a (L_i - m_i) + s · q_i·k̄_i + b_far) φ(q_i)·φ(k_j)     elsewhere
         y_i = Σ_j p_ij v_j / Σ_j p_ij
 
     L_i is the log-sum-exp and m_i the mean of the window's logits, k̄_i the mean of its keys, b_far the bias of all
     far keys of that direction; g and a are learned per head. Without a window `p_ij = φ(q_i)·φ(k_j)` for all keys. W =
     I at the start; it is trained layer by layer against the pretrained attention. O(N (w + M) D) time, O(N (w + M))
-    memory with M = 2 feature_dim; causal decoding keeps w keys and one (M, D + 1) state per head. Attention dropout
-    drops single weights in the window and whole keys outside it.
+    memory with M = 2 feature_dim; causal decoding keeps w keys, the sinks and one (M, D + 1) state per head. Attention
+    dropout drops single weights in the window and whole keys outside it.
 
     Source: Zhang et al. 2024 (arXiv 2402.04347), §4; the hybrid: Zhang et al. 2024 (arXiv 2410.10254, LoLCATs), §3.3.
     Departure: the far part is measured against the mean and the log-sum-exp of the window's logits, not against their
-    maximum.
+    maximum. Sinks: Xiao et al. 2024 (arXiv 2309.17453), §3.
     """
 
     Config = HedgehogAttentionConfig

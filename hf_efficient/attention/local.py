@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
-from ..ops.patterns import Pattern, Window
+from ..ops.patterns import Columns, Pattern, Window
 from ..ops.windows import window_sides
 from ..pattern_attention import PatternAttention, PatternAttentionConfig
 
@@ -20,33 +20,39 @@ class LocalAttentionConfig(PatternAttentionConfig):
         attention_window: w, in tokens, even. Encoder: w // 2 keys on each side plus the token itself. Causal: the last
             w keys, the token itself included.
         dilation: distance between neighbouring visible keys.
+        sink_tokens: the first real tokens of each row that every query sees as well.
     """
 
     mechanism: ClassVar[str] = "local"
 
     attention_window: int = 512
     dilation: int = 1
+    sink_tokens: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("attention_window", "dilation")
         self._require("attention_window", self.attention_window % 2 == 0, "even: half of it lies on each side")
+        sinks = self.sink_tokens
+        self._require("sink_tokens", type(sinks) is int and sinks >= 0, "an integer ≥ 0")
 
     def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
         left, right = window_sides(self.attention_window, geometry.is_causal)
-        return Window(left=left, right=right, dilation=self.dilation)
+        window = Window(left=left, right=right, dilation=self.dilation)
+        return window | Columns(positions=tuple(range(self.sink_tokens))) if self.sink_tokens else window
 
 
 @register_mechanism
 class LocalAttention(PatternAttention):
     """Each token attends to its neighbours.
 
-    Query i sees key j iff `j - i = δ m` with `|m| ≤ w / 2` (causal: `-w < m ≤ 0`), δ the dilation:
+    Query i sees key j iff `j - i = δ m` with `|m| ≤ w / 2` (causal: `-w < m ≤ 0`), δ the dilation, or `j < sink_tokens`:
 
         y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j
 
-    O(N w) time and memory. No new parameters. Window and bias depend on offsets alone, so padding on either side changes
-    nothing. Source: Beltagy et al. 2020 (arXiv 2004.05150), §3.1; Parmar et al. 2018 (arXiv 1802.05751), §3.2.
+    O(N w) time and memory. No new parameters. Window and bias depend on offsets alone, and sinks are counted from a row's
+    first real token, so padding on either side changes nothing. Source: Beltagy et al. 2020 (arXiv 2004.05150), §3.1;
+    Parmar et al. 2018 (arXiv 1802.05751), §3.2; sinks: Xiao et al. 2024 (arXiv 2309.17453), §3.
     """
 
     Config = LocalAttentionConfig

@@ -21,6 +21,7 @@ class T2RAttentionConfig(HybridAttentionConfig):
     Args:
         attention_window: w, in tokens, even; 0 = no window. Encoder: w // 2 keys on each side plus the token itself are
             exact. Causal: the last w keys, the token itself included.
+        sink_tokens: the first real tokens of each row that are exact for every query, beside a window.
         feature_dim: features of each head; `None` = the head's width D.
     """
 
@@ -38,9 +39,10 @@ class T2RAttention(HybridAttention):
         y_i = Σ_j φ(q_i)·φ(k_j) v_j / Σ_j φ(q_i)·φ(k_j)
 
     With a window, near keys keep their softmax weights, and far ones join them as in Hedgehog. W = I and c = 0 at the
-    start; both must be trained. ε keeps a query or key whose features are all 0 from losing its gradient. O(N (w + M)
-    D) time, O(N (w + M)) memory with M = feature_dim; causal decoding keeps w keys and one (M, D + 1) state per head.
-    Attention dropout drops single weights in the window and whole keys outside it.
+    start; both must be trained. ε keeps a query or key whose features are all 0 from losing its gradient; such a query
+    (one of 2^M with random signs) divides by ε alone, and its output is steep. O(N (w + M) D) time, O(N (w + M)) memory
+    with M = feature_dim; causal decoding keeps w keys, the sinks and one (M, D + 1) state per head. Attention dropout
+    drops single weights in the window and whole keys outside it.
 
     Source: Kasai et al. 2021 (arXiv 2103.13076), §3.
     """

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 128
+CHUNK = 64
 
 
 class FeatureState(NamedTuple):
@@ -101,38 +102,49 @@ def _causal(log_query: Tensor, log_key: Tensor, values: Tensor, state: FeatureSt
         head, log_key = log_key[..., :past, :], log_key[..., past:, :]
         state = _joined(state, head, values[..., :past, :], head.detach().amax(dim=-2, keepdim=True))
         values = values[..., past:, :]
-    outputs, shifts = [], []
-    for first in range(0, n, CHUNK):
-        part = slice(first, first + CHUNK)
-        q, k, v = log_query[..., part, :], log_key[..., part, :], values[..., part, :]
-        running = k.detach().cummax(dim=-2).values  # per query: what it sees, never a later key
-        if state is not None:
-            running = torch.maximum(running, state.maximum)
-        top = _finite((q.detach() + running).amax(dim=-1, keepdim=True))
-        sums = _near(q, k, top).tril() @ v
-        if state is not None:
-            # exp(-inf - top) = 0 drops features that had no key so far
-            sums = sums + (q + state.maximum - top).exp() @ state.sums
-        outputs.append(sums)
-        shifts.append(top)
-        if first + CHUNK < n:
-            state = _joined(state, k, v, running[..., -1:, :])
-    if len(outputs) == 1:
-        return outputs[0], shifts[0]
-    return torch.cat(outputs, dim=-2), torch.cat(shifts, dim=-2)
+    size = min(CHUNK, n)
+    q, k = _in_chunks(log_query, size, 0.0), _in_chunks(log_key, size, float("-inf"))
+    v = _in_chunks(values, size, 0.0)
+    products, level = _kernel(q, k)
+    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    # the largest pair that each query sees, never a later key: that could push all it really sees below the smallest number
+    top = (products.detach().log() + level).masked_fill(later, float("-inf")).amax(dim=-1, keepdim=True)
+    before = _states_before(k, v, state)
+    if before is not None:
+        top = torch.maximum(top, (q.detach() + before.maximum).amax(dim=-1, keepdim=True))
+    top = _finite(top)
+    # level - top ≤ 87 where a pair is visible and its product a normal number
+    sums = (products * (level - top).clamp(max=87.0).exp()).tril() @ v
+    if before is not None:
+        # exp(-inf - top) = 0 drops features that had no key so far
+        sums = sums + (q + before.maximum - top).exp() @ before.sums
+    return sums.flatten(-3, -2)[..., :n, :], top.flatten(-3, -2)[..., :n, :]
 
 
-def _near(log_query: Tensor, log_key: Tensor, top: Tensor) -> Tensor:
-    """(…, N, S) weights `exp(-top_n) Σ_r φ(q_n)_r φ(k_s)_r` of one chunk, each pair scaled by its own two maxima.
+def _states_before(log_key: Tensor, values: Tensor, state: FeatureState | None) -> FeatureState | None:
+    """The state before each chunk of (…, T, C, M) keys, (…, T, M, D + 1) and (…, T, 1, M); `None` = nothing before any."""
+    maxima = log_key.detach().amax(dim=-2, keepdim=True)
+    if log_key.shape[-3] == 1:
+        return None if state is None else FeatureState(state.sums.unsqueeze(-3), state.maximum.unsqueeze(-3))
+    own = (log_key - _finite(maxima)).exp().transpose(-1, -2) @ values
+    if state is None:
+        nothing = torch.full_like(maxima[..., 0, :, :], float("-inf"))
+        state = FeatureState(torch.zeros_like(own[..., 0, :, :]), nothing)
+    states = [state]
+    for chunk in range(log_key.shape[-3] - 1):
+        sums, before = states[-1]
+        after = torch.maximum(before, maxima[..., chunk, :, :])
+        shrink = ((x - _finite(after)).exp().transpose(-1, -2) for x in (before, maxima[..., chunk, :, :]))
+        states.append(FeatureState(sums * next(shrink) + own[..., chunk, :, :] * next(shrink), after))
+    return FeatureState(*(torch.stack(parts, dim=-3) for parts in zip(*states, strict=True)))
 
-    A maximum per feature would be taken over keys that come later too, and a large one among them would push all that a
-    query really sees below the smallest number.
-    """
+
+def _kernel(log_query: Tensor, log_key: Tensor) -> tuple[Tensor, Tensor]:
+    """(…, N, S) products p and constants c with `p e^c = φ(q_n)·φ(k_s)`: each pair is scaled by its own two maxima."""
     top_query = log_query.detach().amax(dim=-1, keepdim=True)
     top_key = _finite(log_key.detach().amax(dim=-1, keepdim=True))
     products = (log_query - top_query).exp() @ (log_key - top_key).exp().transpose(-1, -2)
-    # beyond e^80 only pairs that are not visible, or whose product is 0
-    return products * (top_query + top_key.transpose(-1, -2) - top).clamp(max=80.0).exp()
+    return products, top_query + top_key.transpose(-1, -2)
 
 
 def _finite(maximum: Tensor) -> Tensor:
@@ -142,3 +154,8 @@ def _finite(maximum: Tensor) -> Tensor:
 
 def _in_front(x: Tensor, rows: int, fill: float) -> Tensor:
     return torch.cat([x.new_full((*x.shape[:-2], rows, x.shape[-1]), fill), x], dim=-2)
+
+
+def _in_chunks(x: Tensor, size: int, fill: float) -> Tensor:
+    """(…, T, size, D) of (…, N, D), the last chunk filled up."""
+    return F.pad(x, (0, 0, 0, -x.shape[-2] % size), value=fill).unflatten(-2, (-1, size))

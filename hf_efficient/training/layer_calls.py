@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import AttentionContext
-from ..dispatch import CHILD, _exact_attention
+from ..dispatch import CHILD, _exact_attention, aligned_call
 from ..exact import converted_layers, eval_mode, mechanism_of
 from ..fidelity import MeanOfValues, MeanOfValuesConfig
 from .transfer_losses import relative_parts
@@ -111,7 +111,9 @@ def layer_errors(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, 
     def observe(name: str, call: LayerCall) -> None:
         outputs = {"mechanism": call.student}
         for kind, control in controls[name].items():
-            outputs[kind] = control.to(call.query.device)(call.query, call.key, call.value, call.context)
+            # a control may need rows that start at the left edge where the mechanism does not
+            context = dataclasses.replace(call.context)
+            outputs[kind] = aligned_call(control.to(call.query.device), call.query, call.key, call.value, context)
         for kind, output in outputs.items():
             for place, part in enumerate(relative_parts(output, call.teacher, call.real)):
                 sums[name][kind][place] += float(part)
