@@ -21,7 +21,7 @@ STAGES = ("converted", "transferred", "trained", "control")
 # mechanism, its options, and the settings of `distill`
 RUNS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("linformer", dict(rank=128), dict(steps=200, end_to_end_steps=100)),
-    ("hedgehog", dict(attention_window=64), dict(steps=200)),
+    ("hedgehog", dict(attention_window=64, sink_tokens=1), dict(steps=200)),
     ("hedgehog", dict(attention_window=0), dict(steps=200, end_to_end_steps=100)),
     ("t2r", dict(attention_window=0), dict(steps=200, end_to_end_steps=100)),
     ("performer", dict(num_features=256), dict(steps=0, end_to_end_steps=300)),

@@ -38,7 +38,7 @@ class HybridAttentionConfig(EfficientAttentionConfig):
     Args:
         attention_window: w, in tokens, even; 0 = no window. Encoder: w // 2 keys on each side plus the token itself are
             exact. Causal: the last w keys, the token itself included.
-        sink_tokens: the first real tokens of each row that are exact for every query, beside a window.
+        sink_tokens: so many tokens from each row's first real one on are exact for every query, beside a window.
         feature_dim: rows of the map of each head; `None` = the head's width D.
     """
 
@@ -65,11 +65,11 @@ class HybridAttention(EfficientAttention):
 
         p_ij = exp(g + a (L_i - m_i) + s · q_i·k̄_i + b_far) φ(q_i)·φ(k_j)
 
-    with the log-sum-exp L_i and the mean m_i of the window's logits, the mean k̄_i of its keys, b_far the bias of all
-    far keys in that direction, and g, a learned per head: the far part is measured against what the window holds, the
-    less the sharper the window is (a < 1), and nothing changes when a number is added to all logits of a query. The
-    parts are computed apart and merged by their log-sum-exps, with gradients through these. Without a window only φ is
-    left. A subclass gives φ.
+    with the log-sum-exp L_i and the mean m_i of the window's logits (in it the bias averaged over all offsets of a window),
+    the mean k̄_i of its keys, b_far the bias of all far keys in that direction, and g, a learned per head: the far part is
+    measured against what the window holds, the less the sharper the window is (a < 1), and nothing changes when a number is
+    added to all logits of a query. The parts are computed apart and merged by their log-sum-exps, with gradients through
+    these. Without a window only φ is left. A subclass gives φ.
     """
 
     config: HybridAttentionConfig
@@ -296,8 +296,8 @@ def _state(context: AttentionContext) -> Any:
 
 def _identity_rows(rows: int, width: int) -> Tensor:
     """(rows, width): the identity, then further orthogonal matrices from a fixed seed."""
-    blocks, generator = [torch.eye(width)], torch.Generator().manual_seed(0)
+    blocks, generator = [torch.eye(width, device="cpu")], torch.Generator().manual_seed(0)
     while len(blocks) * width < rows:
-        q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+        q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64, device="cpu"))
         blocks.append((q * r.diagonal().sign()).to(torch.float32))
     return torch.cat(blocks)[:rows]

@@ -19,7 +19,7 @@ class HedgehogAttentionConfig(HybridAttentionConfig):
     Args:
         attention_window: w, in tokens, even; 0 = no window. Encoder: w // 2 keys on each side plus the token itself are
             exact. Causal: the last w keys, the token itself included.
-        sink_tokens: the first real tokens of each row that are exact for every query, beside a window.
+        sink_tokens: so many tokens from each row's first real one on are exact for every query, beside a window.
         feature_dim: rows of the map of each head, which gives twice as many features; `None` = the head's width D.
     """
 

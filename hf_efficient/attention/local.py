@@ -20,7 +20,7 @@ class LocalAttentionConfig(PatternAttentionConfig):
         attention_window: w, in tokens, even. Encoder: w // 2 keys on each side plus the token itself. Causal: the last
             w keys, the token itself included.
         dilation: distance between neighbouring visible keys.
-        sink_tokens: the first real tokens of each row that every query sees as well.
+        sink_tokens: so many tokens from each row's first real one on are seen by every query as well.
     """
 
     mechanism: ClassVar[str] = "local"

@@ -55,15 +55,17 @@ def window_means(key: Tensor, keep: Tensor | None, left: int, right: int, num_qu
     Args:
         keep: (B, S) bool, True = real; `None` = all.
 
-    By prefix sums: O(S · D) time and memory.
+    By prefix sums, of what keys differ from their mean, which would cancel: O(S · D) time and memory.
     """
     real = torch.ones_like(key[:1, :1, :, :1]) if keep is None else keep[:, None, :, None].to(key.dtype)
-    total = F.pad(key if keep is None else key.masked_fill(~keep[:, None, :, None], 0.0), (0, 0, 1, 0)).cumsum(2)
+    centre = ((key * real).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)).detach()
+    total = F.pad((key - centre) * real, (0, 0, 1, 0)).cumsum(2)
     count = F.pad(real, (0, 0, 1, 0)).cumsum(2)
     s = key.shape[2]
     rows = torch.arange(s - num_queries, s, device=key.device)
     low, high = (rows - left).clamp(min=0), (rows + right + 1).clamp(max=s)
-    return (total[:, :, high] - total[:, :, low]) / (count[:, :, high] - count[:, :, low]).clamp(min=1)
+    shown = count[:, :, high] - count[:, :, low]
+    return torch.where(shown > 0, (total[:, :, high] - total[:, :, low]) / shown.clamp(min=1) + centre, 0.0)
 
 
 def log_kernel(log_query: Tensor, log_key: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,9 @@ def linear_attention(
 
     Features enter as logarithms so that they can be stabilised exactly: keys are divided by a maximum per feature
     (causal: over past chunks), queries by a maximum per query; all cancel in the ratio, so none needs a gradient and
-    no ε is added. An ε would turn trained models, whose features are tiny, into uniform attention.
+    no ε is added. An ε would turn trained models, whose features are tiny, into uniform attention. Causal pairs of one
+    chunk are computed in fp64, since features of one query and one key may be as small as e^-100 where they meet.
+    Compiled, the causal form is specialised to the number of chunks.
 
     Args:
         log_query: (B, H, N, M) fp32 or fp64.
@@ -48,7 +51,7 @@ def linear_attention(
 
     Returns:
         (B, H, N, D) in the features' dtype, and with `return_lse` (B, H, N); 0 and -inf for a query without keys.
-        O(S · M · D) time, O(S · M) memory; the causal form keeps one (M, D + 1) state.
+        O(S · M · D) time, O(S · M) memory, the causal form beside that one (M, D + 1) state per chunk of 64 tokens.
 
     Source: Katharopoulos et al. 2020 (arXiv 2006.16236) eq. 5 and 9, Choromanski et al. 2021 (arXiv 2009.14794) §2.
     """
@@ -105,16 +108,17 @@ def _causal(log_query: Tensor, log_key: Tensor, values: Tensor, state: FeatureSt
     size = min(CHUNK, n)
     q, k = _in_chunks(log_query, size, 0.0), _in_chunks(log_key, size, float("-inf"))
     v = _in_chunks(values, size, 0.0)
-    products, level = _kernel(q, k)
+    products, level = _kernel(*(x.to(_widest(x)) for x in (q, k)))
     later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     # the largest pair that each query sees, never a later key: that could push all it really sees below the smallest number
     top = (products.detach().log() + level).masked_fill(later, float("-inf")).amax(dim=-1, keepdim=True)
     before = _states_before(k, v, state)
     if before is not None:
         top = torch.maximum(top, (q.detach() + before.maximum).amax(dim=-1, keepdim=True))
-    top = _finite(top)
-    # level - top ≤ 87 where a pair is visible and its product a normal number
-    sums = (products * (level - top).clamp(max=87.0).exp()).tril() @ v
+    top = _finite(top).to(q.dtype)
+    # where a pair is visible, level - top ≤ -log(product); elsewhere it may be anything
+    limit = -math.log(torch.finfo(products.dtype).tiny)
+    sums = (products * (level - top).clamp(max=limit).exp()).tril().to(v.dtype) @ v
     if before is not None:
         # exp(-inf - top) = 0 drops features that had no key so far
         sums = sums + (q + before.maximum - top).exp() @ before.sums
@@ -126,25 +130,33 @@ def _states_before(log_key: Tensor, values: Tensor, state: FeatureState | None) 
     maxima = log_key.detach().amax(dim=-2, keepdim=True)
     if log_key.shape[-3] == 1:
         return None if state is None else FeatureState(state.sums.unsqueeze(-3), state.maximum.unsqueeze(-3))
-    own = (log_key - _finite(maxima)).exp().transpose(-1, -2) @ values
+    own = (log_key - _finite(maxima))[..., :-1, :, :].exp().transpose(-1, -2) @ values[..., :-1, :, :]
     if state is None:
         nothing = torch.full_like(maxima[..., 0, :, :], float("-inf"))
         state = FeatureState(torch.zeros_like(own[..., 0, :, :]), nothing)
     states = [state]
-    for chunk in range(log_key.shape[-3] - 1):
+    # taken apart once: the gradient of one slice is as large as the whole
+    for new, maximum in zip(own.unbind(-3), maxima.unbind(-3)[:-1], strict=True):
         sums, before = states[-1]
-        after = torch.maximum(before, maxima[..., chunk, :, :])
-        shrink = ((x - _finite(after)).exp().transpose(-1, -2) for x in (before, maxima[..., chunk, :, :]))
-        states.append(FeatureState(sums * next(shrink) + own[..., chunk, :, :] * next(shrink), after))
+        after = torch.maximum(before, maximum)
+        kept, added = ((x - _finite(after)).exp().transpose(-1, -2) for x in (before, maximum))
+        states.append(FeatureState(sums * kept + new * added, after))
     return FeatureState(*(torch.stack(parts, dim=-3) for parts in zip(*states, strict=True)))
 
 
 def _kernel(log_query: Tensor, log_key: Tensor) -> tuple[Tensor, Tensor]:
-    """(…, N, S) products p and constants c with `p e^c = φ(q_n)·φ(k_s)`: each pair is scaled by its own two maxima."""
+    """(…, N, S) products p and constants c with `p e^c = φ(q_n)·φ(k_s)`: each pair is scaled by its own two maxima.
+
+    p falls as far below 1 as the large features of query and key lie apart, and must not reach 0.
+    """
     top_query = log_query.detach().amax(dim=-1, keepdim=True)
     top_key = _finite(log_key.detach().amax(dim=-1, keepdim=True))
     products = (log_query - top_query).exp() @ (log_key - top_key).exp().transpose(-1, -2)
     return products, top_query + top_key.transpose(-1, -2)
+
+
+def _widest(x: Tensor) -> torch.dtype:
+    return x.dtype if x.device.type == "mps" else torch.float64  # which has no fp64
 
 
 def _finite(maximum: Tensor) -> Tensor:
