@@ -10,6 +10,7 @@ import torch
 from pairs import Bench, Pair
 from test_decoding import bounded_layers, decode, full, prompt
 from torch import Tensor
+from torch.profiler import profile
 
 import hf_efficient as he
 from hf_efficient import decoding
@@ -243,6 +244,46 @@ def test_log_sum_exp_of_linear_attention(n: int, s: int, is_causal: bool, monkey
         strict=True,
     ):
         assert_close(one, two, 1e-11)
+
+
+@pytest.mark.parametrize("gap", [40, 95, 300])
+def test_features_that_lie_far_apart(gap: int):
+    """A query and a key may meet in features that are next to nothing for both; a strong gradient must survive that too."""
+    q = torch.tensor([[0.0, -gap], [0.0, -gap], [-gap, 0.0]]).view(1, 1, 3, 2).requires_grad_()
+    k = torch.tensor([[-gap, 0.0], [-gap - 2.0, -1.0], [-gap, -gap]]).view(1, 1, 3, 2).requires_grad_()
+    v = torch.tensor([[1.0], [0.0], [3.0]]).view(1, 1, 3, 1)
+    logits = (q.double()[:, :, :, None] + k.double()[:, :, None]).logsumexp(-1)
+    expected = logits.masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v.double()
+    out, lse = linear_attention.linear_attention(q, k, v, is_causal=True, return_lse=True)
+    assert_close(out.double(), expected, 1e-5)
+    assert lse.isfinite().all()
+    ours, theirs = (torch.autograd.grad(65536 * y.sum(), (q, k)) for y in (out, expected))
+    for one, two in zip(ours, theirs, strict=True):
+        assert_close(one, two, 1e-5)
+
+
+def test_backward_is_linear_in_the_length():
+    """Bytes that the backward pass allocates: gradients of slices would be as large as the whole, chunk by chunk."""
+
+    def allocated(n: int) -> int:
+        q, k, v = log_features(n, n)
+        out = linear_attention.linear_attention(q, k, v, is_causal=True)
+        with profile(profile_memory=True) as profiler:
+            out.sum().backward()
+        return sum(max(0, event.self_cpu_memory_usage) for event in profiler.events())
+
+    assert allocated(4096) < 2.3 * allocated(2048)
+
+
+def test_window_means_far_from_zero():
+    key = 1000 + torch.randn(1, 2, 4000, 3, dtype=torch.float64)
+    keep = torch.ones(1, 4000, dtype=torch.bool)
+    keep[:, :50] = False
+    expected = far_attention.window_means(key, keep, 1, 0, 4000)
+    assert_close(expected[:, :, 60], key[:, :, 59:61].mean(2), 1e-12)
+    assert (expected[:, :, :50] == 0).all()
+    actual = far_attention.window_means(key.float(), keep, 1, 0, 4000)
+    assert (actual - expected)[:, :, 50:].abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("cuts", [(0, 10), (1, 11), (4, 5, 20), (28,)])

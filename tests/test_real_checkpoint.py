@@ -64,9 +64,14 @@ def test_known_similarity_of_the_original(checkpoint):
     assert torch.cosine_similarity(first, second, dim=0).item() == pytest.approx(0.666, abs=1e-3)
 
 
-def test_splits_are_disjoint_and_cover_everything():
+def test_splits_are_disjoint_and_only_copies_belong_to_neither():
     train, held_out, everything = (set(corpus.offline_texts(split)) for split in corpus.SPLITS)
-    assert train and held_out and not train & held_out and train | held_out == everything
+    assert train and held_out and not train & held_out and train | held_out < everything
+    # by sentences of 12 words, wherever lines break
+    runs = {t: {tuple(w[i : i + 12]) for w in [t.lower().split()] for i in range(len(w) - 11)} for t in everything}
+    known = set().union(*(runs[text] for text in train))
+    for text in everything - train:
+        assert (len(runs[text] & known) < 0.2 * len(runs[text])) == (text in held_out), text[:200]
     with pytest.raises(ValueError, match="split='dev'"):
         corpus.offline_texts("dev")
 
