@@ -266,13 +266,13 @@ def test_backward_is_linear_in_the_length():
     """Bytes that the backward pass allocates: gradients of slices would be as large as the whole, chunk by chunk."""
 
     def allocated(n: int) -> int:
-        q, k, v = log_features(n, n)
+        q, k, v = (torch.randn(1, 1, n, 32, requires_grad=True) for _ in range(3))
         out = linear_attention.linear_attention(q, k, v, is_causal=True)
         with profile(profile_memory=True) as profiler:
             out.sum().backward()
         return sum(max(0, event.self_cpu_memory_usage) for event in profiler.events())
 
-    assert allocated(4096) < 2.3 * allocated(2048)
+    assert allocated(8192) < 2.2 * allocated(4096)
 
 
 def test_window_means_far_from_zero():
