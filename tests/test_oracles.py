@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES
-from masks import PATTERNS, pairs, random_blocks
+from masks import PATTERNS, bigbird_mask, pairs, random_blocks
 from torch import Tensor, nn
 
 import hf_efficient as he
@@ -162,6 +162,25 @@ def bigbird(layer: int = 0, causal: bool = False, **options: Any) -> BigBirdAtte
     return BigBirdAttention(
         BigBirdAttentionConfig(**settings), geometry(layer=layer, is_causal=causal, side="decoder" if causal else None)
     )
+
+
+@pytest.mark.parametrize("lengths", [(32, 32), (32, 19), (5, 1)])
+@pytest.mark.parametrize("n", [32, 31, 24])
+def test_few_blocks_are_one_dense_tile(n: int, lengths: tuple[int, int]) -> None:
+    """Whole and broken blocks, padded rows: outputs and gradients against the mask."""
+    mechanism = bigbird().double()
+    q, k, v = (torch.randn(2, 4, n, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    lengths = tuple(min(n, length) for length in lengths)
+    keep = torch.arange(n) < torch.tensor(lengths)[:, None]
+    context = AttentionContext(is_causal=False, scaling=0.5, key_padding_mask=None if min(lengths) == n else keep)
+    mask = bigbird_mask(mechanism, keep, False) & keep[:, None, None]
+    expected = (0.5 * q @ k.mT).masked_fill(~mask, torch.finfo(torch.float64).min).softmax(-1) @ v
+    actual = mechanism(q, k, v, context)
+    assert_close(actual.transpose(1, 2), expected.transpose(1, 2), 1e-12, where=keep)
+    direction = torch.randn_like(actual) * keep[:, None, :, None]
+    ours, theirs = (torch.autograd.grad((x * direction).sum(), (q, k, v)) for x in (actual, expected))
+    for one, two in zip(ours, theirs, strict=True):
+        assert_close(one, two, 1e-12)
 
 
 @pytest.mark.parametrize("count, end", [(1, 0), (2, 1), (4, 3), (6, 5), (30, 29), (30, 17), (30, None), (3, None)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -219,13 +219,26 @@ def _window(
 # lists of blocks that depend on each row's length
 
 
-def _lists(
-    pattern: BlockList, n: int, is_causal: bool, device: torch.device
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Key blocks and full rows of rows without padding."""
+class _Lists(NamedTuple):
+    """Key blocks and full rows of `BlockList`; where one dense tile is cheaper, which blocks each block of queries sees."""
+
+    columns: Tensor
+    full: tuple[Tensor, Tensor] | None
+    seen: Tensor | None
+    sees_all: bool
+
+
+def _lists(pattern: BlockList, n: int, is_causal: bool, device: torch.device, length: Tensor | None = None) -> _Lists:
+    """For rows of (B,) real tokens; `None` = without padding."""
     with torch.inference_mode(False):  # kept lists must serve training also
-        length = torch.full((1,), n, device=device)
-        return pattern.columns(-(-n // pattern.block_size), length, is_causal), pattern.full_rows(n, length, is_causal)
+        length = torch.full((1,), n, device=device) if length is None else length
+        rows = -(-n // pattern.block_size)
+        columns, full = pattern.columns(rows, length, is_causal), pattern.full_rows(n, length, is_causal)
+        is_small = columns.shape[0] * columns.shape[1] * n * n <= BLOCK_MASK_LIMIT
+        if not is_small or columns.shape[-1] < rows:
+            return _Lists(columns, full, None, False)
+        seen = _seen_blocks(columns, full, pattern.block_size)
+        return _Lists(columns, full, seen, bool_all(seen))
 
 
 _kept_lists = lru_cache(maxsize=64)(_lists)
@@ -270,13 +283,12 @@ def _block_list(query: Tensor, key: Tensor, value: Tensor, pattern: BlockList, c
     rows = -(-n // size)
     if call.keep is None:
         lists_of = _lists if torch.compiler.is_compiling() else _kept_lists
-        columns, full = lists_of(pattern, n, call.is_causal, key.device)
+        lists = lists_of(pattern, n, call.is_causal, key.device)
     else:
-        length = real_length(call.keep)
-        columns, full = pattern.columns(rows, length, call.is_causal), pattern.full_rows(n, length, call.is_causal)
-    is_small = columns.shape[0] * columns.shape[1] * n * n <= BLOCK_MASK_LIMIT
-    if is_small and columns.shape[-1] >= rows and not call.by_vectors:
-        return _dense_blocks(query, key, value, columns, full, size, call)
+        lists = _lists(pattern, n, call.is_causal, key.device, real_length(call.keep))
+    columns, full = lists.columns, lists.full
+    if lists.seen is not None and not call.by_vectors:
+        return _dense_blocks(query, key, value, lists.seen, lists.sees_all, size, call)
     if call.keep is None and call.bias is None and not call.is_causal and not call.by_vectors:
         plan = BlockPlan(*_constant_list_plan(pattern.spec(), len(range(n)), str(key.device)))
         return _pair(block_list_attention(query, key, value, plan, block_size=size, **call.options))
@@ -292,25 +304,42 @@ def _block_list(query: Tensor, key: Tensor, value: Tensor, pattern: BlockList, c
     return _written(out, lse, index, exists, _rows(query, key, value, index, call))
 
 
+def _seen_blocks(columns: Tensor, full: tuple[Tensor, Tensor] | None, size: int) -> Tensor:
+    """(B or 1, H or 1, rows, rows) bool: which blocks of keys each block of queries sees."""
+    rows = columns.shape[2]
+    seen = columns.new_zeros(*columns.shape[:3], rows + 1, dtype=torch.bool)
+    seen = seen.scatter(3, columns % (rows + 1), True)[..., :rows]  # -1 falls into the spare column
+    if full is None:
+        return seen
+    block = torch.where(full[1], full[0] // size, rows)
+    everything = columns.new_zeros(block.shape[0], rows + 1, dtype=torch.bool).scatter(1, block, True)[:, :rows]
+    return seen | everything[:, None, :, None]
+
+
 def _dense_blocks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    columns: Tensor,
-    full: tuple[Tensor, Tensor] | None,
+    seen: Tensor,
+    sees_all: bool,
     size: int,
     call: Call,
 ) -> Result:
     """Few blocks: one dense tile, without a mask where every block sees every block."""
-    n, rows = query.shape[2], columns.shape[2]
-    seen = columns.new_zeros(*columns.shape[:3], rows + 1, dtype=torch.bool)
-    seen = seen.scatter(3, columns % (rows + 1), True)[..., :rows]  # -1 falls into the spare column
-    if full is not None:
-        block = torch.where(full[1], full[0] // size, rows)
-        everything = columns.new_zeros(block.shape[0], rows + 1, dtype=torch.bool).scatter(1, block, True)[:, :rows]
-        seen = seen | everything[:, None, :, None]
+    batch, heads, n, width = query.shape
+    rows = seen.shape[-1]
+    is_plain = not call.is_causal and call.bias is None and not call.return_lse and not call.dropout
+    if is_plain and query.device.type == "cpu" and n == rows * size and (call.keep is not None or not sees_all):
+        # each block of queries as a head of its own: their one row of mask is not copied for every query
+        visible = seen.repeat_interleave(size, -1)
+        if call.keep is not None:
+            visible = visible & call.keep[:, None, None]
+        mask = additive_mask(visible, query.dtype).expand(batch, heads, -1, -1).flatten(0, 1)[:, :, None]
+        blocks = query.flatten(0, 1).unflatten(1, (rows, size))
+        k, v = (x.flatten(0, 1)[:, None].expand(-1, rows, -1, -1) for x in (key, value))
+        return attend(blocks, k, v, mask, scaling=call.scaling)[0].reshape(batch, heads, n, width), None
     logits = None
-    if not bool_all(seen) or call.is_causal or call.keep is not None or call.bias is not None:
+    if not sees_all or call.is_causal or call.keep is not None or call.bias is not None:
         # every block becomes size × size equal entries in one copy
         blocks = additive_mask(seen, query.dtype)[:, :, :, None, :, None]
         logits = blocks.expand(-1, -1, -1, size, -1, size).flatten(4, 5).flatten(2, 3)[:, :, :n, :n]
