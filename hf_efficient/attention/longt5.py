@@ -19,8 +19,10 @@ from ..base import (
     register_mechanism,
 )
 from ..ops.alignment import real_length
+from ..ops.block_sparse import block_sparse_attention
+from ..ops.patterns import Window
 from ..ops.relative_bias import RelativeBias
-from ..ops.windows import ExtraKeys, window_attention
+from ..ops.windows import ExtraKeys
 
 POOLING = ("mean", "rms")
 RMS_EPSILON = 1e-6
@@ -144,12 +146,11 @@ class LongT5Attention(EfficientAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         reach = self.config.attention_window // 2
         slots = self._slots(query, context) if query.shape[2] >= self.config.global_block_size else None
-        out = window_attention(
+        out: Tensor = block_sparse_attention(
             query,
             key,
             value,
-            left=reach,
-            right=reach,
+            Window(left=reach, right=reach),
             scaling=context.scaling,
             key_padding_mask=context.key_padding_mask,
             relative_bias=context.relative_bias,
