@@ -33,8 +33,7 @@ class LongT5AttentionConfig(EfficientAttentionConfig):
     """Options of LongT5's transient-global attention.
 
     Args:
-        attention_window: w, in tokens, even: w // 2 keys on each side plus the token itself (LongT5's `local_radius` is
-            w // 2).
+        attention_window: w, in tokens, even: w // 2 keys (LongT5's `local_radius`) on each side plus the token itself.
         global_block_size: g, tokens per slot; longer than the input = no slots, which is LongT5's local attention.
         pooling: how a block becomes a slot: `"mean"` of its real tokens, the closest start from other weights, or `"rms"`:
             their sum brought to root mean square 1, as LongT5 was trained.
@@ -144,13 +143,13 @@ class LongT5Attention(EfficientAttention):
         return replace(config, attention_window=2 * length, global_block_size=2 * length)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        reach = self.config.attention_window // 2
+        window = Window(left=self.config.attention_window // 2, right=self.config.attention_window // 2)
         slots = self._slots(query, context) if query.shape[2] >= self.config.global_block_size else None
         out: Tensor = block_sparse_attention(
             query,
             key,
             value,
-            Window(left=reach, right=reach),
+            window,
             scaling=context.scaling,
             key_padding_mask=context.key_padding_mask,
             relative_bias=context.relative_bias,
