@@ -13,6 +13,7 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 
 from .checkpoints import EXACT, inspect_checkpoint
 from .conversion import REPORT_NAME
+from .training.data import BUILDERS
 from .training.results import RESULT_NAME, RunRecord
 
 README = "README.md"
@@ -123,8 +124,8 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a recorded name is of the Hub: no folder here, and of its form; single words only if they are cached."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    """Whether a recorded name is of the Hub: no path here, of its form, and no data file's; single words only if cached."""
+    if Path(name).exists() or Path(name).suffix in BUILDERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return False
     return "/" in name or isinstance(try_to_load_from_cache(name, "config.json"), str)
 

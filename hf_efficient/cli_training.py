@@ -95,7 +95,7 @@ def _require_folder(checkpoint: Path) -> None:
 def _distill(
     checkpoint: Path, out: Path, texts: Path | None, resume: bool, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    from .conversion import REPORT_NAME, load_converted, load_tokenizer
+    from .conversion import load_converted, load_tokenizer
     from .corpus import offline_texts
     from .training.distill import distill
     from .training.results import RESULT_NAME, write_json
@@ -110,10 +110,6 @@ def _distill(
     given = {"model": str(checkpoint), "texts": "offline" if texts is None else str(texts)}
     document = report | {"settings": report["settings"] | given, "command": shlex.join(words)}
     write_json(out / RESULT_NAME, document)
-    if (checkpoint / REPORT_NAME).is_file():
-        partial = out / "model" / f".{REPORT_NAME}.tmp"
-        shutil.copy(checkpoint / REPORT_NAME, partial)
-        partial.replace(out / "model" / REPORT_NAME)
     return document
 
 

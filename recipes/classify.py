@@ -24,6 +24,7 @@ from hf_efficient.training.finetuning import (
     input_length,
     label_options,
     require_filled,
+    token_loss,
     with_baseline,
     with_label_ids,
 )
@@ -81,7 +82,7 @@ def load_data(settings: Settings) -> tuple[Any, list[str]]:
         dataset_config=settings.dataset_config,
         seed=settings.seed,
     )
-    rows, names = with_label_ids(rows, "label")
+    rows, names = with_label_ids(rows, "label", listed=False)
     rows = first_rows(rows, settings)
     require_filled(rows, "text")
     return rows, names
@@ -113,11 +114,11 @@ def finetune(settings: Settings) -> RunRecord:
     def compute_metrics(evaluated: EvalPrediction) -> dict[str, float]:
         logits = evaluated.predictions
         logits = logits[0] if isinstance(logits, tuple) else logits  # T5 gives more than logits
-        return figures(logits.argmax(-1), evaluated.label_ids)
+        return figures(logits.argmax(-1), evaluated.label_ids) | token_loss(evaluated)
 
     trainer = Trainer(
         model=model,
-        args=training_arguments(settings),
+        args=training_arguments(settings, include_for_metrics=["loss"]),
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         data_collator=DataCollatorWithPadding(tokenizer),

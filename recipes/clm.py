@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_efficient.training.collators import LanguageModelCollator, SeededCollator
+from hf_efficient.training.collators import LanguageModelCollator
 from hf_efficient.training.data import load_texts, token_blocks
 from hf_efficient.training.pretraining import (
     TokenScores,
@@ -103,13 +103,12 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for split in ("train", "validation")
     }
-    # compiled models want one shape
-    collate = LanguageModelCollator(tokenizer, pad_to=length if settings.compile else 0)
     scores = TokenScores(True, *text_size(rows["validation"]))
     trainer = Trainer(
         model,
         args,
-        data_collator=SeededCollator(collate, settings.seed),
+        # compiled models want one shape
+        data_collator=LanguageModelCollator(tokenizer, pad_to=length if settings.compile else 0),
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         processing_class=tokenizer,

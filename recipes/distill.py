@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import json
 import random
-import time
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,11 @@ from hf_efficient.exact import Teacher, converted_layers, eval_mode, mechanism_o
 from hf_efficient.fidelity import compare, text_batches
 from hf_efficient.saving import atomic_folder
 from hf_efficient.training import AttentionTransfer, KeepBest, layer_errors, trainable
+from hf_efficient.training.callbacks import NonFiniteLoss, RedrawFeatures
 from hf_efficient.training.checkpoints import load_state, save_state
-from hf_efficient.training.data import load_texts, token_blocks
+from hf_efficient.training.data import load_texts
+from hf_efficient.training.distill import DistillSettings
+from hf_efficient.training.distill_parts import Clock, collate, optimizer_of, training_figures, training_rows
 from hf_efficient.training.recipe import load_model, run, start
 from hf_efficient.training.results import RESULT_NAME, RunRecord, peak_memory
 from hf_efficient.training.settings import parse_settings
@@ -62,7 +65,7 @@ class Settings:
     lora_rank: int = 0  # end to end train adapters of this rank and the mechanisms instead; 0 = no adapters
     batch_size: int = 2  # rows per device and batch
     accumulation_steps: int = 1  # batches per optimiser step
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    max_grad_norm: float = 1.0  # end to end gradients are clipped to this norm; 0 = they are not
     eval_texts: int = 16  # held-out texts that fidelity is measured on
     save_steps: int = 0  # steps between checkpoints; 0 = at the end of a stage
     seed: int = 0  # of order and dropout
@@ -73,8 +76,8 @@ class Settings:
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_settings(Settings, arguments)
-    record = start("distill-loop", settings)
-    began = time.perf_counter()
+    refuse_impossible(settings)
+    record = start("distill", settings)
     texts = load_texts(
         settings.dataset,
         dataset_config=settings.dataset_config,
@@ -86,15 +89,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"{settings.model} is not converted: say to what with --attention.")
     output = Path(settings.output_dir)
     model.to(accelerator_of(settings).device)
-    if accelerator_of(settings).is_main_process:
-        record.write(output / RESULT_NAME)
-    rows = token_blocks(texts["train"], tokenizer, settings.length)["input_ids"]
-    rows = [row for row in rows if len(row) == settings.length] or list(rows)
-    random.Random(settings.seed).shuffle(rows)
-    aside = min(4 * settings.batch_size, max(1, len(rows) // 10))
+    rows = training_rows(texts["train"], tokenizer, settings.length, settings.batch_size, settings.seed)
     batches = text_batches(
         tokenizer, texts["validation"]["text"][: settings.eval_texts], settings.length, settings.batch_size, model
     )
+    if accelerator_of(settings).is_main_process:
+        record.write(output / RESULT_NAME)
 
     # the teacher is the model as it is now, so what is trained must be decided first
     if not settings.lora_rank:
@@ -102,19 +102,20 @@ def main(arguments: list[str] | None = None) -> None:
     final = AttentionTransfer(model, settings.end_to_end_losses.split(",")) if settings.end_to_end_steps else None
     teacher = Teacher(model) if final is None else final.teacher
     measure(model, teacher, batches, record, "converted", "before")
+    stages = []
     if settings.steps and any(p.requires_grad for layer in converted_layers(model).values()
                               for p in mechanism_of(layer).parameters()):  # fmt: skip
         transfer = AttentionTransfer(model, settings.losses)
-        stage(settings, "transfer", transfer, rows, aside, settings.steps, settings.learning_rate)
+        stages.append(stage(settings, "transfer", transfer, *rows, settings.steps, settings.learning_rate))
         measure(model, teacher, batches, record, *(("trained", "after") if final is None else ["transferred"] * 2))
     elif final is None:
         raise ValueError("these mechanisms have nothing to learn layer by layer: give --end_to_end_steps.")
     if final is not None:
-        stage(settings, "end_to_end", final, rows, aside, settings.end_to_end_steps, settings.end_to_end_learning_rate)
+        steps, rate = settings.end_to_end_steps, settings.end_to_end_learning_rate
+        stages.append(stage(settings, "end_to_end", final, *rows, steps, rate))
         measure(model, teacher, batches, record, "trained", "after")
 
-    record.training = {"seconds": time.perf_counter() - began} | peak_memory()
-    record.finished = True
+    record.training, record.finished = training_figures(stages), True
     if accelerator_of(settings).is_main_process:
         save(model, tokenizer, output / "model", record)
         record.write(output / RESULT_NAME)
@@ -122,6 +123,12 @@ def main(arguments: list[str] | None = None) -> None:
             print(
                 f"{name:>12}: embedding cosine {figures['embedding_cosine']:.4f}, hidden error {figures['hidden_error']:.3f}"
             )
+
+
+def refuse_impossible(settings: Settings) -> None:
+    """What `hf_efficient.training.distill` refuses, the loop refuses as well."""
+    shared = {field.name for field in fields(DistillSettings)} & set(vars(settings)) - {"end_to_end_losses"}
+    DistillSettings(**{name: getattr(settings, name) for name in shared})
 
 
 def accelerator_of(settings: Settings) -> Accelerator:
@@ -148,50 +155,49 @@ def auto_class(name: str) -> Any:
     )
 
 
-def collate(model: Any, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    """(B, N) ids and mask, padded on the right; a decoder reads the same text."""
-    width, pad = max(len(row) for row in rows), model.config.pad_token_id or 0
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if model.config.is_encoder_decoder:
-        batch |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-    return batch
-
-
 def stage(
-    settings: Settings, name: str, transfer: AttentionTransfer, rows: list[Any], aside: int, steps: int, rate: float
-) -> None:
-    """Train one stage, or what is left of it, and give each layer the best parameters it had."""
+    settings: Settings,
+    name: str,
+    transfer: AttentionTransfer,
+    rows: list[Any],
+    aside: list[Any],
+    steps: int,
+    rate: float,
+) -> dict[str, Any]:
+    """Train one stage, or what is left of it, and give each layer the best parameters it had. Returns its figures."""
     accelerator, folder, model = accelerator_of(settings), Path(settings.output_dir) / name, transfer.model
-    batches = [
-        collate(model, rows[i : min(aside, i + settings.batch_size)]) for i in range(0, aside, settings.batch_size)
-    ]
+    size = settings.batch_size
+    batches = [collate(model, aside[i : i + size]) for i in range(0, len(aside), size)]
     # all rows of the stage in their order, so that going on means skipping those that were seen
-    per_step = settings.batch_size * settings.accumulation_steps * accelerator.num_processes
+    per_step = size * settings.accumulation_steps * accelerator.num_processes
     shuffle, order = random.Random(settings.seed), []
     while len(order) < steps * per_step:
-        order += shuffle.sample(rows[aside:], len(rows) - aside)
-    loader = DataLoader(order[: steps * per_step], settings.batch_size, collate_fn=lambda rows: collate(model, rows))  # type: ignore[arg-type]
+        order += shuffle.sample(rows, len(rows))
+    order = order[: steps * per_step]
+    # a generator of its own: the seed that a loader draws would shift dropout after resuming
+    loader = DataLoader(order, size, collate_fn=lambda rows: collate(model, rows), generator=torch.Generator())  # type: ignore[arg-type]
 
     with transfer:
-        optimizer = torch.optim.AdamW(groups(model, rate), weight_decay=0.0)
+        optimizer = optimizer_of(model, rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        guard = KeepBest(transfer, batches)
+        guard, clock = KeepBest(transfer, batches), Clock()
         prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        accelerator.register_for_checkpointing(schedule, guard)
+        accelerator.register_for_checkpointing(schedule, guard, clock)
         step = load_state(accelerator, folder, prepared) if settings.resume else 0
+        clock.start()
         bar = tqdm(total=steps, initial=step, desc=name, disable=not accelerator.is_main_process)
         prepared.train()
         for batch in skip_first_batches(loader, step * settings.accumulation_steps):
             with accelerator.accumulate(prepared):
                 loss = prepared(**batch).loss
                 if not loss.isfinite():
-                    raise ValueError(
-                        f"{name}, step {step + 1}: the loss is {loss.item()}; lower the learning rate and --resume."
+                    raise NonFiniteLoss(
+                        f"{name}, step {step + 1}: the loss is {loss.item()}. Nothing of this step was kept. Start anew in "
+                        "another --output_dir with a lower learning rate, or without --bf16."
                     )
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
+                # one norm over all layers would couple those that learn independently of each other
+                if accelerator.sync_gradients and settings.max_grad_norm and not transfer.is_local:
                     accelerator.clip_grad_norm_(prepared.parameters(), settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -199,29 +205,18 @@ def stage(
                 continue
             schedule.step()
             step += 1
+            RedrawFeatures.redraw(model, step)
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             if step % -(-steps // 8) == 0 or step == steps:
                 guard.update()
             if step == steps or (settings.save_steps and step % settings.save_steps == 0):
                 save_state(accelerator, folder, step, prepared)
+        figures = {"steps": steps, "tokens": sum(map(len, order)), "seconds": clock.seconds()} | peak_memory()
         guard.restore()
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
     accelerator.free_memory()
-
-
-def groups(model: Any, rate: float) -> list[dict[str, Any]]:
-    """What is trained, by learning rate; 0 = the one that each mechanism asks for."""
-    found: dict[float, list[Any]] = {}
-    own = {
-        id(p): mechanism_of(layer)
-        for layer in converted_layers(model).values()
-        for p in mechanism_of(layer).parameters()
-    }
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            found.setdefault(rate or own[id(parameter)].transfer_learning_rate, []).append(parameter)
-    return [{"params": parameters, "lr": lr} for lr, parameters in found.items()]
+    return figures
 
 
 def measure(model: Any, teacher: Any, batches: Any, record: RunRecord, metrics: str, errors: str) -> None:
@@ -236,8 +231,11 @@ def save(model: Any, tokenizer: Any, path: Path, record: RunRecord) -> None:
     with atomic_folder(path, overwrite=path.exists()) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        report = Path(record.settings["model"]) / REPORT_NAME
         if record.conversion is not None:
             (folder / REPORT_NAME).write_text(json.dumps(record.conversion, indent=2) + "\n")
+        elif report.is_file():
+            shutil.copy(report, folder)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,7 @@ def load_data(settings: Settings) -> Any:
     rows = load_rows(
         offline_task("pairs", settings.seed) if offline else settings.dataset,
         {"anchor": settings.anchor_column, "positive": settings.positive_column},
+        together="positive",
         dataset_config=settings.dataset_config,
         seed=settings.seed,
         max_train_rows=settings.max_train_rows,

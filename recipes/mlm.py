@@ -80,6 +80,8 @@ class Settings:
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_settings(Settings, arguments)
+    if not 0 < settings.mlm_probability <= 1:
+        raise ValueError(f"mlm_probability={settings.mlm_probability} is not possible; it must be > 0 and ≤ 1.")
     record = start("mlm", settings)
     args = training_arguments(settings)
     texts = load_texts(

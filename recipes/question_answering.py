@@ -80,6 +80,7 @@ def load_data(settings: Settings) -> Any:
     rows = load_rows(
         offline_task("question_answering", settings.seed) if offline else settings.dataset,
         {"question": settings.question_column, "context": settings.context_column, "answers": settings.answers_column},
+        together="context",
         dataset_config=settings.dataset_config,
         seed=settings.seed,
         max_train_rows=settings.max_train_rows,
@@ -97,10 +98,14 @@ def located(row: dict[str, Any], name: str) -> tuple[list[str], int]:
     """The right answers of a row, and where the first one starts."""
     answers, context = row["answers"], row["context"]
     if isinstance(answers, str):
-        texts, places = [answers], [context.find(answers)]
-    else:
-        texts, places = answers["text"], answers["answer_start"]
-    if not texts or not all(text.strip() for text in texts):
+        answers = {"text": [answers], "answer_start": [context.find(answers)]}
+    texts, places = (answers.get(k) if isinstance(answers, dict) else None for k in ("text", "answer_start"))
+    if not (isinstance(texts, list) and isinstance(places, list) and len(texts) == len(places)):
+        raise ValueError(
+            f"{name} has the answers {answers!r:.60}: they must be a text, or texts and the character that each starts at, "
+            "{'text': […], 'answer_start': […]}."
+        )
+    if not texts or not all(text and text.strip() for text in texts):
         raise ValueError(f"{name} has no answer: a question that the context leaves open can't be trained here.")
     if places[0] < 0 or context[places[0] : places[0] + len(texts[0])] != texts[0]:
         raise ValueError(f"{name}: the answer {texts[0]!r} does not stand at character {places[0]} of its context.")

@@ -4,10 +4,11 @@ A small model is trained from scratch, then taken down the same road with every 
 command that a user would type: convert → transfer attention → continue pretraining. Held-out perplexity all along, the
 dense model trained on just as long as ceiling, the mean of values and the window alone as floor. One table, one JSON.
 
-    python recipes/recover.py --family gpt2 --output_dir outputs/recover-gpt2
-    python recipes/recover.py --family t5 --output_dir outputs/recover-t5 --record model_cards/results/perplexity_t5.json
+    python recipes/recover.py --family gpt2
+    python recipes/recover.py --family t5 --record model_cards/results/perplexity_t5.json
 
-Interrupted, it goes on where it was when called again.
+Interrupted, it goes on where it was when called again. What is already there is read, not computed again, and refused where
+it was made with other settings; `--only` leaves the rows of other roads in the JSON.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from tqdm.auto import tqdm
 
 import hf_efficient as he
 from hf_efficient.training.recipe import run
-from hf_efficient.training.results import hardware, versions, write_json
+from hf_efficient.training.results import RESULT_NAME, write_json
 from hf_efficient.training.settings import parse_settings
 
 
 @dataclass
 class Settings:
     family: str = "gpt2"  # gpt2, or t5, whose encoder is converted
-    output_dir: str = "outputs/recover"  # every model of the road
+    output_dir: str = ""  # every model of the road; empty = outputs/recover-gpt2 or outputs/recover-t5
     record: str = ""  # also write the table's JSON here
-    only: str = ""  # names of roads, with commas between them; empty = all
+    only: str = ""  # names of roads, with semicolons between them; empty = all
     hidden_size: int = 128
     layers: int = 3
     heads: int = 4
@@ -89,6 +90,8 @@ ROADS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 RECIPES = {"gpt2": "clm.py", "t5": "span_corruption.py"}
+# settings that say where results go and how many of them, not how they are made
+PLACES = ("output_dir", "record", "only")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,29 +99,57 @@ def main(arguments: list[str] | None = None) -> None:
     if settings.family not in ROADS:
         raise ValueError(f"family={settings.family!r} is not possible; it must be one of {', '.join(ROADS)}.")
     roads = ROADS[settings.family]
-    chosen = [name.strip() for name in settings.only.split(",")] if settings.only else list(roads)
+    chosen = [name.strip() for name in settings.only.split(";")] if settings.only else list(roads)
     unknown = [name for name in chosen if name not in roads]
     if unknown:
-        raise ValueError(f"only={settings.only!r}: there is no road {unknown[0]!r}; there are {', '.join(roads)}.")
-    folder = Path(settings.output_dir)
+        raise ValueError(f"only={settings.only!r}: there is no road {unknown[0]!r}; there are {'; '.join(roads)}.")
+    folder = Path(settings.output_dir or f"outputs/recover-{settings.family}")
+    files = [folder / "perplexity.json", *([Path(settings.record)] if settings.record else [])]
+    made_with = {name: value for name, value in asdict(settings).items() if name not in PLACES}
+    earlier = [recorded(file, made_with) for file in files]
     dense = train(settings, f"scratch:{settings.family}", folder / "dense", settings.pretrain_steps, from_scratch=True)
     ceiling = train(settings, str(folder / "dense/model"), folder / "dense-continued", settings.steps)
     rows = {}
     for name in tqdm(chosen, desc="roads"):
         rows[name] = travel(settings, folder, name, roads[name])
-    document = {
+    document: dict[str, Any] = {
         "suite": "perplexity",
-        "settings": asdict(settings),
+        "settings": made_with,
         "dense": dense["metrics"]["trained"] | {"tokens": dense["training"]["tokens"]},
         "dense, continued": ceiling["metrics"]["trained"],
         "results": rows,
-        "hardware": hardware(),
-        "versions": versions(),
+        "hardware": dense["hardware"],
+        "versions": dense["versions"],
     }
-    write_json(folder / "perplexity.json", document)
-    if settings.record:
-        write_json(settings.record, document)
+    for file, former in zip(files, earlier, strict=True):
+        write_json(file, document | {"results": other_rows(file, former, document) | rows})
     show(document)
+
+
+def recorded(file: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier call wrote into `file`, if there is one; refused if it was made with other settings."""
+    if not file.is_file():
+        return None
+    former: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    refuse_changes(
+        file, former.get("settings", {}), made_with, "the former settings, or another --record and --output_dir"
+    )
+    return former
+
+
+def other_rows(file: Path, former: dict[str, Any] | None, document: dict[str, Any]) -> dict[str, Any]:
+    """The rows of an earlier document of the same dense model."""
+    if former is None:
+        return {}
+    then, now = ({"perplexity": d["dense"]["perplexity"]} for d in (former, document))
+    refuse_changes(file, then, now, "another --record, or the --output_dir that it was made in")
+    return dict(former["results"])
+
+
+def refuse_changes(file: Path, then: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
+    changed = [f"{name} {then.get(name)!r} → {value!r}" for name, value in now.items() if then.get(name) != value]
+    if changed:
+        raise ValueError(f"{file} was made otherwise ({', '.join(changed)}): give {remedy}.")
 
 
 def travel(settings: Settings, folder: Path, name: str, attention: dict[str, Any]) -> dict[str, Any]:
@@ -128,12 +159,16 @@ def travel(settings: Settings, folder: Path, name: str, attention: dict[str, Any
     result = he.convert(folder / "dense/model", attention)
     if not converted.exists():
         result.save(converted)
+    kind = "efficient_attention"
+    there = json.loads((converted / "config.json").read_text(encoding="utf-8"))[kind]
+    refuse_changes(converted, {kind: there}, {kind: result.model.config.efficient_attention}, "another --output_dir")
     plain = train(settings, str(converted), place / "continued", settings.steps)
     figures = {
         "attention": attention,
         "control": plain["metrics"]["control"],
         "converted": plain["metrics"]["converted"],
         "continued": plain["metrics"]["trained"],
+        "versions": plain["versions"],
     }
     if any(".efficient." in parameter for parameter, _ in result.model.named_parameters()):
         distill(settings, converted, place / "transfer")
@@ -145,33 +180,47 @@ def travel(settings: Settings, folder: Path, name: str, attention: dict[str, Any
 
 def train(settings: Settings, model: str, out: Path, steps: int, from_scratch: bool = False) -> dict[str, Any]:
     """The pretraining recipe as a command; returns its result.json."""
-    result = out / "result.json"
-    if result.is_file() and json.loads(result.read_text())["finished"]:
-        return json.loads(result.read_text())
-    command = [
-        sys.executable, str(Path(__file__).with_name(RECIPES[settings.family])), "--model", model,
-        "--output_dir", str(out), "--block_length", settings.block_length, "--max_steps", steps,
-        "--batch_size", settings.batch_size, "--seed", settings.seed, "--max_eval_rows", settings.max_eval_rows,
-        "--save_steps", 100, "--logging_steps", 20, "--warmup_steps", 0.1, "--resume",
-        "--learning_rate", settings.pretrain_learning_rate if from_scratch else settings.learning_rate,
-    ]  # fmt: skip
+    options: dict[str, Any] = {
+        "model": model, "block_length": settings.block_length, "max_steps": steps, "batch_size": settings.batch_size,
+        "seed": settings.seed, "max_eval_rows": settings.max_eval_rows, "warmup_steps": 0.1,
+        "learning_rate": settings.pretrain_learning_rate if from_scratch else settings.learning_rate,
+    }  # fmt: skip
     if from_scratch:
-        for option in ("hidden_size", "layers", "heads", "vocabulary_size"):
-            command += [f"--{option}", getattr(settings, option)]
-    call(command)
+        options |= {name: getattr(settings, name) for name in ("hidden_size", "layers", "heads", "vocabulary_size")}
+    whole = finished(out, options)
+    if whole is not None:
+        return whole
+    recipe = Path(__file__).with_name(RECIPES[settings.family])
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    call([sys.executable, recipe, *words, "--output_dir", out, "--save_steps", 100, "--logging_steps", 20, "--resume"])
     for checkpoint in out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # the run is whole; many of them would fill the disk
-    return json.loads(result.read_text())
+    return dict(json.loads((out / RESULT_NAME).read_text(encoding="utf-8")))
 
 
 def distill(settings: Settings, converted: Path, out: Path) -> None:
     """`hf-efficient distill` as a command."""
-    if (out / "result.json").is_file():
-        return
-    call([
-        sys.executable, "-m", "hf_efficient.cli", "distill", converted, out, "--resume", "--steps", settings.transfer_steps,
-        "--length", settings.block_length, "--batch-size", settings.batch_size, "--seed", settings.seed,
-    ])  # fmt: skip
+    options = {
+        "steps": settings.transfer_steps, "length": settings.block_length, "batch_size": settings.batch_size,
+        "seed": settings.seed,
+    }  # fmt: skip
+    if finished(out, {"model": str(converted)} | options) is None:
+        words = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)]
+        call([sys.executable, "-m", "hf_efficient.cli", "distill", converted, out, "--resume", *words])
+
+
+def finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
+    """What is recorded of a run in `out` that is whole; `None` where there is none, or it is to be gone on with.
+
+    Raises:
+        ValueError: it was made with other settings than `options`.
+    """
+    file = out / RESULT_NAME
+    if not file.is_file():
+        return None
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    refuse_changes(file, record["settings"], options, "the former settings, or another --output_dir")
+    return record if record["finished"] else None
 
 
 def call(command: list[Any]) -> None:

@@ -1,14 +1,15 @@
 """Continue pretraining T5 by span corruption, converted to efficient attention or not.
 
-    python recipes/span_corruption.py --model google-t5/t5-small --attention longformer --max_positions 4096 --output_dir t5
+    python recipes/span_corruption.py --model google-t5/t5-small --attention longformer --max_positions 1984 --output_dir t5
     python recipes/span_corruption.py --model t5/model --dataset corpus.jsonl --bf16 --save_steps 500 --output_dir t5-2
     python recipes/span_corruption.py --model scratch:t5 --block_length 512 --max_steps 1000 --output_dir small-t5
     python recipes/span_corruption.py --config t5.yaml --resume
 
 Spans of a row are replaced by sentinels, the decoder writes what stood there; rows never mix documents, and the spans of the
-evaluation rows are chosen once. T5 has no position_ids, so rows can't be packed. `output_dir` gets model/ (for the Auto
-classes), result.json, loss.png, layers.png and complete checkpoints; an interrupted run goes on exactly where it was with
-the same command and --resume.
+evaluation rows are chosen once. Every span needs a sentinel of its own: T5's 100 are enough for the length of the first
+command, longer rows need a larger --mean_span. T5 has no position_ids, so rows can't be packed. `output_dir` gets model/
+(for the Auto classes), result.json, loss.png, layers.png and complete checkpoints; an interrupted run goes on exactly where
+it was with the same command and --resume.
 """
 
 from __future__ import annotations
@@ -92,6 +93,13 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokenizer = load_or_start(settings, AutoModelForSeq2SeqLM, "t5", texts["train"], args, record)
 
     length = block_length(settings, model, tokenizer)
+    collate = SpanCorruptionCollator(
+        tokenizer,
+        settings.density,
+        settings.mean_span,
+        pad_to=length if settings.compile else 0,  # compiled models want one shape
+    )
+    collate.counts(length)  # refuses now what would be refused at the first full row
     rows = {
         split: token_blocks(
             texts[split],
@@ -102,12 +110,6 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for split in ("train", "validation")
     }
-    collate = SpanCorruptionCollator(
-        tokenizer,
-        settings.density,
-        settings.mean_span,
-        pad_to=length if settings.compile else 0,  # compiled models want one shape
-    )
     evaluation = fixed_rows(rows["validation"], collate, settings.seed)
     scores = TokenScores(False, *target_size(evaluation, tokenizer.decode))
     trainer = Trainer(

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hf_efficient.training.data import load_rows
-from hf_efficient.training.finetuning import input_length, require_filled, with_baseline
+from hf_efficient.training.finetuning import input_length, require_filled, token_loss, with_baseline
 from hf_efficient.training.metrics import metric
 from hf_efficient.training.offline_tasks import offline_task
 from hf_efficient.training.recipe import load_model, run, start, train, training_arguments
@@ -116,12 +116,14 @@ def finetune(settings: Settings) -> RunRecord:
         tokens = np.where(evaluated.predictions >= 0, evaluated.predictions, tokenizer.pad_token_id)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         words = float(np.mean([len(text.split()) for text in texts]))
-        return metric("rouge")(texts, summaries) | {"generated_words": words}
+        loss = token_loss(evaluated, tokenizer.pad_token_id)
+        return metric("rouge")(texts, summaries) | {"generated_words": words} | loss
 
     arguments = training_arguments(
         settings,
         Seq2SeqTrainingArguments,
         predict_with_generate=True,
+        include_for_metrics=["loss"],
         generation_max_length=settings.max_summary_length,
         generation_num_beams=settings.beams,
     )

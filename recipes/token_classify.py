@@ -27,6 +27,7 @@ from hf_efficient.training.finetuning import (
     input_length,
     label_options,
     require_filled,
+    token_loss,
     with_baseline,
     with_label_ids,
 )
@@ -85,10 +86,14 @@ def load_data(settings: Settings) -> tuple[Any, list[str]]:
         seed=settings.seed,
     )
     require_filled(rows, "tokens", "tags")
-    rows, names = with_label_ids(rows, "tags")
+    rows, names = with_label_ids(rows, "tags", listed=True)
     rows = first_rows(rows, settings)
     for split in rows:
         for index, row in enumerate(rows[split]):
+            if not isinstance(row["tokens"], list):
+                raise ValueError(
+                    f"row {index} of {split} has {row['tokens']!r:.60} in 'tokens': it must be a list of words."
+                )
             if len(row["tokens"]) != len(row["tags"]):
                 raise ValueError(
                     f"row {index} of {split} has {len(row['tokens'])} words, but {len(row['tags'])} tags: each word has one."
@@ -155,11 +160,11 @@ def finetune(settings: Settings) -> RunRecord:
             [[names[tag] for tag in row[keep]] for row, keep in zip(array, real, strict=True)]
             for array in (tags, labels)
         ]
-        return figures(*named)
+        return figures(*named) | token_loss(evaluated)
 
     trainer = Trainer(
         model=model,
-        args=training_arguments(settings),
+        args=training_arguments(settings, include_for_metrics=["loss"]),
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         data_collator=DataCollatorForTokenClassification(tokenizer),

@@ -15,15 +15,18 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from pretraining import WINDOW, arguments, recipe, result
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import hf_efficient as he
 from hf_efficient.testing import VOCABULARY, tiny_model
+from hf_efficient.training import recipe as recipe_parts
 from hf_efficient.training.transfer import AttentionTransfer, trainable
 
 Outcome = tuple[dict[str, list[float]], dict[str, Tensor]]
@@ -108,7 +111,28 @@ def trainer(folder: Path) -> Outcome:
             if accumulation == 1:
                 made.save_model(str(folder / family / "model"))
                 tensors[family] = logits(model, family)
-    return figures, tensors
+    own, tensors["weights"] = recipe_run(folder)
+    return figures | own, tensors
+
+
+def recipe_run(folder: Path) -> tuple[dict[str, list[float]], Tensor]:
+    """Figures of the recipe clm on the source and data beside `folder`, and the weights (processes, P) they ended with."""
+    source, data = folder.parent / "gpt2", folder.parent / "data"
+    sizes = {"batch_size": 4 // processes()[0], "max_steps": STEPS, "block_length": 32}
+    words = arguments(source, data, folder / "clm", attention=WINDOW, **sizes)
+    with mock.patch.object(recipe_parts, "save_model", wraps=recipe_parts.save_model) as saved:
+        recipe("clm").main([*words, "--cpu"])
+    own = torch.cat([p.detach().flatten() for p in saved.call_args.args[0].model.parameters()])
+    weights = [torch.empty_like(own) for _ in range(processes()[0])]
+    if dist.is_initialized():
+        dist.all_gather(weights, own)
+        dist.barrier()  # the first process may still be writing the record
+    record = result(folder / "clm")
+    log = [entry for entry in record["training"]["log"] if "loss" in entry]
+    figures = {f"clm, {name}": [entry[name] for entry in log] for name in ("loss", "grad_norm")}
+    figures["clm, evaluated"] = [figures_["loss"] for figures_ in record["metrics"].values()]
+    figures["clm, sizes"] = [float(record["training"][name]) for name in ("tokens", "parameters", "steps")]
+    return figures, torch.stack(weights) if dist.is_initialized() else own[None]
 
 
 # ---- raw FSDP2 ---------------------------------------------------------------------------------------------------

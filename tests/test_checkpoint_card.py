@@ -240,6 +240,21 @@ def test_commands_of_recipes_are_read_by_them(checkpoint, tmp_path):
     assert "\nhf-efficient distill a b\n" in checkpoint_card(checkpoint, [result]).text
 
 
+@pytest.mark.parametrize("name", ["data/train.jsonl", "data/train.parquet", "texts.txt"])
+def test_a_data_file_is_no_dataset_of_the_hub(name, checkpoint, tmp_path):
+    """Also where it is not to be seen from here, as after a run on another machine."""
+    result = recorded(tmp_path / "result.json", settings={"dataset": name, "output_dir": "out"})
+    data = checkpoint_card(checkpoint, [result]).data
+    assert data.datasets is None
+    assert {(r.dataset_type, r.dataset_name) for r in data.eval_results or []} == {("text", name)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
+def test_a_recipe_is_recorded_under_its_files_name(path):
+    """The card's commands are made of it."""
+    assert set(re.findall(r'\bstart\(\s*"([^"]+)"', path.read_text())) <= {path.stem}
+
+
 def test_the_snippet_runs(checkpoint, monkeypatch):
     monkeypatch.chdir(checkpoint.parent)
     space: dict[str, Any] = {}

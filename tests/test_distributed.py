@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_worker import SCENARIOS, SHARDED, STEPS, TRAINED, TRANSFERRED, converted, logits, trainer_for
+from pretraining import dataset, source
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -58,10 +59,16 @@ def assert_same_curves(actual: dict[str, list[float]], expected: dict[str, list[
 
 
 def test_trainer_in_two_processes_equals_one(tmp_path):
-    """Same loss curve at the same global batch, accumulated or not; the result, and a checkpoint, load in one process."""
+    """Same loss curve at the same global batch, accumulated or not, of the stock Trainer and of a recipe, which evaluates
+    before it trains; the result, and a checkpoint, load in one process.
+    """
     (tmp_path / "two").mkdir()
+    source(tmp_path / "gpt2", "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    dataset(tmp_path / "data", train=8)
     figures, tensors = launched(TORCHRUN, "trainer", tmp_path / "two")
     expected, expected_logits = alone("trainer", tmp_path / "one")
+    first, second = tensors["weights"]
+    assert torch.equal(first, second), "the recipe trained two models"
     assert_same_curves(figures, expected)
     for family in TRAINED:
         plain, accumulated = (figures[f"{family}, accumulation {steps}"] for steps in (1, 2))

@@ -31,7 +31,6 @@ from transformers import (
 from hf_efficient.exact import converted_layers, mechanism_of
 from hf_efficient.ops.global_tokens import up_to_separator
 from hf_efficient.testing import VOCABULARY
-from hf_efficient.training.finetuning import input_length, require_filled, with_label_ids
 from hf_efficient.training.metrics import metric
 from hf_efficient.training.recipe import run
 from hf_efficient.training.results import RunRecord
@@ -39,6 +38,7 @@ from hf_efficient.training.results import RunRecord
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["--cpu", "--batch_size", "2", "--max_train_rows", "8", "--max_eval_rows", "6"]
 LONGFORMER = '{"mechanism": "longformer", "attention_window": 8, "global_tokens": "first"}'
+PERFORMER = '{"mechanism": "performer", "num_features": 16, "redraw_interval": 1}'
 AUTO: dict[str, Any] = {
     "classify": AutoModelForSequenceClassification,
     "token_classify": AutoModelForTokenClassification,
@@ -328,6 +328,26 @@ def test_retrieval_tells_early_from_deep_passages():
     assert judge(Model()) == {"recall_at_1": 0.5, "recall_at_1_early": 0.5, "recall_at_1_deep": 0.5}
 
 
+@pytest.mark.parametrize("name", ["classify", "token_classify", "summarize"])
+def test_the_loss_is_a_mean_over_labels(name: str, sources, datasets_of, tmp_path):
+    """However rows are batched; a row weighs as much as it has labels, and a last batch no more than it has rows."""
+    losses = []
+    rows = rows_of(name)
+    for i, row in enumerate(rows if name == "summarize" else ()):
+        row["summary"] = " ".join(row["document"].split()[: 1 + i % 6])
+    (tmp_path / "data").mkdir()
+    for split, some in (("train", rows[:8]), ("validation", rows[8:15])):
+        write(tmp_path / "data" / f"{split}.jsonl", some)
+    source = sources["t5" if name == "summarize" else "bert"]
+    for size in (1, 3):
+        out = tmp_path / str(size)
+        more = ["--max_summary_length", "12"] if name == "summarize" else []
+        recipe(name).main(["--model", source, "--dataset", str(tmp_path / "data"), "--output_dir", str(out), "--cpu",
+                           "--max_steps", "1", "--batch_size", "2", "--eval_batch_size", str(size), *more])  # fmt: skip
+        losses.append(finished(out, name)[0].metrics["trained"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 # ---- words and their tags -------------------------------------------------------------------------------------------
 
 
@@ -550,9 +570,16 @@ def test_adapters_in_mixed_precision(name: str, sources, datasets_of, tmp_path):
     assert torch.equal(after[table], original[table]), "what has no adapters is not frozen"
 
 
-@pytest.mark.parametrize("name, lora", [("classify", 0), ("embed", 2)])
-def test_a_resumed_run_equals_an_uninterrupted_one(name: str, lora: int, sources, datasets_of, tmp_path):
-    common = ["--model", sources["bert"], "--attention", LONGFORMER, "--dataset", datasets_of[name],
+@pytest.mark.parametrize(
+    "name, lora, attention",
+    [("classify", 0, LONGFORMER), ("embed", 2, LONGFORMER), ("classify", 2, PERFORMER)],
+    ids=["classify", "embed-lora", "classify-lora-performer"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    name: str, lora: int, attention: str, sources, datasets_of, tmp_path
+):
+    """What a mechanism drew anew on the way included, which is no parameter."""
+    common = ["--model", sources["bert"], "--attention", attention, "--dataset", datasets_of[name],
               "--schedule", "constant", "--warmup_steps", "0", "--learning_rate", "1e-2",
               "--lora_rank", str(lora), *SMALL]  # fmt: skip
     main = recipe(name).main
@@ -563,138 +590,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, lora: int, sources
     _, whole = finished(tmp_path / "whole", name)
     assert record.training["resumed_from"] == 2 and record.training["steps"] == 4
     state = resumed.state_dict()
+    assert ("performer" in attention) == any(key.endswith(".features") for key in state)
     for key, value in whole.state_dict().items():
         if not key.startswith("pooler"):
             torch.testing.assert_close(state[key], value, atol=1e-6, rtol=0, msg=key)
-
-
-# ---- refusals, before anything is trained ---------------------------------------------------------------------------
-
-GOOD = {
-    "classify": {"text": "w5 w6", "label": "a"},
-    "token_classify": {"tokens": ["w5"], "tags": ["O"]},
-    "question_answering": {"question": "w5", "context": "w6 w7", "answers": {"text": ["w7"], "answer_start": [3]}},
-    "summarize": {"document": "w5 w6", "summary": "w5"},
-    "embed": {"anchor": "w5", "positive": "w5 w6"},
-}
-
-
-@pytest.mark.parametrize(
-    "name, bad, message",
-    [
-        ("classify", {"text": " "}, "row 2 of train has nothing in 'text'"),
-        ("classify", {"label": None}, "row 2 of train has the label None in 'label', which is no class"),
-        ("token_classify", {"tokens": []}, "row 2 of train has nothing in 'tokens'"),
-        ("token_classify", {"tags": ["O", "B-X"]}, "row 2 of train has 1 words, but 2 tags"),
-        ("question_answering", {"context": None}, "row 2 of train has nothing in 'context'"),
-        ("question_answering", {"answers": {"text": [], "answer_start": []}}, "row 2 of train has no answer"),
-        (
-            "question_answering",
-            {"answers": {"text": ["w7"], "answer_start": [2]}},
-            "'w7' does not stand at character 2",
-        ),
-        ("summarize", {"summary": ""}, "row 2 of train has nothing in 'summary'"),
-        ("embed", {"anchor": None}, "row 2 of train has nothing in 'anchor'"),
-    ],
-)
-def test_bad_rows_are_refused(name: str, bad: dict, message: str, sources, tmp_path, monkeypatch):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    other = GOOD[name] | (
-        {"label": "b"} if name == "classify" else {"tags": ["B-X"]} if name == "token_classify" else {}
-    )
-    write(folder / "train.jsonl", [GOOD[name], other, GOOD[name] | bad])
-    write(folder / "validation.jsonl", [GOOD[name], other])
-    monkeypatch.setattr(recipe(name), "load_model", lambda *args, **options: pytest.fail("the model was loaded first"))
-    family = "t5" if name == "summarize" else "bert"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        recipe(name).main(
-            ["--model", sources[family], "--dataset", str(folder), "--output_dir", str(tmp_path / "out")]
-        )
-    assert not (tmp_path / "out").exists()
-
-
-def _rows(train: list[Any], validation: list[Any], names: list[str] | None = None) -> Any:
-    from datasets import ClassLabel, Dataset, DatasetDict, Features
-
-    features = Features({"label": ClassLabel(names=names)}) if names else None
-    splits = {"train": train, "validation": validation}
-    return DatasetDict(
-        {split: Dataset.from_dict({"label": labels}, features=features) for split, labels in splits.items()}
-    )
-
-
-def test_labels_of_every_form():
-    for labels, names, ids in (
-        (["x", "b", "x"], ["b", "x"], [1, 0, 1]),
-        ([5, 1, 10], ["1", "5", "10"], [1, 0, 2]),
-        ([True, False, True], ["False", "True"], [1, 0, 1]),
-        ([["O", "B-X"], [], ["O"]], ["B-X", "O"], [[1, 0], [], [1]]),
-    ):
-        rows, found = with_label_ids(_rows(labels, labels[:1]), "label")
-        assert (found, list(rows["train"]["label"]), list(rows["validation"]["label"])) == (names, ids, ids[:1])
-    # names of the dataset keep their order and their unused classes
-    assert with_label_ids(_rows([2, 0], [2], ["z", "y", "x"]), "label")[1] == ["z", "y", "x"]
-
-
-@pytest.mark.parametrize(
-    "train, validation, names, message",
-    [
-        (["a", "b"], ["a", "c"], None, r"row 1 of validation has the label 'c' .*none of the 2 classes .*'a', 'b'"),
-        ([0, 1], [2], None, r"row 0 of validation has the label 2 "),
-        ([0, -1], [0], None, r"row 1 of train has the label -1 .*no class"),
-        ([0.5, 1.5], [0.5], None, r"row 0 of train has the label 0.5 .*no class"),
-        ([0, -1], [0], ["a", "b"], r"row 1 of train has the label -1 .*no class"),
-        (["a", "a"], ["a"], None, r"has 1 classes in the training rows; at least 2"),
-    ],
-)
-def test_labels_out_of_range_are_refused(train, validation, names, message):
-    with pytest.raises(ValueError, match=message):
-        with_label_ids(_rows(train, validation, names), "label")
-
-
-def test_rows_without_a_value_are_refused():
-    for value in (None, " \n", []):
-        with pytest.raises(ValueError, match="row 1 of validation has nothing in 'label'"):
-            require_filled(_rows(["a"], [["a"] if value == [] else "a", value]), "label")
-    require_filled(_rows([0], [0]), "label")  # a zero is a value
-
-
-def test_lengths_that_do_not_fit_are_refused(sources, datasets_of, tmp_path):
-    common = ["--model", sources["bert"], "--output_dir", str(tmp_path / "out"), "--cpu"]
-    with pytest.raises(ValueError, match=r"inputs of 300 tokens .* has 128 positions: .*--max_positions 300"):
-        recipe("classify").main([*common, "--dataset", datasets_of["classify"], "--max_length", "300"])
-    with pytest.raises(
-        ValueError, match=r"inputs of 20 tokens leave 13 beside a question, .* share 16: raise --max_length"
-    ):
-        arguments = ["--dataset", datasets_of["question_answering"], "--max_length", "20", "--stride", "16"]
-        recipe("question_answering").main([*common, *arguments])
-    tokenizer = tiny_tokenizer("t5", max_length=int(1e30))
-    model = AutoModelForSeq2SeqLM.from_pretrained(sources["t5"])
-    with pytest.raises(ValueError, match="neither model nor tokenizer limits the input"):
-        input_length(model, tokenizer)
-    assert input_length(model, tokenizer, 5000) == 5000
-
-
-@pytest.mark.parametrize("name", ["classify", "token_classify"])
-def test_a_head_of_other_labels_is_refused(name: str, sources, datasets_of, tmp_path):
-    AUTO[name].from_pretrained(sources["bert"], num_labels=3).save_pretrained(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"already tells 3 labels apart \(LABEL_0, .*\), but the rows have 2 \("):
-        recipe(name).main(["--model", str(tmp_path / "source"), "--dataset", datasets_of[name], "--output_dir",
-                           str(tmp_path / "out")])  # fmt: skip
-
-
-def test_a_baseline_of_nothing_is_refused(sources, datasets_of, tmp_path):
-    for attention in ("", "none"):
-        with pytest.raises(
-            ValueError, match="baseline trains the unconverted model for comparison, but this run is it already"
-        ):
-            recipe("classify").main(["--model", sources["bert"], "--attention", attention, "--baseline", "--output_dir",
-                                     str(tmp_path / "out"), "--dataset", datasets_of["classify"]])  # fmt: skip
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_single_document_is_nothing_to_retrieve(sources, tmp_path):
-    data = write(tmp_path / "data.jsonl", [{"anchor": f"w{i}", "positive": "w5 w6"} for i in range(5)])
-    with pytest.raises(ValueError, match="train holds a single document"):
-        recipe("embed").main(["--model", sources["bert"], "--dataset", data, "--output_dir", str(tmp_path / "out")])

@@ -6,7 +6,9 @@ import ast
 import json
 import os
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretraining import JOBS, RECIPES, WINDOW, arguments, dataset, losses, recipe, result, source
+from pretraining import DROPOUT, JOBS, RECIPES, WINDOW, arguments, dataset, losses, recipe, result, source
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import (
@@ -81,31 +83,40 @@ def test_readme_lists_every_recipe():
 
 
 @pytest.mark.parametrize("name", sorted(JOBS))
-def test_readme_command(name, folder, tmp_path):
-    """In a fresh process, with a tiny checkpoint for the one it names, and two steps."""
+def test_readme_command(name, folder, tmp_path, monkeypatch, capsys):
+    """As a script, with a tiny checkpoint for the one it names, and two steps; one of them in a fresh process."""
     command = next(line for line in COMMANDS if line.startswith(f"python recipes/{name}.py --model"))
     given = shlex.split(command)[2:]
     given[given.index("--model") + 1] = str(folder / JOBS[name][0])
     given[given.index("--output_dir") + 1] = str(tmp_path / "out")
     more = [f"--dataset={folder / 'data'}", "--max_steps=2", "--batch_size=2", "--block_length=64"]
-    done = subprocess.run(
-        [sys.executable, f"recipes/{name}.py", *given, *more],
-        cwd=RECIPES.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    words = [f"recipes/{name}.py", *given, *more]
+    if name == "mlm":
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=RECIPES.parent,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:
+        monkeypatch.setattr(sys, "argv", words)
+        runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+        printed = capsys.readouterr().out
     record = result(tmp_path / "out")
     assert record["finished"] and list(record["metrics"]) == ["exact", "converted", "control", "trained"]
     for row in record["metrics"]:
-        assert f"{row}: loss " in done.stdout
-    assert "tokens/s, peak memory" in done.stdout
+        assert f"{row}: loss " in printed
+    assert "tokens/s, peak memory" in printed
     for file in ("loss.png", "layers.png", "model/config.json", "checkpoint-2/complete.json"):
         assert (tmp_path / "out" / file).is_file()
     config = AutoConfig.from_pretrained(tmp_path / "out/model")
     assert config.efficient_attention[0]["mechanism"] == given[given.index("--attention") + 1]
-    assert name == "span_corruption" or he.families.family_of(config.model_type).max_positions(config) == 4096
+    told = AutoTokenizer.from_pretrained(tmp_path / "out/model").model_max_length
+    positions = he.families.family_of(config.model_type).max_positions(config)  # T5 has none
+    assert told == (positions or told) == int(given[given.index("--max_positions") + 1])
 
 
 def test_refusal_is_one_sentence(folder, tmp_path):
@@ -155,13 +166,21 @@ def record_parameters(path: Path) -> int:
 
 
 def test_bits_per_character_of_a_known_text(folder, tmp_path):
-    """Words of three characters and a space: 4 characters a token, but for the ends."""
-    record = go("clm", folder, tmp_path / "out")
+    """Words of three characters and a space: 4 characters a token, but for the ends. No token of GPT-2's says padding."""
+    shutil.copytree(folder / "gpt2", tmp_path / "gpt2")
+    tokenizer = tiny_tokenizer("gpt2")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    assert AutoTokenizer.from_pretrained(tmp_path / "gpt2").pad_token_id is None
+    record = go("clm", folder, tmp_path / "out", model=tmp_path / "gpt2", max_steps=5)
     exact = record["metrics"]["exact"]
     texts = [json.loads(line)["text"] for line in (folder / "data/validation.jsonl").read_text().splitlines()]
     tokens, characters = sum(len(text.split()) for text in texts), sum(map(len, texts))
     expected = exact["loss"] / torch.log(torch.tensor(2.0)).item() * tokens / characters
     assert exact["bits_per_character"] == pytest.approx(expected, rel=1e-5)
+    # one epoch: every word of every text and its end, without what fills them up
+    texts = [json.loads(line)["text"] for line in (folder / "data/train.jsonl").read_text().splitlines()]
+    assert record["training"]["tokens"] == sum(len(text.split()) + 1 for text in texts)
 
 
 def test_final_evaluation_is_that_of_the_saved_model(folder, tmp_path):
@@ -237,15 +256,17 @@ def test_packed_training(name, family, folder, tmp_path):
 
 @pytest.mark.parametrize(("name", "attention"), [("mlm", ""), ("clm", WINDOW), ("span_corruption", WINDOW)])
 def test_accumulation_equals_a_larger_batch(name, attention, folder, tmp_path):
-    """Not four times the loss and gradient of one; masks, and so both, differ a little."""
+    """Not four times the loss and gradient of one; rows have the same masks in either, and as many labels each."""
+    still = source(tmp_path / "still", JOBS[name][0], **dict.fromkeys(DROPOUT[JOBS[name][0]], 0.0))
     same = dict(attention=attention, drop_short=True, block_length=16, max_steps=1)
+    same |= {"mlm_probability": 1} if name == "mlm" else {}
     logs = []
     for size, steps in ((4, 1), (1, 4)):
         output = tmp_path / f"{size}"
-        record = go(name, folder, output, batch_size=size, accumulation_steps=steps, **same)
+        record = go(name, folder, output, model=still, batch_size=size, accumulation_steps=steps, **same)
         logs.append(record["training"]["log"][0])
-    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=0.15)
-    assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=0.5)
+    for figure in ("loss", "grad_norm"):
+        assert logs[0][figure] == pytest.approx(logs[1][figure], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(JOBS))
@@ -299,30 +320,46 @@ COMPILED = """
 import functools, sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-import clm
+import clm, mlm, span_corruption
 from torch._dynamo.utils import counters
 
-# traced and differentiated as for the default backend, without generating code
-clm.training_arguments = functools.partial(clm.training_arguments, torch_compile_backend="aot_eager")
-clm.main(sys.argv[2:])
-print("graphs", counters["stats"]["unique_graphs"])
+for recipe, words in zip((clm, mlm, span_corruption), sys.argv[2:]):
+    # traced and differentiated as for the default backend, without generating code
+    recipe.training_arguments = functools.partial(recipe.training_arguments, torch_compile_backend="aot_eager")
+    torch._dynamo.reset()
+    recipe.main(words.split())
+    print("graphs", counters["stats"].pop("unique_graphs"))
 """
 
 
 @pytest.mark.slow
 def test_compiled(folder, tmp_path):
-    go("clm", folder, tmp_path / "plain", attention=WINDOW, block_length=32, max_steps=2)
-    words = arguments(
-        folder / "gpt2", folder / "data", tmp_path / "out", attention=WINDOW, block_length=32, max_steps=2
-    )
-    words += ["--compile", "--save_steps=1"]
-    done = subprocess.run([sys.executable, "-c", COMPILED, str(RECIPES), *words], capture_output=True, text=True)
+    settings = {"attention": '{"mechanism":"longformer","attention_window":8}', "block_length": 32, "max_steps": 2}
+    commands = []
+    layers = {"gpt2": "n_layer", "bert": "num_hidden_layers", "t5": "num_layers"}
+    for name in ("clm", "mlm", "span_corruption"):
+        family = JOBS[name][0]
+        model = source(tmp_path / family, family, **{layers[family]: 1})
+        go(name, folder, tmp_path / f"plain-{name}", model=model, **settings)
+        words = arguments(model, folder / "data", tmp_path / name, **settings)
+        commands.append(" ".join([*words, "--compile", "--save_steps=1"]))
+    done = subprocess.run([sys.executable, "-c", COMPILED, str(RECIPES), *commands], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # the evaluations are not compiled, and every batch has the same shape
-    assert 1 <= int(done.stdout.rpartition("graphs ")[2]) <= 4
-    # dropout draws other numbers in compiled code
-    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "plain"), rel=0.2)
-    assert he.conversion.load_converted(tmp_path / "out/model") is not None
+    graphs = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("graphs")]
+    assert len(graphs) == 3 and all(1 <= count <= 4 for count in graphs), graphs
+    for name in ("clm", "mlm", "span_corruption"):
+        # the same rows, filled up to one length: padding is no text
+        compiled, plain = result(tmp_path / name), result(tmp_path / f"plain-{name}")
+        for row in ("exact", "converted", "control"):
+            assert compiled["metrics"][row]["loss"] == pytest.approx(plain["metrics"][row]["loss"], rel=1e-5), (
+                name,
+                row,
+            )
+        assert compiled["training"]["tokens"] == plain["training"]["tokens"]
+        # dropout draws other numbers in compiled code
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / f"plain-{name}"), rel=0.2)
+        assert he.conversion.load_converted(tmp_path / name / "model") is not None
 
 
 def test_reports_and_evaluations_on_the_way(folder, tmp_path):
@@ -371,10 +408,12 @@ def refusals(folder: Path) -> list[tuple[str, dict[str, Any], str]]:
             "hidden_size=30 can't be shared out to heads=4",
         ),
         ("clm", {"model": "scratch:gpt2", "vocabulary_size": 10}, "vocabulary_size=10 is too small"),
+        ("mlm", {"mlm_probability": 0}, "mlm_probability=0.0 is not possible; it must be > 0"),
+        ("span_corruption", {"block_length": 500}, "25 spans .* 26 sentinels of the 20.* block_length of at most 390"),
     ]
 
 
-@pytest.mark.parametrize("number", range(19))
+@pytest.mark.parametrize("number", range(21))
 def test_refused_before_any_training(number, folder, tmp_path, monkeypatch):
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("training began")
@@ -382,7 +421,7 @@ def test_refused_before_any_training(number, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train", never)
     monkeypatch.setattr(Trainer, "evaluate", never)
     cases = refusals(folder)
-    assert len(cases) == 19
+    assert len(cases) == 21
     name, settings, message = cases[number]
     with pytest.raises(ValueError, match=message) as caught:
         go(name, folder, tmp_path / "out", **settings)

@@ -1,8 +1,7 @@
-"""The parts of the recipes, each against truth: settings, data, collators, checkpoints, records, callbacks, scores."""
+"""The parts of the recipes, each against truth: settings, data, checkpoints, records, callbacks, scores."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections import Counter
@@ -14,13 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
-from pretraining import SENTINELS, t5_tokenizer
+from pretraining import t5_tokenizer
 from tiny import tiny_tokenizer, words
 from torch import nn
 
-import hf_efficient as he
-from hf_efficient.testing import tiny_model
+from hf_efficient.training import callbacks as callback_parts
 from hf_efficient.training import checkpoints as checkpoint_parts
+from hf_efficient.training.callbacks import FirstStep, NothingLeft
 from hf_efficient.training.checkpoints import (
     MARKER,
     CompleteCheckpoints,
@@ -31,16 +30,10 @@ from hf_efficient.training.checkpoints import (
     save_state,
     signature,
 )
-from hf_efficient.training.collators import (
-    IGNORED,
-    LanguageModelCollator,
-    SeededCollator,
-    SpanCorruptionCollator,
-    fixed_rows,
-)
+from hf_efficient.training.collators import IGNORED, SpanCorruptionCollator
 from hf_efficient.training.data import load_rows, load_texts, token_blocks
 from hf_efficient.training.pictures import layer_picture, loss_curve
-from hf_efficient.training.pretraining import TokenScores, first_position, target_size, text_size, train_tokenizer
+from hf_efficient.training.pretraining import TokenScores, target_size, text_size, train_tokenizer
 from hf_efficient.training.results import RunRecord, write_json
 from hf_efficient.training.settings import parse_settings
 
@@ -270,198 +263,6 @@ def test_drop_short_keeps_full_rows_alone():
     assert [len(ids) for ids in rows["input_ids"]] == [12, 12, 12]
 
 
-# ---- collators ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("density", [0.01, 0.15, 0.5, 0.99])
-@pytest.mark.parametrize("mean_span", [1.0, 3.0, 10.0])
-@pytest.mark.parametrize("length", [2, 3, 13, 64, 97, 512])
-def test_span_corruption_loses_nothing(length, density, mean_span):
-    """Kept and taken tokens are the input again, in order; sentinels mark where, and both sides end with the end token."""
-    collator = SpanCorruptionCollator(t5_tokenizer(), density, mean_span)
-    names = {index: name for name, index in t5_tokenizer().get_vocab().items()}
-    torch.manual_seed(length)
-    for _ in range(5):
-        ids = torch.randint(5, 90, (length,)).tolist()
-        source, target = collator.corrupt(ids)
-        assert source[-1] == target[-1] == collator.end
-        spans: dict[int, list[int]] = {}
-        for token in target[:-1]:
-            if token in collator.sentinels:
-                current = spans.setdefault(token, [])
-            else:
-                current.append(token)
-        marks = [token for token in source if token in collator.sentinels]
-        assert [names[token] for token in spans] == [f"<extra_id_{i}>" for i in range(len(marks) + 1)]
-        assert marks == list(spans)[:-1] and spans[list(spans)[-1]] == []
-        rebuilt = []
-        for token in source[:-1]:
-            rebuilt += spans.get(token, [token])
-        assert rebuilt == ids
-        taken = sum(map(len, spans.values()))
-        assert taken == min(max(round(length * density), 1), length - 1)
-        assert len(marks) <= SENTINELS - 1 and all(spans[mark] for mark in marks)
-        if 1 < round(taken / mean_span) <= min(length - taken, SENTINELS - 1):
-            assert len(marks) == round(taken / mean_span)
-
-
-def test_spans_fall_everywhere_and_follow_the_seed():
-    collator = SpanCorruptionCollator(t5_tokenizer())
-    rows = [{"input_ids": list(range(5, 90))}]
-    torch.manual_seed(1)
-    first = collator(rows)["input_ids"]
-    second = collator(rows)["input_ids"]
-    torch.manual_seed(1)
-    assert torch.equal(collator(rows)["input_ids"], first) and not torch.equal(first, second)
-    taken = Counter(i for _ in range(400) for i in collator.corrupt(rows[0]["input_ids"])[1] if 5 <= i < 90)
-    # the first piece is kept, so the first token is never taken; from the fourth or so on each is, as often as any other
-    assert taken[5] == 0
-    assert all(0.08 < taken[i] / 400 < 0.25 for i in range(20, 80))
-
-
-def test_span_corruption_batch():
-    tokenizer = t5_tokenizer()
-    rows = [{"input_ids": list(range(5, 45))}, {"input_ids": list(range(5, 15)), "labels": [9, 1]}]
-    batch = SpanCorruptionCollator(tokenizer, pad_to=40)(rows)
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 40)
-    assert batch["labels"].shape == (2, 6 + 2 + 2)  # 6 tokens in 2 spans, one more sentinel, the end
-    assert batch["labels"][1].tolist() == [9, 1] + [IGNORED] * 8
-    assert batch["input_ids"][1, :10].tolist() == rows[1]["input_ids"]
-    assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
-    model = tiny_model("t5", vocab_size=99 + SENTINELS)
-    assert model(**batch).loss.isfinite()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"density": 0.0}, "between 0 and 1"),
-        ({"density": 1.0}, "between 0 and 1"),
-        ({"mean_span": 0.5}, "must be ≥ 1"),
-    ],
-)
-def test_span_corruption_settings(options, message):
-    with pytest.raises(ValueError, match=message):
-        SpanCorruptionCollator(t5_tokenizer(), **options)
-    with pytest.raises(ValueError, match="has 0 sentinel tokens"):
-        SpanCorruptionCollator(tiny_tokenizer("t5"))
-    with pytest.raises(ValueError, match="a row of 1 tokens"):
-        SpanCorruptionCollator(t5_tokenizer()).corrupt([7])
-
-
-@pytest.mark.parametrize("pack", [False, True])
-def test_causal_labels_equal_each_document_alone(pack):
-    """The loss of a batch is the mean over the documents' predicted tokens, each computed on its own."""
-    tokenizer, model = tiny_tokenizer("gpt2"), tiny_model("gpt2")
-    texts = [words(n, start=n) for n in (20, 9, 5, 14, 30)]
-    rows = token_blocks(texts, tokenizer, 40, special_tokens="end", pack=pack)
-    batch = LanguageModelCollator(tokenizer, pad_to=40)(list(rows))
-    assert ("attention_mask" in batch) != pack and (batch["input_ids"].shape[0] < len(texts)) == pack
-    total = count = 0.0
-    for text in texts:
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]])
-        logits = model(ids).logits[0, :-1]
-        total += float(F.cross_entropy(logits, ids[0, 1:], reduction="sum").detach())
-        count += len(logits)
-    # in eval mode the host would fill a cache, and with one it looks at no positions
-    assert float(model(**batch, use_cache=False).loss.detach()) == pytest.approx(total / count, rel=1e-5)
-
-
-@pytest.mark.parametrize("mechanism", ["local", "linformer"])
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_packed_masked_loss_equals_each_document_alone(family, mechanism):
-    tokenizer, model = tiny_tokenizer(family), tiny_model(family)
-    options = {"attention_window": 4} if mechanism == "local" else {"rank": 8}
-    he.convert(model, mechanism, tokenizer=tokenizer, **options)
-    first = first_position(model)
-    rows = token_blocks(
-        [words(n, start=n) for n in (20, 9, 5, 14, 30)], tokenizer, 40, pack=True, first_position=first
-    )
-    torch.manual_seed(0)
-    batch = LanguageModelCollator(tokenizer, 0.3)(list(rows))
-    total = count = documents = 0.0
-    for ids, positions, labels in zip(batch["input_ids"], batch["position_ids"], batch["labels"], strict=True):
-        starts = [*(positions == first).nonzero().flatten().tolist(), len(ids)]
-        for start, stop in itertools.pairwise(starts):
-            if (labels[start:stop] != IGNORED).any():
-                alone = model(ids[None, start:stop], position_ids=positions[None, start:stop])
-                loss = F.cross_entropy(alone.logits[0], labels[start:stop], ignore_index=IGNORED, reduction="sum")
-                total, count = total + float(loss.detach()), count + int((labels[start:stop] != IGNORED).sum())
-                documents += 1
-    assert documents > len(rows)
-    assert float(model(**batch).loss.detach()) == pytest.approx(total / count, rel=1e-5)
-
-
-@pytest.mark.parametrize("pack", [False, True])
-def test_masking_leaves_special_tokens_and_padding_alone(pack):
-    tokenizer = tiny_tokenizer("bert")
-    rows = token_blocks([words(n) for n in (20, 9, 5, 14, 30)] * 8, tokenizer, 40, pack=pack)
-    plain = LanguageModelCollator(tokenizer)(list(rows))
-    torch.manual_seed(0)
-    batch = LanguageModelCollator(tokenizer, 0.15)(list(rows))
-    chosen = batch["labels"] != IGNORED
-    text = plain["input_ids"] >= 5
-    assert not (chosen & ~text).any() and 0.1 < chosen.sum() / text.sum() < 0.2
-    assert torch.equal(batch["labels"][chosen], plain["input_ids"][chosen])
-    changed = batch["input_ids"] != plain["input_ids"]
-    assert not (changed & ~chosen).any()
-    assert 0.65 < (batch["input_ids"] == tokenizer.mask_token_id).sum() / chosen.sum() < 0.95
-    assert set(batch) == {"input_ids", "labels", "position_ids" if pack else "attention_mask"}
-
-
-def test_short_batch_always_has_something_to_predict():
-    """Of two tokens 15 % is mostly none; the loss would be 0 / 0."""
-    tokenizer = tiny_tokenizer("bert")
-    collate = LanguageModelCollator(tokenizer, 0.15)
-    rows = [{"input_ids": [2, 50, 51, 3], "special_tokens_mask": [1, 0, 0, 1]}]
-    chosen = Counter()
-    for _ in range(100):
-        batch = collate(rows)
-        chosen.update((batch["labels"][0] != IGNORED).nonzero().flatten().tolist())
-        assert (batch["labels"] != IGNORED).any()
-    assert chosen.keys() == {1, 2} and min(chosen.values()) > 25
-
-
-def test_padding_of_packed_rows_is_a_document_of_its_own():
-    rows = [{"input_ids": [7, 8, 9], "position_ids": [2, 3, 2]}, {"input_ids": [7], "position_ids": [2]}]
-    batch = LanguageModelCollator(tiny_tokenizer("gpt2"), pad_to=5)(rows)
-    assert batch["position_ids"].tolist() == [[2, 3, 2, 2, 3], [2, 2, 3, 4, 5]]
-    assert batch["labels"].tolist() == [[-100, 8, -100, -100, -100], [-100] * 5]
-
-
-def test_seeded_collator_depends_on_seed_epoch_and_rows_alone():
-    tokenizer = tiny_tokenizer("bert")
-    rows = list(token_blocks([words(60)] * 4, tokenizer, 32))
-    collator = SeededCollator(LanguageModelCollator(tokenizer, 0.3), seed=1)
-    before = torch.random.get_rng_state()
-    first = collator(rows[:2])["input_ids"]
-    assert torch.equal(torch.random.get_rng_state(), before)
-    torch.manual_seed(99)
-    collator(rows[2:])
-    assert torch.equal(collator(rows[:2])["input_ids"], first)
-    assert not torch.equal(collator([rows[2], rows[3]])["input_ids"], first)  # the same texts at other places
-    state = type("State", (), {"epoch": 1.0})()
-    collator.on_epoch_begin(None, state, None)
-    assert collator.epoch == 1 and not torch.equal(collator(rows[:2])["input_ids"], first)
-    other = SeededCollator(collator.collate, seed=2)
-    assert not torch.equal(other(rows[:2])["input_ids"], first)
-
-
-def test_fixed_rows_are_the_same_in_every_batch():
-    tokenizer = tiny_tokenizer("bert")
-    collate = LanguageModelCollator(tokenizer, 0.3)
-    rows = token_blocks([words(50), words(9), words(33)], tokenizer, 32)
-    fixed = fixed_rows(rows, collate, seed=0)
-    torch.manual_seed(7)
-    assert fixed_rows(rows, collate, seed=0).to_list() == fixed.to_list()
-    assert fixed_rows(rows, collate, seed=1).to_list() != fixed.to_list()
-    batch = collate(list(fixed))
-    for row, ids, labels in zip(fixed, batch["input_ids"], batch["labels"], strict=True):
-        assert ids[: len(row["input_ids"])].tolist() == row["input_ids"]
-        assert labels[: len(row["labels"])].tolist() == row["labels"]
-        assert sum(label != IGNORED for label in row["labels"]) == int((labels != IGNORED).sum())
-
-
 # ---- scores ------------------------------------------------------------------------------------------------------
 
 
@@ -625,6 +426,39 @@ def test_state_of_a_plain_loop(tmp_path, monkeypatch):
     assert torch.equal(resumed.weight, expected.weight)
     with pytest.raises(ValueError, match="does not fit the model"):
         load_state(Accelerator(cpu=True), folder, nn.Linear(5, 2))
+
+
+def test_evaluation_before_the_first_step_is_no_part_of_its_figures(monkeypatch):
+    """Neither of the seconds nor of the GPU's peak memory nor of the random numbers; the seconds of all parts add up."""
+    clock, done = [100.0], []
+    monkeypatch.setattr(callback_parts.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("reset"))
+
+    def evaluate() -> None:
+        done.append("evaluated")
+        clock[0] += 50
+        torch.rand(7)
+
+    def first_step(**state: Any) -> FirstStep:
+        begin = FirstStep(3, evaluate)
+        state = {"global_step": 0, "max_steps": 9, "stateful_callbacks": {"FirstStep": begin.state()}} | state
+        begin.on_train_begin(None, type("State", (), state)(), None)
+        return begin
+
+    begin = first_step()
+    assert done == ["evaluated", "reset"] and torch.initial_seed() == 3
+    drawn = torch.rand(1)
+    assert torch.equal(drawn, torch.rand(1, generator=torch.Generator().manual_seed(3)))
+    clock[0] += 2
+    saved = begin.state()
+    clock[0] += 500  # lost, and the time until it was resumed
+    begin = first_step(global_step=4, stateful_callbacks={"FirstStep": json.loads(json.dumps(saved))})
+    clock[0] += 3
+    assert begin.seconds() == 5
+    with pytest.raises(NothingLeft):
+        first_step(global_step=9)
+    assert len(done) == 4
 
 
 # ---- records and pictures ----------------------------------------------------------------------------------------

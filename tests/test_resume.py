@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +27,6 @@ import torch
 from transformers import Trainer
 import mlm
 
-moment, at = sys.argv[2], int(sys.argv[3])
 training_step, save = Trainer.training_step, torch.save
 
 def killed_step(self, *args, **kwargs):
@@ -44,11 +42,18 @@ def killed_save(what, path, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 
 torch.set_num_threads(1)
-if moment == "step":
-    Trainer.training_step = killed_step
-else:
-    torch.save = killed_save
-mlm.main(sys.argv[4:])
+for word in sys.argv[2].split(","):  # a process each; what is imported is shared
+    moment, at, output = word.split(":")
+    at, child = int(at), os.fork()
+    if not child:
+        if moment == "step":
+            Trainer.training_step = killed_step
+        else:
+            torch.save = killed_save
+        mlm.main([*sys.argv[3:], f"--output_dir={output}"])
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print("killed" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL else status)
 """
 
 
@@ -61,6 +66,7 @@ def runs(tmp_path_factory) -> dict[str, Any]:
     for name, (family, attention) in JOBS.items():
         model = source(root / family, family)
         settings = {"attention": attention, "max_steps": STEPS, "save_steps": SAVE_STEPS, "eval_steps": 2}
+        settings |= {"schedule": "constant"} if name == "clm" else {}
         recipe(name).main(arguments(model, data, root / f"{name}-whole", **settings))
         found[name] = {"model": model, "settings": settings, "whole": root / f"{name}-whole"}
     return found
@@ -77,23 +83,37 @@ def assert_same_run(output: Path, whole: Path) -> None:
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
     assert result(output)["metrics"]["trained"]["loss"] == result(whole)["metrics"]["trained"]["loss"]
+    assert result(output)["training"]["tokens"] == result(whole)["training"]["tokens"] > 0
     assert result(output)["finished"] is True
 
 
-@pytest.mark.parametrize(("moment", "at", "left"), [("step", 7, 6), ("save", 6, 3)])
-def test_killed_run_resumes_exactly(moment, at, left, runs, tmp_path, capsys):
+KILLED = {"step": (7, 6), "save": (6, 3)}  # moment: (step, last whole checkpoint)
+
+
+@pytest.fixture(scope="module")
+def killed(runs, tmp_path_factory) -> dict[str, Path]:
+    """{moment: folder of a run that was killed there}."""
+    root = tmp_path_factory.mktemp("killed")
+    moments = ",".join(f"{moment}:{at}:{root / moment}" for moment, (at, _) in KILLED.items())
+    words = [word for word in command(runs, "mlm", root) if not word.startswith("--output_dir")]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(RECIPES), moments, *words], capture_output=True, text=True
+    )
+    assert [line for line in done.stdout.splitlines() if line == "killed"] == ["killed"] * 2, done.stderr
+    return {moment: root / moment for moment in KILLED}
+
+
+@pytest.mark.parametrize("moment", KILLED)
+def test_killed_run_resumes_exactly(moment, killed, runs, capsys):
     """kill -9 between backward and update of a step, and with half a file of a checkpoint written."""
-    output = tmp_path / "out"
-    words = command(runs, "mlm", output)
-    done = subprocess.run([sys.executable, "-c", DRIVER, str(RECIPES), moment, str(at), *words], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    output, left = killed[moment], KILLED[moment][1]
     assert result(output)["finished"] is False
     if moment == "save":
         assert (output / "checkpoint-6/model.safetensors").is_file()
         assert not (output / "checkpoint-6" / MARKER).exists()
     assert last_complete_checkpoint(output) == output / f"checkpoint-{left}"
     capsys.readouterr()
-    recipe("mlm").main([*words, "--resume"])
+    recipe("mlm").main([*command(runs, "mlm", output), "--resume"])
     printed = capsys.readouterr().out
     assert f"resuming from {output / f'checkpoint-{left}'}." in printed
     assert ("checkpoint-6 is left out: it has no complete.json" in printed) == (moment == "save")
@@ -163,18 +183,22 @@ def test_evaluation_does_not_disturb_training(runs, tmp_path):
     assert len(evaluated) == STEPS / 2
 
 
-def test_finished_run_trains_no_further(runs, tmp_path):
-    shutil.copytree(runs["clm"]["whole"], tmp_path / "out")
-    recipe("clm").main([*command(runs, "clm", tmp_path / "out"), "--resume"])
-    record = result(tmp_path / "out")
-    assert record["training"]["steps"] == record["training"]["resumed_from"] == STEPS
-    assert_same_run(tmp_path / "out", runs["clm"]["whole"])
+def test_finished_run_trains_no_further_and_may_be_longer(runs, tmp_path):
+    output, whole = tmp_path / "out", runs["clm"]["whole"]
+    shutil.copytree(whole, output)
+    recipe("clm").main([*command(runs, "clm", output), "--resume"])
+    assert_same_run(output, whole)
+    # nothing was trained, so what was measured then still holds
+    first = result(output)["training"]
+    assert first == result(whole)["training"] and first["steps"] == STEPS and first["tokens"] > 0
 
-
-def test_a_resumed_run_may_be_longer(runs, tmp_path):
-    shutil.copytree(runs["clm"]["whole"], tmp_path / "out")
-    recipe("clm").main([*command(runs, "clm", tmp_path / "out", max_steps=STEPS + 2), "--resume"])
-    assert result(tmp_path / "out")["training"]["steps"] == STEPS + 2
+    recipe("clm").main([*command(runs, "clm", output, max_steps=STEPS + 2), "--resume"])
+    longer = result(output)["training"]
+    assert (longer["steps"], longer["resumed_from"]) == (STEPS + 2, STEPS)
+    assert losses(output)[:STEPS] == losses(whole) and len(losses(output)) == STEPS + 2
+    # both parts together
+    assert first["tokens"] < longer["tokens"] and 0.9 * first["seconds"] < longer["seconds"]
+    assert longer["tokens_per_second"] == pytest.approx(longer["tokens"] / longer["seconds"])
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
@@ -203,6 +227,7 @@ def test_folder_with_something_in_it_is_left_alone(runs, tmp_path, monkeypatch):
         ({"attention": "local"}, "attention .* → 'local'"),
         ({"learning_rate": 0.5}, r"learning_rate 0\.01 → 0\.5"),
         ({"seed": 1}, "seed 0 → 1"),
+        ({"max_steps": STEPS + 2}, f"max_steps {STEPS} → {STEPS + 2}"),  # the learning rate falls until then
     ],
 )
 def test_resume_with_other_settings(more, message, runs, tmp_path, monkeypatch):

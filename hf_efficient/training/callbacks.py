@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import ExportableState
 
 from ..attention.performer import PerformerAttention
 
@@ -101,3 +104,46 @@ class KeepRandomState(TrainerCallback):
         if self.state is not None:
             torch.random.set_rng_state(self.state)
             self.state = None
+
+
+class NothingLeft(Exception):
+    """The checkpoint that training would go on from is the last one."""
+
+
+class FirstStep(TrainerCallback, ExportableState):
+    """What comes between the Trainer's preparations and the first step, and how long all steps take from there on.
+
+    A model that is evaluated before the Trainer prepared it for training is prepared for evaluation alone, and is never
+    wrapped for several processes after that: each would train a model of its own. So evaluation waits until here. The
+    seconds are part of every checkpoint, so those of a resumed run are the sum over its parts.
+
+    Args:
+        seed: of training, whatever was drawn so far; a checkpoint's random state comes after it.
+        evaluate: called before the first step.
+
+    Raises:
+        NothingLeft: all steps are done. The Trainer would take one more; what it resumes from is loaded by now.
+    """
+
+    def __init__(self, seed: int, evaluate: Callable[[], None] | None = None):
+        self.seed, self.evaluate = seed, evaluate
+        self.earlier, self.began = 0.0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.earlier = state.stateful_callbacks[type(self).__name__]["attributes"]["earlier"]
+        self.began = time.perf_counter()
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
+        if self.evaluate is not None:
+            self.evaluate()
+        set_seed(self.seed)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # full attention needs more than what is trained
+        self.began = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Of training, evaluations and saves on the way included."""
+        return self.earlier + (time.perf_counter() - self.began if self.began else 0.0)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"seed": self.seed}, "attributes": {"earlier": self.seconds()}}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,45 +17,53 @@ IGNORED = -100
 Row = dict[str, Any]
 
 
+class Collator(Protocol):
+    """Rows to a batch, in two parts: what is random of each row by itself, and filling them up to one length."""
+
+    def choose(self, row: Row) -> Row:
+        """The row with `input_ids` and `labels`, not filled up; one that has labels as it is.
+
+        Draws from PyTorch's global generator on the CPU.
+        """
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        """The batch of what `choose` makes of every row."""
+
+
 class SeededCollator(TrainerCallback):
-    """A collator whose random choices depend on seed, epoch and the rows of the batch alone.
+    """A collator whose random choices for a row depend on seed, epoch and that row's `index` alone.
 
     Loaders collate ahead of the step that is trained, so a checkpoint's random state is not that of the next batch, and a
-    resumed run would mask other tokens. Here every batch gets a state of its own, taken from (seed, epoch, the rows'
-    `index`), and the global one is left as it was: training resumes exactly, and is not disturbed by evaluation. It is its
-    own callback, which tells it the epoch: `Trainer(data_collator=c, callbacks=[c])`.
-
-    Args:
-        collate: rows to batch; draws from PyTorch's global generator on the CPU.
+    resumed run would mask other tokens; and batches of several processes are others than those of one. Here every row gets
+    a state of its own, and the global one is left as it was: training resumes exactly, masks the same tokens however rows
+    are grouped, and is not disturbed by evaluation. It is its own callback, which tells it the epoch:
+    `Trainer(data_collator=c, callbacks=[c])`.
     """
 
-    def __init__(self, collate: Callable[[list[Row]], dict[str, Tensor]], seed: int):
+    def __init__(self, collate: Collator, seed: int):
         self.collate, self.seed, self.epoch = collate, seed, 0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.epoch = int((state.epoch or 0) + 1e-6)
 
-    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+    def choose(self, row: Row) -> Row:
         with torch.random.fork_rng(devices=[]):
-            key = f"{self.seed} {self.epoch} {[row['index'] for row in rows]}"
+            key = f"{self.seed} {self.epoch} {row['index']}"
             # torch.manual_seed would also seed the GPUs, whose dropout goes on
             torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
-            return self.collate(rows)
+            return self.collate.choose(row)
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        return self.collate([self.choose(row) for row in rows])
 
 
-def fixed_rows(rows: Dataset, collate: Callable[[list[Row]], dict[str, Tensor]], seed: int) -> Dataset:
+def fixed_rows(rows: Dataset, collate: Collator, seed: int) -> Dataset:
     """Rows with their random choices made once, each by its own number: what evaluation is repeated on.
 
     Returns:
-        The rows with `input_ids` and `labels` as `collate` makes them of each row alone.
+        The rows with `input_ids` and `labels` as `collate` chooses them, not filled up.
     """
-    seeded = SeededCollator(collate, seed)
-
-    def fix(row: Row) -> Row:
-        batch = seeded([row])
-        return {name: batch[name][0].tolist() for name in ("input_ids", "labels")}
-
-    return rows.map(fix, desc="Fixing the evaluation rows")
+    return rows.map(SeededCollator(collate, seed).choose, desc="Fixing the evaluation rows")
 
 
 def pad_token(tokenizer: Any) -> int:
@@ -69,7 +77,8 @@ class LanguageModelCollator:
 
     Rows with `position_ids` are packed: they leave without attention mask, each document apart by its positions, padding
     as a document of its own. Rows that have `labels` keep them. Labels are -100 where nothing is predicted: padding, tokens
-    that are not masked, and, causal, the first token of every document.
+    that are not masked, and, causal, the first token of every row and of every document in it. Of a row so short that no
+    token was chosen one is masked, or the loss of a batch of such rows would be 0 / 0.
 
     Args:
         mlm_probability: share of tokens to predict; of those 80 % become the mask token, 10 % a random one.
@@ -85,34 +94,38 @@ class LanguageModelCollator:
         if mlm_probability:
             self.masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
 
-    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        ids = padded([row["input_ids"] for row in rows], self.pad, self.pad_to)
-        keep = padded([[1] * len(row["input_ids"]) for row in rows], 0, self.pad_to)
-        batch = {"input_ids": ids, "attention_mask": keep}
-        if "position_ids" in rows[0]:
-            del batch["attention_mask"]
-            batch["position_ids"] = _positions([row["position_ids"] for row in rows], ids.shape[1])
-        if "labels" in rows[0]:
-            batch["labels"] = padded([row["labels"] for row in rows], IGNORED, self.pad_to)
-        elif self.masking is not None:
-            special = padded([row["special_tokens_mask"] for row in rows], 1, self.pad_to)
-            batch["input_ids"], batch["labels"] = self._masked(ids, special)
+    def choose(self, row: Row) -> Row:
+        """The row with `labels`, and with its masks where it is to be masked; one that has labels as it is."""
+        if "labels" in row:
+            return row
+        ids = torch.tensor(row["input_ids"])
+        if self.masking is not None:
+            ids, labels = self._masked(ids, torch.tensor(row["special_tokens_mask"]))
         else:
-            labels = ids.masked_fill(keep == 0, IGNORED)
-            if "position_ids" in batch:
-                starts = batch["position_ids"].diff(dim=1, prepend=batch["position_ids"][:, :1] - 2) != 1
-                labels = labels.masked_fill(starts, IGNORED)
-            batch["labels"] = labels
+            positions = torch.tensor(row.get("position_ids", range(len(ids))))
+            labels = ids.masked_fill(positions.diff(prepend=positions[:1]) != 1, IGNORED)
+        return row | {"input_ids": ids.tolist(), "labels": labels.tolist()}
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        rows = [self.choose(row) for row in rows]
+        ids = padded([row["input_ids"] for row in rows], self.pad, self.pad_to)
+        batch = {"input_ids": ids, "labels": padded([row["labels"] for row in rows], IGNORED, self.pad_to)}
+        if "position_ids" in rows[0]:
+            batch["position_ids"] = _positions([row["position_ids"] for row in rows], ids.shape[1])
+        else:
+            batch["attention_mask"] = padded([[1] * len(row["input_ids"]) for row in rows], 0, self.pad_to)
         return batch
 
     def _masked(self, ids: Tensor, special: Tensor) -> tuple[Tensor, Tensor]:
-        """(input, labels); of a batch so short that none was chosen, one token is, or its loss would be 0 / 0."""
-        masked, labels = self.masking.torch_mask_tokens(ids.clone(), special_tokens_mask=special)
+        """(input, labels) of a row of ids (N,)."""
+        masked, labels = (
+            x[0] for x in self.masking.torch_mask_tokens(ids[None].clone(), special_tokens_mask=special[None])
+        )
         if not (labels != IGNORED).any():
-            text = (special == 0).nonzero()
-            row, column = text[torch.randint(len(text), ())]
-            labels[row, column] = ids[row, column]
-            masked[row, column] = self.masking.tokenizer.mask_token_id
+            text = (special == 0).nonzero()[:, 0]
+            place = text[torch.randint(len(text), ())]
+            labels[place] = ids[place]
+            masked[place] = self.masking.tokenizer.mask_token_id
         return masked, labels
 
 
@@ -141,7 +154,8 @@ class SpanCorruptionCollator:
             the batch.
 
     Raises:
-        ValueError: an impossible setting, a tokenizer without sentinels or end token, a row of fewer than 2 tokens.
+        ValueError: an impossible setting, a tokenizer without sentinels or end token, a row of fewer than 2 tokens, or of
+            more than there are sentinels for.
     """
 
     def __init__(self, tokenizer: Any, density: float = 0.15, mean_span: float = 3.0, pad_to: int = 0):
@@ -162,8 +176,25 @@ class SpanCorruptionCollator:
         """(tokens to take, spans) of a row of n tokens."""
         if n < 2:
             raise ValueError(f"a row of {n} tokens can't be corrupted: one must be kept and one taken.")
+        taken, spans = self._counts(n)
+        if spans >= len(self.sentinels):
+            most = next(i for i in range(n, 1, -1) if self._counts(i)[1] < len(self.sentinels))
+            raise ValueError(
+                f"a row of {n} tokens has {spans} spans of mean_span={self.mean_span}, which need {spans + 1} sentinels of "
+                f"the {len(self.sentinels)} that there are: use a block_length of at most {most}, or a larger mean_span."
+            )
+        return taken, spans
+
+    def _counts(self, n: int) -> tuple[int, int]:
         taken = min(max(round(n * self.density), 1), n - 1)
-        return taken, max(1, min(round(taken / self.mean_span), taken, n - taken, len(self.sentinels) - 1))
+        return taken, max(1, min(round(taken / self.mean_span), n - taken))
+
+    def choose(self, row: Row) -> Row:
+        """The row with the source as `input_ids` and the target as `labels`; one that has labels as it is."""
+        if "labels" in row:
+            return row
+        source, target = self.corrupt(row["input_ids"])
+        return row | {"input_ids": source, "labels": target}
 
     def corrupt(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """(source, target) of one row of tokens, without special ones."""
@@ -181,15 +212,14 @@ class SpanCorruptionCollator:
         return [*source, self.end], [*target, self.sentinels[spans], self.end]
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        pairs = [
-            (row["input_ids"], row["labels"]) if "labels" in row else self.corrupt(row["input_ids"]) for row in rows
-        ]
+        rows = [self.choose(row) for row in rows]
+        sources = [row["input_ids"] for row in rows]
         # a full row's target is the longest there is: its spans with their sentinels, one more, and the end
         target_length = sum(self.counts(self.pad_to)) + 2 if self.pad_to else 0
         return {
-            "input_ids": padded([source for source, _ in pairs], self.pad, self.pad_to),
-            "attention_mask": padded([[1] * len(source) for source, _ in pairs], 0, self.pad_to),
-            "labels": padded([target for _, target in pairs], IGNORED, target_length),
+            "input_ids": padded(sources, self.pad, self.pad_to),
+            "attention_mask": padded([[1] * len(source) for source in sources], 0, self.pad_to),
+            "labels": padded([row["labels"] for row in rows], IGNORED, target_length),
         }
 
 

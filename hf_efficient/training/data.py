@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,13 +33,15 @@ def load_texts(
     Args:
         dataset: "offline" (documents of every Python installation, `hf_efficient.corpus`); files, a folder or a pattern of
             .jsonl, .json, .csv, .parquet or .txt (one text per line); or a Hub id.
-        dataset_config: configuration of a Hub dataset. text_column: where the text stands.
+        dataset_config: configuration of a Hub dataset, of nothing else. text_column: where the text stands.
         seed: chooses 5 % of the training rows, at least one, for validation where the dataset has no such split.
         max_train_rows, max_eval_rows: keep the first so many; 0 = all.
 
     Raises:
-        ValueError: nothing there, a missing column (with the list of those there are), or no text.
+        ValueError: nothing there, no training rows, a missing column (with the list of those there are), no text, or a
+            configuration of what has none.
     """
+    _refuse_config(dataset, dataset_config)
     if dataset == OFFLINE:
         from datasets import Dataset, DatasetDict
 
@@ -61,6 +64,7 @@ def load_rows(
     dataset: str | DatasetDict,
     columns: Mapping[str, str],
     *,
+    together: str = "",
     dataset_config: str = "",
     seed: int = 0,
     max_train_rows: int = 0,
@@ -71,19 +75,27 @@ def load_rows(
     Args:
         dataset: as for `load_texts`, or what is already loaded.
         columns: {name the caller uses: name in the dataset}; other columns are left out.
+        together: key of `columns`: rows that agree in it stay on one side where validation is cut off the training rows, so
+            that nothing is evaluated on a text that was trained on; 5 % of its values, at least one, are held out.
         Everything else as for `load_texts`.
 
     Raises:
-        ValueError: nothing there, a missing column (with the list of those there are), or no rows.
+        ValueError: as `load_texts`.
     """
+    _refuse_config(dataset, dataset_config)
     loaded = _columns(dataset, _load(dataset, dataset_config) if isinstance(dataset, str) else dataset, columns)
-    loaded = _with_validation(dataset, loaded, seed)
+    loaded = _with_validation(dataset, loaded, seed, together)
     return _limited(_with_rows(dataset, loaded), max_train_rows, max_eval_rows)
 
 
 def _columns(dataset: str | DatasetDict, loaded: DatasetDict, columns: Mapping[str, str]) -> DatasetDict:
     """The splits that are used, with these columns alone, renamed."""
-    used = {split: rows for split, rows in loaded.items() if split in ("train", "validation")} or dict(loaded)
+    if "train" not in loaded:
+        raise ValueError(
+            f"dataset {_name(dataset)} has no train split, but {', '.join(loaded)}: call what is to be trained on train "
+            "(a folder's train.jsonl), or give its files alone."
+        )
+    used = {split: rows for split, rows in loaded.items() if split in ("train", "validation")}
     for split, rows in used.items():
         missing = [name for name in columns.values() if name not in rows.column_names]
         if missing:
@@ -97,6 +109,17 @@ def _columns(dataset: str | DatasetDict, loaded: DatasetDict, columns: Mapping[s
 
 def _name(dataset: Any) -> str:
     return dataset if isinstance(dataset, str) else "given"
+
+
+def _refuse_config(dataset: str | DatasetDict, dataset_config: str) -> None:
+    is_local = not isinstance(dataset, str) or (
+        dataset == OFFLINE or Path(dataset).exists() or glob.has_magic(dataset) or Path(dataset).suffix in BUILDERS
+    )
+    if dataset_config and is_local:
+        raise ValueError(
+            f"dataset_config={dataset_config!r} chooses a part of a Hub dataset, but dataset {_name(dataset)} is none: "
+            "leave it out."
+        )
 
 
 def _load(dataset: str, dataset_config: str) -> DatasetDict:
@@ -127,22 +150,28 @@ def _load(dataset: str, dataset_config: str) -> DatasetDict:
         ) from error
 
 
-def _with_validation(dataset: str | DatasetDict, loaded: DatasetDict, seed: int) -> DatasetDict:
+def _with_validation(dataset: str | DatasetDict, loaded: DatasetDict, seed: int, together: str = "") -> DatasetDict:
     """The splits "train" and "validation"; the latter cut off from the former where there is none."""
     from datasets import DatasetDict
 
-    if "train" not in loaded and len(loaded) != 1:
-        raise ValueError(f"dataset {_name(dataset)} has no train split, but {', '.join(loaded)}.")
-    train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    train = loaded["train"]
     if "validation" in loaded:
         return DatasetDict({"train": train, "validation": loaded["validation"]})
-    if len(train) < 2:
+    groups = list(dict.fromkeys(train[together])) if together else range(len(train))
+    if len(groups) < 2:
+        of = f"a single {together} in its training rows" if together else f"{len(groups)} training rows"
         raise ValueError(
-            f"dataset {_name(dataset)} has {len(train)} training rows and no validation split: at least 2 are needed, one "
-            "of them to evaluate on."
+            f"dataset {_name(dataset)} has {of} and no validation split: at least 2 are needed, one of them to evaluate on."
         )
-    parts = train.train_test_split(test_size=max(1, round(HELD_OUT * len(train))), seed=seed)
-    return DatasetDict({"train": parts["train"], "validation": parts["test"]})
+    count = max(1, round(HELD_OUT * len(groups)))
+    if not together:
+        parts = train.train_test_split(test_size=count, seed=seed)
+        return DatasetDict({"train": parts["train"], "validation": parts["test"]})
+    aside = set(random.Random(seed).sample(groups, count))
+    chosen: dict[str, list[int]] = {"train": [], "validation": []}
+    for index, value in enumerate(train[together]):
+        chosen["validation" if value in aside else "train"].append(index)
+    return DatasetDict({split: train.select(rows) for split, rows in chosen.items()})
 
 
 def _with_rows(dataset: str | DatasetDict, loaded: DatasetDict) -> DatasetDict:

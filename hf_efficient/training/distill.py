@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import random
-import time
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from ..conversion import REPORT_NAME
 from ..exact import Teacher, converted_layers, eval_mode, mechanism_of, substituted
 from ..fidelity import MeanOfValues, MeanOfValuesConfig, compare, text_batches
 from ..models import EfficientModelMixin
 from ..saving import atomic_folder
 from ..side_files import copy_side_files
-from .callbacks import RedrawFeatures, StopOnNonFiniteLoss
+from .callbacks import FirstStep, NothingLeft, RedrawFeatures, StopOnNonFiniteLoss
 from .checkpoints import CompleteCheckpoints, is_first_process, last_complete_checkpoint
-from .data import token_blocks
+from .distill_parts import collate, optimizer_of, training_figures, training_rows
 from .keep_best import KeepBest
 from .recipe import start
 from .results import RESULT_NAME, peak_memory
 from .transfer import AttentionTransfer, blocks, layer_errors, trainable
 
 TRAINED = "trained.safetensors"
-DECODER_TOKENS = 64
-GUARD_BATCHES, GUARD_CHECKS = 4, 8
+GUARD_CHECKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,10 @@ class DistillSettings:
         for name in ("steps", "layers_per_block", "end_to_end_steps", "save_steps", "learning_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not possible; it must be at least 0.")
+        if not self.end_to_end_learning_rate > 0:
+            raise ValueError(
+                f"end_to_end_learning_rate={self.end_to_end_learning_rate} is not possible; it must be above 0."
+            )
 
 
 def distill(
@@ -169,7 +175,7 @@ class _Distillation:
                 "nothing to train layer by layer (no steps, or mechanisms without parameters): give end_to_end_steps."
             )
         train, held_out = _split(list(texts), held_out, settings.seed)
-        self.rows, self.guard = self._rows(train)
+        self.rows, self.guard = training_rows(train, tokenizer, settings.length, settings.batch_size, settings.seed)
         self.batches = text_batches(
             tokenizer, held_out[: settings.eval_texts], settings.length, settings.batch_size, model
         )
@@ -177,7 +183,6 @@ class _Distillation:
 
     def run(self) -> dict[str, Any]:
         settings, record = self.settings, self.record
-        began = time.perf_counter()
         if is_first_process():
             record.write(self.folder / RESULT_NAME)
         # what the teacher needs former values of must require gradients when it is made
@@ -191,52 +196,21 @@ class _Distillation:
         self._measure(teacher, "converted", "before")
         with self._control():
             record.add("control", compare(self.model, teacher, self.batches))  # type: ignore[arg-type]
-        history = []
+        stages = []
         if self.transfers_layers:
             for stage in self._layer_stages():
-                history += self._train(stage)
+                stages.append(self._train(stage))
             self._measure(teacher, *(("trained", "after") if final is None else ("transferred", "transferred")))
         if final is not None:
-            history += self._train(final)
+            stages.append(self._train(final))
             self._measure(teacher, "trained", "after")
         self._save()
-        tokens = settings.length * settings.batch_size * settings.accumulation_steps
-        record.training = {
-            "seconds": time.perf_counter() - began,
-            "tokens_per_step": tokens,
-            "notes": self.notes,
-            "log": history,
-        } | peak_memory()
+        history = [entry for stage in stages for entry in stage["log"]]
+        record.training = training_figures(stages) | {"notes": self.notes, "log": history}
         record.finished = True
         if is_first_process():
             record.write(self.folder / RESULT_NAME)
         return record.to_dict()
-
-    # ---- data ----------------------------------------------------------------------------------------------------
-
-    def _rows(self, texts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Rows to train on, and rows set aside for the guard."""
-        length = self.settings.length
-        rows = token_blocks(texts, self.tokenizer, length)["input_ids"]
-        rows = [row for row in rows if len(row) == length] or list(rows)
-        random.Random(self.settings.seed).shuffle(rows)
-        aside = min(GUARD_BATCHES * self.settings.batch_size, max(1, len(rows) // 10))
-        if len(rows) < 2:
-            raise ValueError(f"{len(texts)} texts give {len(rows)} row of {length} tokens; at least 2 are needed.")
-        return rows[aside:], rows[:aside]
-
-    def _collate(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """(B, N) ids and mask, padded on the right; a decoder reads the same text."""
-        width = max(len(row) for row in rows)
-        pad = self.model.config.pad_token_id or 0
-        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if self.model.config.is_encoder_decoder:
-            sides = {mechanism_of(layer).geometry.side for layer in converted_layers(self.model).values()}
-            tokens = width if "decoder" in sides else DECODER_TOKENS
-            batch |= {"decoder_input_ids": ids[:, :tokens], "decoder_attention_mask": mask[:, :tokens]}
-        return batch
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -251,36 +225,45 @@ class _Distillation:
             transfer = AttentionTransfer(self.model, settings.losses, group)
             yield _Stage(name, transfer, settings.steps, settings.learning_rate)
 
-    def _train(self, stage: _Stage) -> list[dict[str, Any]]:
-        """Run a stage, or what is left of it. Returns the Trainer's log."""
+    def _train(self, stage: _Stage) -> dict[str, Any]:
+        """Run a stage, or what is left of it. Returns its figures, and the Trainer's log."""
         folder = self.folder / stage.name
         if self.resume and (folder / TRAINED).is_file():
-            self._load(folder / TRAINED)
-            return []
+            return self._load(folder / TRAINED)
         checkpoint = last_complete_checkpoint(folder, self.model) if self.resume else None
         size = self.settings.batch_size
         with stage.transfer as transfer:
-            guard_batches = [self._collate(self.guard[i : i + size]) for i in range(0, len(self.guard), size)]
+            guard_batches = [collate(self.model, self.guard[i : i + size]) for i in range(0, len(self.guard), size)]
             guard = KeepBest(transfer, guard_batches, every=-(-stage.steps // GUARD_CHECKS))
             if checkpoint is not None:
                 guard.load(checkpoint)
+            clock = FirstStep(self.settings.seed)
             trainer = Trainer(
                 model=self.model,
                 args=self._arguments(stage, folder),
                 train_dataset=self.rows,
-                data_collator=self._collate,
-                optimizers=(self._optimizer(stage.learning_rate), None),
+                data_collator=partial(collate, self.model),
+                optimizers=(optimizer_of(self.model, stage.learning_rate), None),
                 # the guard writes into a checkpoint before it is marked as complete
-                callbacks=[guard, CompleteCheckpoints(self.model), StopOnNonFiniteLoss(), RedrawFeatures()],
+                callbacks=[guard, CompleteCheckpoints(self.model), StopOnNonFiniteLoss(), RedrawFeatures(), clock],
             )
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            try:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            except NothingLeft:
+                trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
             trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             learned = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
+        figures: dict[str, Any] = {
+            "steps": stage.steps,
+            "tokens": trainer.state.num_input_tokens_seen,
+            "seconds": clock.seconds(),
+            "log": [{"stage": stage.name, **entry} for entry in trainer.state.log_history if "loss" in entry],
+        } | peak_memory()
         if is_first_process():
-            partial_file = folder / f".{TRAINED}"
-            save_file({name: p.contiguous() for name, p in learned.items()}, partial_file)
+            partial_file, metadata = folder / f".{TRAINED}", {"figures": json.dumps(figures)}
+            save_file({name: p.contiguous() for name, p in learned.items()}, partial_file, metadata)
             partial_file.replace(folder / TRAINED)
-        return [{"stage": stage.name, **entry} for entry in trainer.state.log_history]
+        return figures
 
     def _arguments(self, stage: _Stage, folder: Path) -> TrainingArguments:
         settings = self.settings
@@ -291,6 +274,8 @@ class _Distillation:
             gradient_accumulation_steps=settings.accumulation_steps,
             lr_scheduler_type="linear",
             warmup_steps=stage.warmup,
+            # one norm over all layers would couple those that learn independently of each other
+            max_grad_norm=0.0 if stage.transfer.is_local else 1.0,
             logging_steps=settings.logging_steps,
             logging_nan_inf_filter=False,
             save_strategy="steps" if settings.save_steps else "no",
@@ -299,30 +284,20 @@ class _Distillation:
             bf16=settings.bf16,
             use_cpu=settings.cpu,
             remove_unused_columns=False,
+            include_num_input_tokens_seen="non_padding",
             report_to="none",
         )
 
-    def _optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
-        """AdamW; with learning rate 0 every mechanism has its own."""
-        groups: dict[float, list[Any]] = {}
-        rates = {}
-        for layer in converted_layers(self.model).values():
-            for parameter in mechanism_of(layer).parameters():
-                rates[id(parameter)] = mechanism_of(layer).transfer_learning_rate
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                groups.setdefault(learning_rate or rates[id(parameter)], []).append(parameter)
-        return torch.optim.AdamW(
-            [{"params": parameters, "lr": rate} for rate, parameters in groups.items()], weight_decay=0.0
-        )
-
     @torch.no_grad()
-    def _load(self, file: Path) -> None:
+    def _load(self, file: Path) -> dict[str, Any]:
+        """Take over what a stage ended with; returns its figures."""
         parameters = dict(self.model.named_parameters())
         for name, value in load_file(file).items():
             if name not in parameters or parameters[name].shape != value.shape:
                 raise ValueError(f"{file} is of another model: {name} does not fit. Give another output_dir.")
             parameters[name].copy_(value)
+        with safe_open(file, "pt") as opened:
+            return dict(json.loads(opened.metadata()["figures"]))
 
     # ---- what comes of it ----------------------------------------------------------------------------------------
 
@@ -349,6 +324,8 @@ class _Distillation:
             source = Path(self.model.config._name_or_path or "")
             if source.is_dir() and str(source) != ".":
                 copy_side_files(source, folder, None)
+                if (source / REPORT_NAME).is_file():
+                    shutil.copy(source / REPORT_NAME, folder)
 
 
 def _split(texts: list[str], held_out: Any, seed: int) -> tuple[list[str], list[str]]:

@@ -36,23 +36,30 @@ def require_filled(rows: Any, *columns: str) -> None:
                     )
 
 
-def with_label_ids(rows: Any, column: str) -> tuple[Any, list[str]]:
+def with_label_ids(rows: Any, column: str, *, listed: bool) -> tuple[Any, list[str]]:
     """Labels as ids, and their names in order of id.
 
     A `ClassLabel` column keeps its names and ids; of other columns the names are the distinct values of the training rows,
-    in order. A row has one label, or a list of them.
+    in order.
 
     Args:
         rows: a `DatasetDict` with "train". column: where the labels stand.
+        listed: whether a row has a list of labels, or one.
 
     Raises:
-        ValueError: a label that is out of range, unknown in the training rows, or no label at all; fewer than two classes.
+        ValueError: a list of labels where one is needed or the other way round; a label that is out of range, unknown in
+            the training rows, or no label at all; fewer than two classes.
     """
     from datasets import ClassLabel
 
     feature = rows["train"].features[column]
     feature = getattr(feature, "feature", feature)
     values = {split: list(rows[split][column]) for split in rows}
+    for split, labels in values.items():
+        for index, value in enumerate(labels):
+            if isinstance(value, list) != listed:
+                needed = "a list of labels, one for each word," if listed else "one label"
+                raise ValueError(f"row {index} of {split} has {value!r:.60} in {column!r}, where {needed} is needed.")
     if isinstance(feature, ClassLabel):
         names, known = list(feature.names), list(range(len(feature.names)))
     else:
@@ -108,19 +115,35 @@ def label_options(names: Sequence[str], source: str, head: str) -> dict[str, Any
             "ForTokenClassification".
 
     Raises:
-        ValueError: the checkpoint has such a head, of another number of labels.
+        ValueError: the checkpoint has such a head, of other labels or in another order; "LABEL_0", … may be any.
     """
     config = AutoConfig.from_pretrained(source)
-    if any(name.endswith(head) for name in config.architectures or ()) and config.num_labels != len(names):
+    there = [config.id2label[index] for index in range(config.num_labels)]
+    is_named = there != [f"LABEL_{index}" for index in range(len(names))]
+    if any(name.endswith(head) for name in config.architectures or ()) and is_named and there != list(names):
         raise ValueError(
-            f"{source} already tells {config.num_labels} labels apart ({', '.join(config.id2label.values())}), but the rows "
-            f"have {len(names)} ({', '.join(names)}): begin with a checkpoint without {head}, or with rows of its labels."
+            f"{source} already tells {len(there)} labels apart ({', '.join(there)}), but the rows have {len(names)} "
+            f"({', '.join(names)}): begin with a checkpoint without {head}, or with rows of its labels in their order."
         )
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
     }
+
+
+def token_loss(evaluated: Any, pad_token_id: int = -100) -> dict[str, float]:
+    """{"token_loss": the mean loss over labels}; the Trainer's own is one over batches, whatever is in them.
+
+    Args:
+        evaluated: an `EvalPrediction` with losses (`include_for_metrics=["loss"]`): of each row that of its batch. Labels
+            are (rows,), one of each row, or (rows, tokens).
+        pad_token_id: what labels of tokens are padded with beside -100.
+    """
+    labels = evaluated.label_ids.reshape(len(evaluated.label_ids), -1)
+    counts = ((labels != -100) & (labels != pad_token_id)).sum(1)
+    # the last batch's loss is repeated as if the batch were full
+    return {"token_loss": float((evaluated.losses[: len(counts)] * counts).sum() / counts.sum())}
 
 
 def input_length(model: Any, tokenizer: Any, wanted: int = 0) -> int:

@@ -23,9 +23,10 @@ WHOLE = "model"
 class KeepBest(TrainerCallback):
     """Measures an active transfer now and then, and gives each layer the best parameters it had, the start included.
 
-    With losses per layer the layers are independent, so that one that diverges costs no other; layers that share parameters
-    are judged together, by the mean of their losses. With losses end to end the whole model is one layer, named "model". A
-    loss that is no number is never the best.
+    With losses per layer the layers are independent, so that one that diverges costs no other as long as its loss is finite
+    (`StopOnNonFiniteLoss` ends the whole run otherwise); layers that share parameters are judged together, by the mean of
+    their losses. With losses end to end the whole model is one layer, named "model". A loss that is no number is never the
+    best.
 
     As a callback of the Trainer it measures every `every` steps and at the end, restores at the end, and writes what it
     knows into every checkpoint. In another loop call `update()` and at the end `restore()`; it has `state_dict` and

@@ -42,10 +42,10 @@ def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = Non
     max_positions = getattr(settings, "max_positions", 0)
     config = AutoConfig.from_pretrained(name)
     installed = getattr(config, "efficient_attention", None)
-    _check_attention(name, config, attention, max_positions)
     tokenizer = load_tokenizer(name, None)
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer; put one into the checkpoint's folder.")
+    _check_attention(name, config, attention, max_positions, tokenizer.model_max_length)
     model, info = auto_class.from_pretrained(
         name, output_loading_info=True, dtype=torch.float32, use_safetensors=True, **kwargs
     )
@@ -78,7 +78,7 @@ def prepared(model: Any, settings: Any, fresh: list[str] | None = None) -> Any:
     return _with_lora(model, rank, fresh or []) if rank else model
 
 
-def _check_attention(name: str, config: Any, attention: str, max_positions: int) -> None:
+def _check_attention(name: str, config: Any, attention: str, max_positions: int, longest_input: int) -> None:
     installed = getattr(config, "efficient_attention", None)
     if not installed:
         if max_positions and attention in ("", "none"):
@@ -96,8 +96,9 @@ def _check_attention(name: str, config: Any, attention: str, max_positions: int)
                 f"{name} is already converted, to {installed}, and --attention asks for something else: leave it out, or "
                 "convert the original."
             )
-    positions = family_of(config.model_type).max_positions(config)
-    if max_positions and positions is not None and max_positions != positions:
+    # T5 has no table of positions: what a conversion lengthens there is what the tokenizer says
+    positions = family_of(config.model_type).max_positions(config) or longest_input
+    if max_positions and max_positions != positions:
         raise ValueError(
             f"{name} is already converted and has {positions} positions, not max_positions={max_positions}: leave it out, "
             "or convert the original."
@@ -121,7 +122,8 @@ def _with_lora(model: Any, rank: int, fresh: list[str]) -> Any:
     modules = dict(model.named_modules())
     owners = {name.rpartition(".")[0] for name in fresh}
     saved = sorted(name for name in owners if name in modules and not any(modules[name].children()))
-    if any(True for mechanism in mechanisms for _ in mechanism.parameters()):
+    # what a mechanism draws anew while it trains is part of a checkpoint too, without being a parameter
+    if any(mechanism.state_dict() for mechanism in mechanisms):
         saved.append("efficient")
     config = LoraConfig(
         r=rank,

@@ -19,7 +19,7 @@ from ..conversion import REPORT_NAME
 from ..exact import converted_layers, exact_attention, substituted
 from ..fidelity import MeanOfValues, MeanOfValuesConfig
 from ..saving import atomic_folder
-from .callbacks import KeepRandomState, NonFiniteLoss, RedrawFeatures, StopOnNonFiniteLoss
+from .callbacks import FirstStep, KeepRandomState, NonFiniteLoss, NothingLeft, RedrawFeatures, StopOnNonFiniteLoss
 from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
 from .loading import load_model
 from .pictures import layer_picture, loss_curve
@@ -27,11 +27,11 @@ from .results import RESULT_NAME, RunRecord, peak_memory
 
 __all__ = ["evaluate", "load_model", "run", "save_model", "start", "train", "training_arguments"]
 
-# settings that a resumed run may change: they say how long and what is shown, not what is computed
+# settings that a resumed run may change: they say what is kept and shown, not what is computed
 FREE_ON_RESUME = {
-    "resume", "output_dir", "max_steps", "epochs", "eval_steps", "save_steps", "logging_steps", "report_to",
-    "eval_batch_size", "cpu",
+    "resume", "output_dir", "eval_steps", "save_steps", "logging_steps", "report_to", "eval_batch_size", "cpu",
 }  # fmt: skip
+LENGTH = {"max_steps", "epochs"}
 LAYER_ERROR_BATCHES = 2
 SAME_NAMES = ("learning_rate", "warmup_steps", "weight_decay", "seed", "logging_steps", "bf16", "report_to")
 RENAMED = {
@@ -58,7 +58,8 @@ def start(recipe: str, settings: Any) -> RunRecord:
 
     Raises:
         ValueError: the folder holds something and `resume` is off; or it holds the run of another recipe, or of other
-            settings than may change (`FREE_ON_RESUME`), or no run at all.
+            settings than may change (`FREE_ON_RESUME`, and `LENGTH` where no learning rate depends on it), or no run at
+            all.
     """
     set_seed(settings.seed)
     values = dataclasses.asdict(settings)
@@ -74,7 +75,8 @@ def start(recipe: str, settings: Any) -> RunRecord:
     record = RunRecord.read(folder / RESULT_NAME)
     if record.recipe != recipe:
         raise ValueError(f"{folder} holds a run of {record.recipe}, not of {recipe}: choose another --output_dir.")
-    changed = [name for name in values if name not in FREE_ON_RESUME and record.settings.get(name) != values[name]]
+    free = FREE_ON_RESUME | (LENGTH if _is_endless(settings) else set())
+    changed = [name for name in values if name not in free and record.settings.get(name) != values[name]]
     if changed:
         listed = ", ".join(f"{name} {record.settings.get(name)!r} → {values[name]!r}" for name in changed)
         raise ValueError(
@@ -83,6 +85,12 @@ def start(recipe: str, settings: Any) -> RunRecord:
         )
     record.settings, record.finished = values, False
     return record
+
+
+def _is_endless(settings: Any) -> bool:
+    """Whether the learning rate of a step is the same however many steps come after it."""
+    schedule, warmup = getattr(settings, "schedule", ""), getattr(settings, "warmup_steps", 0)
+    return schedule == "constant" or (schedule == "constant_with_warmup" and not 0 < warmup < 1)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -145,28 +153,20 @@ def train(trainer: Any, settings: Any, record: RunRecord, *, before: bool = True
             if checkpoint
             else f"no complete checkpoint in {output}: from the beginning."
         )
-    _add_callbacks(trainer)
     if first:
         record.write(output / RESULT_NAME)
     is_converted = bool(converted_layers(trainer.model))
-    if before and not record.metrics:
-        _evaluate_before(trainer, record, is_converted)
-        if first:
-            record.write(output / RESULT_NAME)
-    seen = json.loads((checkpoint / "trainer_state.json").read_text())["num_input_tokens_seen"] if checkpoint else 0
-    set_seed(settings.seed)  # whatever was evaluated so far, training draws the same numbers
-    try:
-        seconds = _train(trainer, checkpoint)
-    except KeyboardInterrupt:
-        if first:
-            print(_how_to_resume(output, trainer.state.global_step), file=sys.stderr)
-        raise SystemExit(130) from None
-    tokens = trainer.state.num_input_tokens_seen - seen
+    evaluates = before and not record.metrics
+    begin = FirstStep(settings.seed, (lambda: _evaluate_before(trainer, record, is_converted)) if evaluates else None)
+    _add_callbacks(trainer, begin)
+    has_trained = _train(trainer, checkpoint)
+    figures = _training_figures(trainer, checkpoint, begin.seconds())  # before another evaluation adds to them
     history = trainer.state.log_history
     evaluate(trainer, record, "trained")
     if is_converted:
         record.layer_errors["after"] = _layer_errors(trainer)
-    record.training = _training_figures(trainer, checkpoint, seconds, tokens, history)
+    if has_trained or not record.training:
+        record.training = figures
     save_model(trainer, output / "model", record)
     if first:
         losses = {name: figures["loss"] for name, figures in record.metrics.items() if figures.get("loss") is not None}
@@ -178,53 +178,42 @@ def train(trainer: Any, settings: Any, record: RunRecord, *, before: bool = True
         print(summary(record, output))
 
 
-def _training_figures(
-    trainer: Any, checkpoint: Path | None, seconds: float, tokens: int, history: list[dict[str, Any]]
-) -> dict[str, Any]:
-    parameters = list(trainer.model.parameters())
+def _training_figures(trainer: Any, checkpoint: Path | None, seconds: float) -> dict[str, Any]:
+    parameters, tokens = list(trainer.model.parameters()), trainer.state.num_input_tokens_seen
     return {
         "steps": trainer.state.global_step,
         "resumed_from": int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
         "seconds": seconds,
         "tokens": tokens,
-        "tokens_per_second": tokens / seconds if seconds else None,
+        "tokens_per_second": tokens / seconds,
         "parameters": sum(p.numel() for p in parameters),
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "log": [entry for entry in history if "loss" in entry or "eval_loss" in entry],
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
     } | peak_memory()
 
 
-class _AlreadyTrained(Exception):
-    """The checkpoint that training would go on from is the last one."""
-
-
-class _StopIfTrained(TrainerCallback):
-    """The Trainer takes one step before it looks whether all are done; what it resumes from is loaded by then."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            raise _AlreadyTrained
-
-
-def _train(trainer: Any, checkpoint: Path | None) -> float:
-    """Seconds that training took; 0 where the checkpoint is the last one."""
+def _train(trainer: Any, checkpoint: Path | None) -> bool:
+    """Whether there was anything left to train; an interruption ends the process."""
     try:
-        return float(
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics["train_runtime"]
-        )
-    except _AlreadyTrained:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NothingLeft:
         trainer.is_in_train = False
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-        return 0.0
+        return False
+    except KeyboardInterrupt:
+        if trainer.is_world_process_zero():
+            print(_how_to_resume(Path(trainer.args.output_dir), trainer.state.global_step), file=sys.stderr)
+        raise SystemExit(130) from None
+    return True
 
 
-def _add_callbacks(trainer: Any) -> None:
+def _add_callbacks(trainer: Any, begin: FirstStep) -> None:
     own: list[Any] = [CompleteCheckpoints(trainer.model), StopOnNonFiniteLoss(), KeepRandomState(), RedrawFeatures()]
-    own.append(_StopIfTrained())
     collator = trainer.data_collator
     if isinstance(collator, TrainerCallback) and collator not in trainer.callback_handler.callbacks:
         own.append(collator)
-    for callback in own:
+    # last, because its clock starts there
+    for callback in [*own, begin]:
         trainer.add_callback(callback)
 
 
@@ -233,12 +222,9 @@ def _refuse_impossible(trainer: Any, settings: Any) -> None:
         raise ValueError(
             "lora_rank: adapters of a sharded model can't be merged at the end; train without FSDP or DeepSpeed."
         )
-    tokenizer = trainer.processing_class
-    if (
-        trainer.args.include_num_input_tokens_seen == "non_padding"
-        and getattr(tokenizer, "pad_token_id", None) is None
-    ):
-        trainer.args.include_num_input_tokens_seen = "all"  # nothing tells padding from text
+    if getattr(settings, "pack", False) and getattr(trainer.processing_class, "pad_token_id", None) is None:
+        # packed rows have no attention mask, so nothing tells their little padding from text
+        trainer.args.include_num_input_tokens_seen = "all"
 
 
 def _how_to_resume(output: Path, step: int) -> str:
@@ -276,12 +262,13 @@ def _evaluate_before(trainer: Any, record: RunRecord, is_converted: bool) -> Non
     model = trainer.model
     with exact_attention(model):
         evaluate(trainer, record, "exact")
-    if not is_converted:
-        return
-    evaluate(trainer, record, "converted")
-    with substituted(model, lambda mechanism: MeanOfValues(MeanOfValuesConfig(), mechanism.geometry)):
-        evaluate(trainer, record, "control")
-    record.layer_errors["before"] = _layer_errors(trainer)
+    if is_converted:
+        evaluate(trainer, record, "converted")
+        with substituted(model, lambda mechanism: MeanOfValues(MeanOfValuesConfig(), mechanism.geometry)):
+            evaluate(trainer, record, "control")
+        record.layer_errors["before"] = _layer_errors(trainer)
+    if trainer.is_world_process_zero():
+        record.write(Path(trainer.args.output_dir) / RESULT_NAME)
 
 
 def _layer_errors(trainer: Any) -> dict[str, Any]:
@@ -298,9 +285,8 @@ def summary(record: RunRecord, output: Path) -> str:
         shown = [f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, (int, float)) and "per_second" not in k]
         lines.append(f"{name:>10}: {', '.join(text for text in shown if not text.startswith('runtime'))}")
     training = record.training
-    speed = f"{training['tokens_per_second']:.0f} tokens/s, " if training["tokens_per_second"] else ""
     lines.append(
-        f"{training['steps']} steps, {speed}peak memory "
+        f"{training['steps']} steps, {training['tokens_per_second']:.0f} tokens/s, peak memory "
         f"{training['peak_memory_mb']:.0f} MB ({training['peak_memory_of']}). Model: {output / 'model'}, figures: "
         f"{output / RESULT_NAME}"
     )

@@ -39,12 +39,16 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def peak_memory() -> dict[str, Any]:
-    """Peak memory of this process in MB (10⁶ bytes): on the GPU what PyTorch held, else the resident set."""
+    """Peak memory of this process in MB (10⁶ bytes).
+
+    On the GPU what PyTorch held since `torch.cuda.reset_peak_memory_stats`; else the resident set, which nothing resets:
+    whatever was evaluated, with full attention too, is part of it.
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return {"peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6, "peak_memory_of": "gpu"}
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    return {"peak_memory_mb": peak, "peak_memory_of": "process"}
+    return {"peak_memory_mb": peak, "peak_memory_of": "process, evaluations included"}
 
 
 def _plain(value: Any) -> Any:
@@ -66,7 +70,9 @@ class RunRecord:
         metrics: {"exact" | "converted" | "control" | "trained" | …: {figure: number}}: the model with full attention and
             with its mechanisms before training, with the mean of values instead of attention, and after training.
         layer_errors: {"before" | "after": what `layer_errors` returns}; empty for unconverted models.
-        training: steps, seconds, tokens, tokens per second, peak memory, trained and all parameters.
+        training: steps, and the seconds, tokens and tokens per second that they took, of all parts of a resumed run
+            together (without the steps that were lost); peak memory of the last part, which began after step
+            `resumed_from`; trained and all parameters.
         conversion: the report of a conversion on the way, if there was one.
         finished: False while the run goes on, or if it was interrupted.
     """

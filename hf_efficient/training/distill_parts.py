@@ -1,0 +1,94 @@
+"""What distillation with the Trainer and in a loop of one's own share: rows, batches, parameter groups and figures."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..exact import converted_layers, mechanism_of
+from .data import token_blocks
+
+DECODER_TOKENS = 64
+GUARD_BATCHES = 4
+
+
+def training_rows(
+    texts: Any, tokenizer: Any, length: int, batch_size: int, seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of tokens to train on, and rows set aside for the guard; rows that are not full only where none is.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    rows = token_blocks(texts, tokenizer, length)["input_ids"]
+    rows = [row for row in rows if len(row) == length] or list(rows)
+    random.Random(seed).shuffle(rows)
+    aside = min(GUARD_BATCHES * batch_size, max(1, len(rows) // 10))
+    if len(rows) < 2:
+        raise ValueError(f"{len(texts)} texts give {len(rows)} row of {length} tokens; at least 2 are needed.")
+    return rows[aside:], rows[:aside]
+
+
+def collate(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """(B, N) ids and mask, padded on the right; a decoder reads the same text, its first tokens if it is not converted."""
+    width, pad = max(len(row) for row in rows), model.config.pad_token_id or 0
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        sides = {mechanism_of(layer).geometry.side for layer in converted_layers(model).values()}
+        tokens = width if "decoder" in sides else DECODER_TOKENS
+        batch |= {"decoder_input_ids": ids[:, :tokens], "decoder_attention_mask": mask[:, :tokens]}
+    return batch
+
+
+def optimizer_of(model: Any, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay over what requires gradients; with learning rate 0 every mechanism has its own."""
+    mechanisms = [mechanism_of(layer) for layer in converted_layers(model).values()]
+    rates = {id(p): mechanism.transfer_learning_rate for mechanism in mechanisms for p in mechanism.parameters()}
+    groups: dict[float, list[Any]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(learning_rate or rates[id(parameter)], []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": rate} for rate, parameters in groups.items()], weight_decay=0.0
+    )
+
+
+class Clock:
+    """Seconds of training in a loop; registered for checkpointing, those of a resumed run are the sum over its parts."""
+
+    def __init__(self) -> None:
+        self.earlier, self.began = 0.0, 0.0
+
+    def start(self) -> None:
+        """Called before the first step; what was held before is no part of the peak memory either."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.began = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self.earlier + time.perf_counter() - self.began
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.earlier = state["seconds"]
+
+
+def training_figures(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What training cost over all stages: sums of their steps, seconds and tokens, and the highest peak memory.
+
+    Seconds are those between the first and the last step, the guard and checkpoints included, measurements before and
+    behind not; tokens are those that are no padding.
+    """
+    total = {name: sum(stage[name] for stage in stages) for name in ("steps", "seconds", "tokens")}
+    total["tokens_per_second"] = total["tokens"] / total["seconds"]
+    peak = max(stages, key=lambda stage: float(stage["peak_memory_mb"]))
+    return total | {name: peak[name] for name in ("peak_memory_mb", "peak_memory_of")}
