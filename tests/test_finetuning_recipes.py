@@ -286,7 +286,7 @@ def test_embed_saves_what_sentence_transformers_loads(sources, datasets_of, tmp_
     out, module = tmp_path / "out", recipe("embed")
     settings = ["--model", sources["bert"], "--attention", LONGFORMER, "--max_positions", "256", "--cpu", "--output_dir",
                 str(out), "--dataset", datasets_of["embed"]]  # fmt: skip
-    module.main([*settings, "--max_steps", "4", "--learning_rate", "1e-3", "--batch_size", "4"])
+    module.main([*settings, "--max_steps", "10", "--learning_rate", "1e-3", "--batch_size", "4"])
     record, model = finished(out, "embed")
     encoder = SentenceTransformer(str(out / "model"), device="cpu")
     assert encoder.max_seq_length == 256 and type(encoder[0].model) is type(model)
