@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -43,22 +44,31 @@ def offline_documents(minimum_characters: int = 2000) -> dict[str, str]:
 
 
 def offline_texts(split: str = "held-out", minimum_characters: int = 2000) -> list[str]:
-    """The documents of one split: a fifth is held out, chosen by name, so that a document never changes sides.
+    """The texts of `split_documents` of all that is at hand."""
+    return list(split_documents(offline_documents(minimum_characters), split).values())
+
+
+def split_documents(documents: Mapping[str, str], split: str) -> dict[str, str]:
+    """Those of one split of {name: text}: a fifth is held out, chosen by name, so that a document never changes sides.
 
     Held-out documents of which more than a quarter stands in training documents too (licences, topics that quote each
     other) belong to neither split.
+
+    Raises:
+        ValueError: an unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not possible; it must be one of {', '.join(SPLITS)}.")
-    documents = offline_documents(minimum_characters)
     if split == "all":
-        return list(documents.values())
-    training = [text for name, text in documents.items() if not is_held_out(name)]
+        return dict(documents)
+    training = {name: text for name, text in documents.items() if not is_held_out(name)}
     if split == "train":
         return training
-    known = set().union(*map(_lines, training))
-    held_out = {text: _lines(text) for name, text in documents.items() if is_held_out(name)}
-    return [text for text, lines in held_out.items() if len(lines & known) <= KNOWN_SHARE * len(lines)]
+    known = set().union(*map(_lines, training.values()))
+    held_out = {name: _lines(text) for name, text in documents.items() if is_held_out(name)}
+    return {
+        name: documents[name] for name, lines in held_out.items() if len(lines & known) <= KNOWN_SHARE * len(lines)
+    }
 
 
 def _lines(text: str, shortest: int = 30) -> set[str]:

@@ -202,5 +202,5 @@ def test_a_baseline_of_nothing_is_refused(sources, datasets_of, tmp_path):
 
 def test_a_single_document_is_nothing_to_retrieve(sources, tmp_path):
     data = write(tmp_path / "data.jsonl", [{"anchor": f"w{i}", "positive": "w5 w6"} for i in range(5)])
-    with pytest.raises(ValueError, match="train holds a single document"):
+    with pytest.raises(ValueError, match="a single positive in its training rows"):
         recipe("embed").main(["--model", sources["bert"], "--dataset", data, "--output_dir", str(tmp_path / "out")])

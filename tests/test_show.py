@@ -350,9 +350,15 @@ def test_command_takes_layers_files_and_json(tmp_path):
     [
         (["linformer", "--rank", 3], "linformer has no picture"),
         (["flash"], "unknown mechanism 'flash'"),
-        (["local", "--bananas", 3], "no option --bananas; the options of local are --attention-window, --dilation."),
+        (
+            ["local", "--bananas", 3],
+            "no option --bananas; the options of local are --attention-window, --dilation, --sink-tokens.",
+        ),
         (["--bananas", 3, "local"], "no option --bananas; the options of all mechanisms together are"),
-        (["local", "--layers", "0"], "no option --layers; the options of local are --attention-window, --dilation."),
+        (
+            ["local", "--layers", "0"],
+            "no option --layers; the options of local are --attention-window, --dilation, --sink-tokens.",
+        ),
         (["local", "--row-length", 3], "local has no option --row-length"),
         (["local", "more"], "unexpected argument 'more'; show takes MECHANISM."),
         (["local", "--attention-window", 7], "attention_window=7 is not possible"),

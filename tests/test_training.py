@@ -126,7 +126,7 @@ def test_training_under_autocast(pair: Pair):
 
 @each(MAIN)
 def test_gradient_checkpointing_gives_the_same_gradients(pair: Pair):
-    model = pair.model()
+    model = pair.model().double()  # sums are taken in another order
     inputs = labelled(model, inputs_for(model))
     with pair.patch(model):
         expected = _gradients(model.train(), inputs)
@@ -137,7 +137,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(pair: Pair):
         if gradient is None or name.endswith(NO_GRADIENT):
             assert (actual[name] is None) == (gradient is None), name
             continue
-        assert_close(actual[name], gradient, 1e-6, name)
+        assert_close(actual[name], gradient, 1e-12, name)
         compared += 1
     assert compared > 10
 

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..corpus import is_held_out, offline_documents
+from ..corpus import offline_documents, split_documents
 
 Row = dict[str, Any]
 
@@ -71,10 +71,6 @@ def _digest(name: str) -> int:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16)
 
 
-def _in_split(name: str, split: str) -> bool:
-    return is_held_out(name) == (split == "validation")
-
-
 def _sources(pattern: str, split: str) -> Iterator[str]:
     """Source files of the standard library, in an order that their names scatter; a quarter of them is held out."""
     folder = Path(sysconfig.get_path("stdlib"))
@@ -87,10 +83,14 @@ def _sources(pattern: str, split: str) -> Iterator[str]:
         yield folder.joinpath(name).read_text(encoding="utf-8", errors="replace")
 
 
+# what the corpus calls the splits of a task
+CORPUS_SPLITS = {"train": "train", "validation": "held-out"}
+
+
 def _topics(split: str) -> list[str]:
     from pydoc_data.topics import topics
 
-    return [text for name, text in sorted(topics.items()) if _in_split(name, split)]
+    return list(split_documents(dict(sorted(topics.items())), CORPUS_SPLITS[split]).values())
 
 
 @cache
@@ -199,9 +199,9 @@ def _summaries(source: str) -> Iterator[Row]:
 
 
 def _pairs(split: str, chosen: random.Random) -> Iterator[Row]:
-    for name, text in _documents().items():
+    for name, text in split_documents(_documents(), CORPUS_SPLITS[split]).items():
         # passages of licences stand in many of them
-        if name.startswith("licence/") or not _in_split(name, split):
+        if name.startswith("licence/"):
             continue
         document = text[:DOCUMENT_CHARACTERS]
         words = list(re.finditer(r"\S+", document))
