@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attend import Partial
-from .linear_attention import FeatureState, linear_attention
+from .linear_attention import FeatureState, kernel, linear_attention
 
 
 def far_past(
@@ -70,6 +70,5 @@ def window_means(key: Tensor, keep: Tensor | None, left: int, right: int, num_qu
 
 def log_kernel(log_query: Tensor, log_key: Tensor) -> Tensor:
     """(B, H, N, S) dense `log φ(q_n)·φ(k_s)`, for losses on attention weights; O(N · S)."""
-    top_query, top_key = (x.detach().amax(dim=-1, keepdim=True) for x in (log_query, log_key))
-    products = (log_query - top_query).exp() @ (log_key - top_key).exp().transpose(-1, -2)
-    return products.clamp_min(torch.finfo(products.dtype).tiny).log() + top_query + top_key.transpose(-1, -2)
+    products, level = kernel(log_query, log_key)
+    return products.clamp_min(torch.finfo(products.dtype).tiny).log() + level

@@ -108,7 +108,7 @@ def _causal(log_query: Tensor, log_key: Tensor, values: Tensor, state: FeatureSt
     size = min(CHUNK, n)
     q, k = _in_chunks(log_query, size, 0.0), _in_chunks(log_key, size, float("-inf"))
     v = _in_chunks(values, size, 0.0)
-    products, level = _kernel(*(x.to(_widest(x)) for x in (q, k)))
+    products, level = kernel(*(x.to(_widest(x)) for x in (q, k)))
     later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     # the largest pair that each query sees, never a later key: that could push all it really sees below the smallest number
     top = (products.detach().log() + level).masked_fill(later, float("-inf")).amax(dim=-1, keepdim=True)
@@ -144,7 +144,7 @@ def _states_before(log_key: Tensor, values: Tensor, state: FeatureState | None) 
     return FeatureState(*(torch.stack(parts, dim=-3) for parts in zip(*states, strict=True)))
 
 
-def _kernel(log_query: Tensor, log_key: Tensor) -> tuple[Tensor, Tensor]:
+def kernel(log_query: Tensor, log_key: Tensor) -> tuple[Tensor, Tensor]:
     """(…, N, S) products p and constants c with `p e^c = φ(q_n)·φ(k_s)`: each pair is scaled by its own two maxima.
 
     p falls as far below 1 as the large features of query and key lie apart, and must not reach 0.
