@@ -329,6 +329,8 @@ def _dense_blocks(
     batch, heads, n, width = query.shape
     rows = seen.shape[-1]
     is_plain = not call.is_causal and call.bias is None and not call.return_lse and not call.dropout
+    # backward would write the gradient of every key once per block of queries
+    is_plain = is_plain and not (torch.is_grad_enabled() and key.requires_grad)
     if is_plain and query.device.type == "cpu" and n == rows * size and (call.keep is not None or not sees_all):
         # each block of queries as a head of its own: their one row of mask is not copied for every query
         visible = seen.repeat_interleave(size, -1)
