@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +22,7 @@ from transformers import AutoConfig
 from .base import attention_configs, get_mechanism, list_mechanisms
 from .conversion import convert_in_place, load_converted, load_stock, versions
 from .families import PREFIX, family_of
+from .memory import growth_of, peaks
 from .patching import plan
 
 BASE_WIDTH = 768
@@ -127,74 +126,52 @@ def compare_with_full_attention(
             inputs = random_inputs(full.config, length)
             calls = {"full": forward_call(full, inputs), "efficient": forward_call(model, inputs)}
             figures = ratios(interleaved(calls, repeats, f"{length} tokens" if progress else None), "full")
-            memory = {name: peak_memory(path, length) for name, path in paths.items()}
             rows.append(
                 {
                     "length": length,
                     "full_seconds": figures["full"]["seconds"],
                     "efficient_seconds": figures["efficient"]["seconds"],
                     "time_ratio": figures["efficient"]["ratio"],
-                    "full_peak_mb": memory["full"],
-                    "efficient_peak_mb": memory["efficient"],
                 }
             )
+        points = [(path, length) for length in lengths for path in paths.values()]
+        found = iter(peak_memory(points, "memory" if progress else None))
+        for row in rows:
+            row |= {"full_peak_mb": next(found), "efficient_peak_mb": next(found)}
     faster = [row["time_ratio"] < 1 for row in rows]
     crossover = next((row["length"] for i, row in enumerate(rows) if all(faster[i:])), None)
     return {"rows": rows, "crossover": crossover, "repeats": repeats, "hardware": hardware()}
 
 
-# ---- memory, in a process of its own -----------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------------
 
 
-def peak_memory(checkpoint: str | Path, length: int) -> float | None:
+def peak_memory(points: Sequence[tuple[str | Path, int]], progress: str | None = None) -> list[float | None]:
     """Megabytes by which one forward pass of a saved checkpoint raises the resident memory of a fresh process.
 
-    `None` where the operating system does not tell (anything but Linux).
+    Args:
+        points: (checkpoint, length) of each pass. progress: text of the bar; `None` = no bar.
+
+    Returns:
+        `None` for each where the operating system does not tell (anything but Linux).
     """
-    return _worker("checkpoint", str(checkpoint), length)
+    return peaks(_checkpoint_peak, [(str(path), length) for path, length in points], progress)
 
 
-def fresh_python(*arguments: Any, timeout: float | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own that finds this package, also where it is not installed.
-
-    Raises:
-        subprocess.TimeoutExpired: it took more than `timeout` seconds, and was ended.
-    """
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+def _checkpoint_peak(path: str, length: int) -> float:
+    converted = AutoConfig.from_pretrained(path).model_type.startswith(PREFIX)
+    model: Any = load_converted(path) if converted else load_stock(path)[0]
+    return _forward_peak(model, random_inputs(model.config, length))
 
 
-def _worker(kind: str, what: str, length: int) -> float | None:
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    done = fresh_python("-m", __name__, kind, what, length, torch.get_num_threads())
-    if done.returncode:
-        raise RuntimeError(f"measuring {what} at {length} tokens failed:\n{done.stderr[-2000:]}")
-    return float(done.stdout.splitlines()[-1])
+def _wide_peak(model_type: str, attention: dict[str, Any], length: int, side: str) -> float:
+    return _forward_peak(*wide_model(model_type, attention, length, side))
 
 
-def _status(field: str) -> int:
-    """Kilobytes that the kernel reports for this process."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1])
-
-
-def _measure(kind: str, what: str, length: int, threads: int) -> None:
-    torch.set_num_threads(threads)
-    if kind == "checkpoint":
-        converted = AutoConfig.from_pretrained(what).model_type.startswith(PREFIX)
-        model: Any = load_converted(what) if converted else load_stock(what)[0]
-        inputs = random_inputs(model.config, length)
-    else:
-        spec = json.loads(what)
-        model, inputs = wide_model(spec["model_type"], spec["attention"], length, spec["side"])
+def _forward_peak(model: Any, inputs: dict[str, torch.Tensor]) -> float:
+    # what is made once and kept is no part of a pass
     forward_call(model, {k: v[:, :16] for k, v in inputs.items()})()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
-    forward_call(model, inputs)()
-    print((_status("VmHWM") - before) / 1024)
+    return growth_of(forward_call(model, inputs))
 
 
 # ---- suites ------------------------------------------------------------------------------------------------------
@@ -290,14 +267,17 @@ def _memory_options(mechanism: str, side: str, length: int) -> dict[str, Any]:
 
 def memory_suite(lengths: Sequence[int] = (8192, 16384), progress: bool = True) -> dict[str, Any]:
     """Peak memory of one forward pass of two layers of BERT-base width, for every supported pair, and its growth."""
-    results = []
     pairs = supported_pairs()
-    for mechanism, model_type, side in tqdm(pairs, desc="memory", disable=not progress, file=sys.stderr):
+    entries = [
+        (model_type, {"mechanism": mechanism, **_memory_options(mechanism, side, length)}, length, side)
+        for mechanism, model_type, side in pairs
+        for length in lengths
+    ]
+    found = iter(peaks(_wide_peak, entries, "memory" if progress else None))
+    results = []
+    for mechanism, model_type, side in pairs:
         row: dict[str, Any] = {"mechanism": mechanism, "model_type": model_type, "side": side}
-        for length in lengths:
-            attention = {"mechanism": mechanism, **_memory_options(mechanism, side, length)}
-            spec = {"model_type": model_type, "attention": attention, "side": side}
-            row[f"peak_mb_{length}"] = _worker("wide", json.dumps(spec), length)
+        row |= {f"peak_mb_{length}": next(found) for length in lengths}
         row["growth"] = row[f"peak_mb_{lengths[-1]}"] / row[f"peak_mb_{lengths[0]}"]
         results.append(row)
     settings = {
@@ -345,6 +325,3 @@ SUITES: dict[str, Callable[..., dict[str, Any]]] = {
     "memory": memory_suite,
     **{suite: partial(_run_elsewhere, suite) for suite in OWN_MODULE},
 }
-
-if __name__ == "__main__":
-    _measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import statistics
 import sys
 import time
@@ -26,8 +25,9 @@ from tqdm.auto import tqdm
 
 from . import contenders
 from .base import EfficientAttention
-from .benchmark import _status, forward_call, fresh_python, hardware, interleaved, ratios, versions, wide_model
+from .benchmark import forward_call, hardware, interleaved, ratios, versions, wide_model
 from .contenders import BIASED, DENSE, MASKED, SAME, THEIRS, WINDOW, Point, build, our_names, settings_of, work_of
+from .memory import growth_of, peaks
 from .timing import attempt, ceilings, cuda_peak, reason_of, speedups, timed
 
 PRODUCTS = {"forward": 2, "training": 7}
@@ -187,50 +187,37 @@ def cpu_plan() -> list[tuple[str, str, int]]:
     return plan + [(name, "forward", n) for name in theirs for n in (4096, 8192)]
 
 
-def cpu_memory(plan: list[tuple[str, str, int]], sizes: dict[str, int], threads: int) -> list[dict[str, Any]]:
+def cpu_memory(
+    plan: list[tuple[str, str, int]], sizes: dict[str, int], progress: bool = False
+) -> list[dict[str, Any]]:
     """Megabytes by which one call raises the resident memory of a process of its own, and its growth per doubling.
 
     Empty where the operating system does not tell (anything but Linux).
     """
-    if not plan or not Path("/proc/self/clear_refs").exists():
-        return []
-    done = fresh_python("-m", __name__, json.dumps([plan, sizes, threads]))
-    if done.returncode:
-        raise RuntimeError(f"measuring memory failed:\n{done.stderr[-2000:]}")
     found: dict[tuple[str, str], dict[int, float]] = {}
-    for (name, kind, length), peak in zip(plan, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        found.setdefault((name, kind), {})[length] = peak
+    measured = peaks(_peak, [(*entry, sizes) for entry in plan], "memory" if progress else None)
+    for (name, kind, length), peak in zip(plan, measured, strict=True):
+        if peak is not None:
+            found.setdefault((name, kind), {})[length] = peak
     return [
         {
             "contender": name,
             "pass": kind,
             # JSON has text for keys
-            "peak_mb": {str(n): peak for n, peak in peaks.items()},
-            "growth": {str(n): peaks[n] / peaks[n // 2] for n in peaks if n // 2 in peaks},
+            "peak_mb": {str(n): peak for n, peak in row.items()},
+            "growth": {str(n): row[n] / row[n // 2] for n in row if n // 2 in row},
         }
-        for (name, kind), peaks in found.items()
+        for (name, kind), row in found.items()
     ]
 
 
-def _peaks(argument: str) -> list[float]:
-    """The figures of a plan, each from a fork of this process, which has touched no tensor yet."""
-    plan, sizes, threads = json.loads(argument)
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        return pool.map(_peak, [(*entry, sizes, threads) for entry in plan], chunksize=1)
-
-
-def _peak(entry: tuple[str, str, int, dict[str, int], int]) -> float:
-    name, kind, length, sizes, threads = entry
-    torch.set_num_threads(threads)
+def _peak(name: str, kind: str, length: int, sizes: dict[str, int]) -> float:
     short, point = Point(min(length, 2 * WINDOW), **sizes), Point(length, **sizes)  # type: ignore[arg-type]
     attempt(build(name, short), kind, short.tensors())(lambda: None)
     tensors = point.tensors()
     # a dense mask is what masked attention costs; modules and their inputs are there anyway
     attention = None if name == MASKED else build(name, point)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
-    attempt(attention or build(name, point), kind, tensors)(lambda: None)
-    return (_status("VmHWM") - before) / 1024
+    return growth_of(lambda: attempt(attention or build(name, point), kind, tensors)(lambda: None))
 
 
 # ---- the suite ---------------------------------------------------------------------------------------------------
@@ -310,7 +297,7 @@ def attention_suite(
         "results": rows,
         "bars": bars_of(rows),
         "crossover": crossovers(rows),
-        "memory": cpu_memory(memory or [], sizes, torch.get_num_threads()),
+        "memory": cpu_memory(memory or [], sizes, progress),
         "over_floor": over_floor(model_length, device=point.device) if model_length else None,
         "ceilings": best,
         "failed": failed,
@@ -372,8 +359,5 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    given = sys.argv[1]
-    if given.endswith(".json"):
-        draw(json.loads(Path(given).read_text()), Path(given).with_suffix(".png"))
-    else:
-        print(json.dumps(_peaks(given)))
+    record = Path(sys.argv[1])
+    draw(json.loads(record.read_text()), record.with_suffix(".png"))

@@ -32,6 +32,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *(("performer", dict(num_features=m)) for m in (64, 256, 1024)),
     ("performer", dict(num_features=256, kernel="relu")),
     *((name, dict(attention_window=w)) for name in ("hedgehog", "t2r") for w in (64, 0)),
+    *((name, dict(attention_window=64, sink_tokens=1)) for name in ("local", "hedgehog", "t2r")),
 ]
 
 

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
-from .benchmark import fresh_python, hardware, versions
+from .benchmark import hardware, versions
 from .benchmark_attention import Stage, attention_suite, cuda_stages
 from .benchmark_attention import as_rows as attention_rows
 from .contenders import THEIRS, Point, build
+from .memory import fresh_python
 from .timing import attempt
 
 TESTS = tuple(Path(__file__).parents[1] / "tests" / name for name in ("test_gpu.py", "test_kernels_gpu.py"))

@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .base import attention_configs
-from .benchmark import compare_with_full_attention, fresh_python
+from .benchmark import compare_with_full_attention
 from .conversion import load_converted, load_stock, versions
 from .dispatch import CHILD
 from .families import family_of
 from .fidelity import compare, control_figures, controls, output_mask, ragged, relative_difference, run, text_batches
+from .memory import fresh_python
 from .models import EfficientModelMixin
 from .patching import patch_attention
 

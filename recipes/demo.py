@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -182,10 +181,7 @@ def show_speed(folder: Path) -> list[dict]:
             inputs = random_inputs(full.config, length)
             calls = {name: forward_call(model, inputs) for name, model in models.items()}
             rows.append({"length": length, "time": ratios(interleaved(calls, SPEED_REPEATS), "full")})
-        # each point in a process of its own; unlike time, memory does not suffer from two at once
-        points = [(path, row["length"]) for row in rows for path in paths.values()]
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            peaks = list(tqdm(pool.map(lambda point: peak_memory(*point), points), "memory", len(points), leave=False))
+        peaks = peak_memory([(path, row["length"]) for row in rows for path in paths.values()], "memory")
         for index, row in enumerate(rows):
             row["memory"] = dict(zip(paths, peaks[index * len(paths) :], strict=False))
     table = Table(title=f"4. One forward pass against full attention (SDPA), fp32, {torch.get_num_threads()} threads")
