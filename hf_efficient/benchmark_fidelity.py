@@ -31,6 +31,9 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("linformer", dict(rank=128, projection="max")),
     *(("performer", dict(num_features=m)) for m in (64, 256, 1024)),
     ("performer", dict(num_features=256, kernel="relu")),
+    ("linear_transformer", {}),
+    ("cosformer", {}),
+    *(("random_feature", dict(num_features=m)) for m in (64, 256)),
     *((name, dict(attention_window=w)) for name in ("hedgehog", "t2r") for w in (64, 0)),
     *((name, dict(attention_window=64, sink_tokens=1)) for name in ("local", "hedgehog", "t2r")),
 ]

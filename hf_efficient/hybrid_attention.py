@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import (
     AttentionContext,
     AttentionGeometry,
-    EfficientAttention,
     EfficientAttentionConfig,
     attention_config,
 )
+from .kernel_attention import KernelAttention, drop_keys, normalised, state_of
 from .ops.alignment import first_real_token
 from .ops.attend import Partial, additive_mask, attend, merge_attention
 from .ops.block_sparse import block_sparse_attention
 from .ops.far_attention import far_future, far_past, log_kernel, window_means
-from .ops.linear_attention import linear_attention
 from .ops.patterns import Columns, Window
 from .ops.windows import window_sides
 from .recurrent import RecurrentLayer
@@ -59,7 +56,7 @@ class HybridAttentionConfig(EfficientAttentionConfig):
             self._require_positive("feature_dim")
 
 
-class HybridAttention(EfficientAttention):
+class HybridAttention(KernelAttention):
     """`y_i = Σ_j p_ij v_j / Σ_j p_ij` with `p_ij = exp(s · q_i·k_j + b(j - i))` in the window of query i and for the first
     tokens of its row (sinks), and for all other keys
 
@@ -73,6 +70,7 @@ class HybridAttention(EfficientAttention):
     """
 
     config: HybridAttentionConfig
+    relative_bias_refusal = None
     transfer_learning_rate: ClassVar[float] = 1e-2
 
     def __init__(self, config: HybridAttentionConfig, geometry: AttentionGeometry):
@@ -96,10 +94,6 @@ class HybridAttention(EfficientAttention):
     def initialise_from(self, source: object) -> dict[str, str]:
         origin = {"query_map": "identity", "key_map": "identity"}
         return origin | ({name: f"{value}" for name, value in START.items()} if self.config.attention_window else {})
-
-    def log_features(self, x: Tensor, name: str) -> Tensor:
-        """(B, H, N, M) logarithms of φ of (B, H, N, D) heads times √(s √D); `name` is "query" or "key"."""
-        raise NotImplementedError(f"{type(self).__name__} has no feature map")
 
     @classmethod
     def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
@@ -133,35 +127,22 @@ class HybridAttention(EfficientAttention):
         return RecurrentLayer(self.pattern | Columns(positions=tuple(range(sinks))) if sinks else self.pattern)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        if not self.config.attention_window:
+            return super().forward(query, key, value, context)
         with torch.autocast(query.device.type, enabled=False):
-            log_query, log_key = self._features(query, key, context)
-            far_value = value
-            if context.dropout:
-                far_value = value * F.dropout(torch.ones_like(value[..., :1]), context.dropout)
-            if self.config.attention_window:
-                near = self._near(query, key, value, context)
-                scales = self._log_scales(query, key, near[1], context)
-                exact = [near]
-                if self.config.sink_tokens:
-                    exact.append(self._at_sinks(query, key, value, context))
-                far = self._far(log_query, log_key, far_value, scales, context)
-                out, _ = merge_attention(*((part.to(log_query.dtype), lse) for part, lse in exact), *far)
-            elif context.is_causal:
-                out, _ = far_past(log_query, log_key, far_value, 0, _state(context))
-            else:
-                out = linear_attention(log_query, log_key, far_value, is_causal=False)
-        if context.recurrent is not None:
-            context.recurrent.fold(log_key, value)
+            log_query, log_key = self.log_features_of(query, key, context)
+            near = self._near(query, key, value, context)
+            scales = self._log_scales(query, key, near[1], context)
+            exact = [near]
+            if self.config.sink_tokens:
+                exact.append(self._at_sinks(query, key, value, context))
+            far = self._far(log_query, log_key, drop_keys(value, context), scales, context)
+            out, _ = merge_attention(*((part.to(log_query.dtype), lse) for part, lse in exact), *far)
+        self.fold(log_key, key, value, context)
         return out.to(query.dtype)
 
-    def _features(self, query: Tensor, key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        # 1 for scaled dot products, so that hosts without scaling start from equally sharp features
-        unit = math.sqrt(context.scaling * math.sqrt(query.shape[-1]))
-        log_query = self.log_features(query.to(dtype) * unit, "query")
-        log_key = self.log_features(key.to(dtype) * unit, "key")
-        if context.key_padding_mask is not None:
-            log_key = log_key.masked_fill(~context.key_padding_mask[:, None, :, None], float("-inf"))
+    def log_features_of(self, query: Tensor, key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        log_query, log_key = super().log_features_of(query, key, context)
         if self.config.sink_tokens:
             log_key = log_key.masked_fill(self._is_sink(context, key)[:, None, :, None], float("-inf"))
         return log_query, log_key
@@ -223,7 +204,7 @@ class HybridAttention(EfficientAttention):
         scales: tuple[Tensor, Tensor],
         context: AttentionContext,
     ) -> list[Partial]:
-        parts = [far_past(log_query, log_key, value, self.pattern.left + 1, _state(context))]
+        parts = [far_past(log_query, log_key, value, self.pattern.left + 1, state_of(context))]
         if not context.is_causal:
             parts.append(far_future(log_query, log_key, value, self.pattern.right + 1))
         return [(out, lse + scale) for (out, lse), scale in zip(parts, scales, strict=False)]
@@ -248,28 +229,24 @@ class HybridAttention(EfficientAttention):
         return scale + past, scale + future
 
     def attention_weights(self, query: Tensor, key: Tensor, context: AttentionContext) -> Tensor:
+        if not self.config.attention_window:
+            return super().attention_weights(query, key, context)
         n, s = query.shape[2], key.shape[2]
         with torch.autocast(query.device.type, enabled=False):
-            log_query, log_key = self._features(query, key, context)
-            keep = context.key_padding_mask
+            log_query, log_key = self.log_features_of(query, key, context)
             # log-features of -inf have no logarithm of a kernel: padding is masked below, sinks are replaced
             logits = log_kernel(log_query, log_key.masked_fill(log_key == float("-inf"), 0.0))
             offset = torch.arange(s, device=key.device) - torch.arange(s - n, s, device=key.device)[:, None]
-            if self.config.attention_window:
-                near_lse = self._near(query, key, torch.zeros_like(key), context)[1]
-                past, future = self._log_scales(query, key, near_lse, context)
-                logits = logits + torch.where(offset < 0, past[..., None], future[..., None])
-                exact = (query.to(logits.dtype) @ key.to(logits.dtype).transpose(-1, -2)) * context.scaling
-                if context.relative_bias is not None:
-                    exact = exact + context.relative_bias.at(offset).to(logits.dtype)
-                is_exact = (offset >= -self.pattern.left) & (offset <= self.pattern.right)
-                if self.config.sink_tokens:
-                    is_exact = is_exact | self._is_sink(context, key)[:, None, None]
-                logits = torch.where(is_exact, exact, logits)
-            hidden = torch.zeros_like(offset, dtype=torch.bool) if not context.is_causal else offset > 0
-            hidden = hidden[None, None] if keep is None else hidden | ~keep[:, None, None]
-            # a row that sees nothing gets 0, not NaN
-            return logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
+            near_lse = self._near(query, key, torch.zeros_like(key), context)[1]
+            past, future = self._log_scales(query, key, near_lse, context)
+            logits = logits + torch.where(offset < 0, past[..., None], future[..., None])
+            exact = (query.to(logits.dtype) @ key.to(logits.dtype).transpose(-1, -2)) * context.scaling
+            if context.relative_bias is not None:
+                exact = exact + context.relative_bias.at(offset).to(logits.dtype)
+            is_exact = (offset >= -self.pattern.left) & (offset <= self.pattern.right)
+            if self.config.sink_tokens:
+                is_exact = is_exact | self._is_sink(context, key)[:, None, None]
+            return normalised(torch.where(is_exact, exact, logits), context)
 
 
 def _smallest_window(geometry: AttentionGeometry) -> int:
@@ -288,10 +265,6 @@ def _first_entry(context: AttentionContext, key: Tensor) -> Tensor:
     if context.key_padding_mask is not None:
         return first_real_token(context.key_padding_mask)[:, None]
     return torch.zeros(1, 1, dtype=torch.long, device=key.device)
-
-
-def _state(context: AttentionContext) -> Any:
-    return None if context.recurrent is None else context.recurrent.state
 
 
 def _identity_rows(rows: int, width: int) -> Tensor:

@@ -34,16 +34,22 @@ class RecurrentLayer(BoundedLayer):
         super()._forget()
         self.state: FeatureState | None = None
 
-    def fold(self, log_key: Tensor, value: Tensor) -> None:
+    def fold(self, log_key: Tensor, value: Tensor, log_decay: Tensor | None = None) -> None:
         """Add what the last `update` forgot to the state; to be called once after every update.
 
         Args:
             log_key: (B, H, R, M) log-features of all keys that the update returned, -inf = the key does not exist.
             value: (B, H, R, D).
+            log_decay: (B, H, R) logarithms of what each of these tokens leaves of all that came before it; `log_key` is
+                then measured from before the first of them. `None` = everything.
         """
-        if self.dropped is not None:
-            log_key = log_key.detach().masked_fill(~self.dropped[:, None, :, None], float("-inf"))
-            self.state = absorb(self.state, log_key, value.detach())
+        if self.dropped is None:
+            return
+        log_key = log_key.detach().masked_fill(~self.dropped[:, None, :, None], float("-inf"))
+        self.state = absorb(self.state, log_key, value.detach())
+        if log_decay is not None:
+            passed = (log_decay.detach() * self.dropped[:, None]).sum(-1)[..., None, None]
+            self.state = self.state._replace(maximum=self.state.maximum + passed)
 
     def offload(self) -> None:
         super().offload()

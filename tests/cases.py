@@ -19,7 +19,7 @@ class Case:
         exact: whether `exact_config` exists; otherwise `error_law` says what falls instead.
         finer: without an exact limit: options whose error is `finer_by` times smaller than that of `small`.
         variants: further option sets that every property must hold for.
-        encoder_variants: the same, for encoders only.
+        encoder_variants, causal_variants: the same, for encoders or causal models only.
         mask: the pattern as a float-4-D-mask oracle exists in test_oracles.py.
         parameters: the mechanism has trainable parameters of its own.
         options_at: further options at a length, where cost is linear only if some option grows with the length.
@@ -35,6 +35,7 @@ class Case:
     finer_by: float = 1.0
     variants: tuple[dict[str, Any], ...] = ()
     encoder_variants: tuple[dict[str, Any], ...] = ()
+    causal_variants: tuple[dict[str, Any], ...] = ()
     mask: bool = True
     parameters: bool = False
     options_at: Callable[[int], dict[str, Any]] | None = None
@@ -182,6 +183,30 @@ CASES: dict[str, Case] = {
         finer_by=8.0,
         variants=(dict(num_features=32, kernel="relu"),),
         mask=False,
+    ),
+    "linear_transformer": Case(
+        dict(),
+        frozenset({"E", "C"}),
+        exact=False,
+        error_law="another kernel than the softmax",
+        mask=False,
+        parameters=True,
+    ),
+    "cosformer": Case(
+        dict(),
+        frozenset({"E", "C"}),
+        exact=False,
+        error_law="another kernel than the softmax",
+        mask=False,
+    ),
+    "random_feature": Case(
+        dict(num_features=16),
+        frozenset({"E", "C"}),
+        exact=False,
+        error_law="the error to softmax attention of unit vectors falls with num_features",
+        causal_variants=(dict(num_features=16, gate=True),),
+        mask=False,
+        parameters=True,
     ),
     "hedgehog": Case(
         dict(attention_window=8),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, Case
 from torch import Tensor
 
 import hf_efficient as he
@@ -85,12 +85,16 @@ def _fits(mechanism: str, place: tuple[str, str | None]) -> bool:
     return PLACES[place] <= CASES[mechanism].sides
 
 
-def _variant_places(mechanism: str, for_encoders: bool = False) -> list[tuple[str, str | None]]:
-    """Variants run once per kind of place: an encoder, a causal model, and as much of T5 as the mechanism supports."""
-    if for_encoders:
-        return [("bert", None), ("t5", "encoder")]
-    t5 = [("t5", side) for side in ("both", "encoder", "decoder") if _fits(mechanism, ("t5", side))]
-    return [place for place in (("bert", None), ("gpt2", None)) if _fits(mechanism, place)] + t5[:1]
+def _variants(name: str, case: Case) -> list[tuple[dict[str, Any], list[tuple[str, str | None]]]]:
+    """Options and where they run: once per kind of place, an encoder, a causal model, as much of T5 as is supported."""
+    t5 = [("t5", side) for side in ("both", "encoder", "decoder") if _fits(name, ("t5", side))]
+    places = [place for place in (("bert", None), ("gpt2", None)) if _fits(name, place)] + t5[:1]
+    encoders: list[tuple[str, str | None]] = [("bert", None), ("t5", "encoder")]
+    return [
+        *((options, places) for options in case.variants),
+        *((options, encoders) for options in case.encoder_variants),
+        *((options, [("gpt2", None)]) for options in case.causal_variants),
+    ]
 
 
 # both stacks at once are left to the variants
@@ -103,8 +107,8 @@ MAIN = [
 VARIANTS = [
     _pair(name, place, options, number)
     for name, case in CASES.items()
-    for number, options in enumerate(case.variants + case.encoder_variants, 1)
-    for place in _variant_places(name, for_encoders=number > len(case.variants))
+    for number, (options, places) in enumerate(_variants(name, case), 1)
+    for place in places
 ]
 REFUSED = [
     _pair(name, place, case.small) for name, case in CASES.items() for place in PLACES if not _fits(name, place)

@@ -6,48 +6,25 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES
+from formulas import HEADS, WIDTH, geometry, heads
 from masks import PATTERNS, bigbird_mask, pairs, random_blocks
 from torch import Tensor, nn
 
 import hf_efficient as he
 from hf_efficient.attention.bigbird import BigBirdAttention, BigBirdAttentionConfig
 from hf_efficient.attention.linformer import LinformerAttention, LinformerAttentionConfig
-from hf_efficient.attention.performer import (
-    RELU_EPSILON,
-    PerformerAttention,
-    PerformerAttentionConfig,
-    orthogonal_features,
-)
-from hf_efficient.base import AttentionContext, AttentionGeometry
+from hf_efficient.base import AttentionContext
 from hf_efficient.families import family_of
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.tile_table import tile_table
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 LENGTH = 97
-HEADS, WIDTH = 4, 8
-
-
-def geometry(**facts: Any) -> AttentionGeometry:
-    defaults: dict[str, Any] = dict(
-        num_heads=HEADS,
-        head_dim=WIDTH,
-        hidden_size=HEADS * WIDTH,
-        layer=0,
-        num_layers=2,
-        side="encoder",
-        is_causal=False,
-        has_relative_bias=False,
-        projection_bias=True,
-        max_positions=128,
-    )
-    return AttentionGeometry(**defaults | facts)
 
 
 # ---- patterns: the unconverted model under a float mask ----------------------------------------------------------
@@ -373,11 +350,6 @@ def test_bigbird_against_transformers_bigbird(length: int, num_random_blocks: in
 # ---- Linformer ---------------------------------------------------------------------------------------------------
 
 
-def heads(*shape: int, seed: int = 0, count: int = 3) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
-
-
 def linformer(max_length: int, **options: Any) -> LinformerAttention:
     mechanism = LinformerAttention(LinformerAttentionConfig(max_length=max_length, **options), geometry()).double()
     mechanism.reset_parameters()
@@ -529,119 +501,3 @@ def test_linformer_max_pools_real_tokens_only() -> None:
         counts = torch.tensor([len(m) for m in members], dtype=torch.float64)
         weights = (0.6 * q[row] @ keys.transpose(-1, -2) + counts.log()).softmax(-1)
         assert_close(actual[row], weights @ values, 1e-6, f"row {row}")
-
-
-# ---- Performer ---------------------------------------------------------------------------------------------------
-
-
-def performer(num_features: int, seed: int = 0, width: int = WIDTH, **options: Any) -> PerformerAttention:
-    config = PerformerAttentionConfig(num_features=num_features, seed=seed, **options)
-    mechanism = PerformerAttention(config, geometry(head_dim=width)).double()
-    mechanism.reset_parameters()
-    return mechanism
-
-
-def test_orthogonal_features_are_orthogonal_and_of_gaussian_length() -> None:
-    features = orthogonal_features(8 * 2000 + 3, 8, torch.Generator().manual_seed(0))
-    assert features.shape == (16003, 8)
-    gram = torch.einsum("brd,bsd->brs", *[features[:16000].view(-1, 8, 8)] * 2)
-    assert (gram - gram.diagonal(dim1=1, dim2=2).diag_embed()).abs().max() < 1e-10
-    squares = features.square().sum(-1)  # χ² with 8 degrees of freedom: mean 8, variance 16
-    assert abs(squares.mean() - 8) < 5 * 4 / math.sqrt(16003)
-    assert abs(squares.var() - 16) < 1.5
-
-
-def test_orthogonal_features_have_no_preferred_direction() -> None:
-    """Q of a Householder QR has a negative diagonal on average; its sign must be fixed. The control does not."""
-    blocks = 4000
-    generator = torch.Generator().manual_seed(0)
-    diagonal = orthogonal_features(8 * blocks, 8, generator).view(blocks, 8, 8).diagonal(dim1=1, dim2=2)
-    control = torch.linalg.qr(torch.randn(blocks, 8, 8, generator=generator)).Q.diagonal(dim1=1, dim2=2)
-    for name, entries, biased in (("fixed", diagonal, False), ("control", control, True)):
-        deviations = entries.mean(0) / (entries.std(0) / math.sqrt(blocks))
-        assert (deviations.abs().max() > 6) == biased, f"{name}: {deviations.tolist()}"
-
-
-@pytest.mark.parametrize("direction", ["ones", "first", "random"])
-def test_performer_kernel_is_unbiased(direction: str) -> None:
-    """The mean of φ(x)·φ(z) over many draws is exp(x·z), also along the axes that an unfixed QR would favour."""
-    blocks, width = 20_000, 8
-    generator = torch.Generator().manual_seed(1)
-    omega = orthogonal_features(width * blocks, width, generator)
-    total = {
-        "ones": torch.ones(width) / math.sqrt(width),
-        "first": torch.eye(width)[0],
-        "random": torch.nn.functional.normalize(torch.randn(width, generator=generator), dim=0),
-    }[direction].double()
-    x, z = 0.7 * total, 0.3 * total
-
-    def log_features(y: Tensor) -> Tensor:
-        return omega @ y - y @ y / 2
-
-    # rows of one block depend on each other: the blocks' means are the independent samples
-    samples = (log_features(x) + log_features(z)).exp().view(blocks, width).mean(1)
-    error = samples.std() / math.sqrt(blocks)
-    assert abs(samples.mean() - math.exp(x @ z)) < 4.5 * error
-    assert error < 0.01 * math.exp(x @ z)
-
-
-def test_performer_estimate_converges_to_the_softmax_kernel_over_seeds() -> None:
-    """The module's own features and scaling: the mean over seeds comes close to exp(s · q·k)."""
-    q, k = (0.5 * x for x in heads(1, 1, 5, WIDTH, count=2))
-    scaling = 0.5
-    estimates = []
-    for seed in range(200):
-        mechanism = performer(64, seed)
-        phi_q, phi_k = (mechanism._log_features(x * math.sqrt(scaling)).exp() for x in (q, k))
-        estimates.append((phi_q @ phi_k.transpose(-1, -2) / 64)[0, 0])
-    samples, truth = torch.stack(estimates), (scaling * q @ k.transpose(-1, -2)).exp()[0, 0]
-    deviations = (samples.mean(0) - truth) / (samples.std(0) / math.sqrt(200))
-    assert deviations.abs().max() < 4.5
-    assert ((samples.mean(0) - truth) / truth).abs().max() < 0.1
-
-
-def test_performer_error_falls_with_the_root_of_the_number_of_features() -> None:
-    q, k, v = heads(2, HEADS, 40, WIDTH)
-    q, k = 0.4 * q, 0.4 * k  # where they are long, the law holds only for very many features
-    keep = torch.ones(2, 40, dtype=torch.bool)
-    context = AttentionContext(is_causal=False, scaling=WIDTH**-0.5)
-    truth = full_attention(q, k, v, keep, context.scaling)
-    sizes, errors = (32, 128, 512, 2048), []
-    for size in sizes:
-        outputs = torch.stack([performer(size, seed)(q, k, v, context) for seed in range(8)])
-        errors.append((outputs - truth).square().mean().sqrt().item())
-    slopes = [math.log(b / a) / math.log(4) for a, b in pairwise(errors)]
-    assert all(-0.65 < slope < -0.35 for slope in slopes), (errors, slopes)
-    mean_of_values = (v.mean(2, keepdim=True) - truth).square().mean().sqrt()
-    assert errors[-1] < 0.2 * mean_of_values
-
-
-@pytest.mark.parametrize("kernel", ["softmax", "relu"])
-@pytest.mark.parametrize("causal", [False, True])
-def test_performer_equals_its_quadratic_formula(kernel: str, causal: bool) -> None:
-    mechanism = performer(24, kernel=kernel)
-    q, k, v = heads(2, HEADS, 150, WIDTH)
-    keep = torch.ones(2, 150, dtype=torch.bool)
-    keep[1, 100:] = False
-    context = AttentionContext(is_causal=causal, scaling=0.6, key_padding_mask=keep)
-
-    def features(y: Tensor) -> Tensor:
-        projected = torch.einsum("bhnd,md->bhnm", y * math.sqrt(0.6), mechanism.features)
-        if kernel == "relu":
-            return projected.clamp(min=0) + RELU_EPSILON
-        return (projected - 0.6 * (y * y).sum(-1, keepdim=True) / 2).exp()
-
-    weights = features(q) @ features(k).transpose(-1, -2) * keep[:, None, None]
-    if causal:
-        weights = weights.tril()
-    expected = weights @ v / weights.sum(-1, keepdim=True)
-    assert_close(mechanism(q, k, v, context), expected, 1e-9)
-
-
-@pytest.mark.parametrize("kernel", ["softmax", "relu"])
-def test_performer_last_token_is_the_same_causal_or_not(kernel: str) -> None:
-    mechanism = performer(24, kernel=kernel)
-    q, k, v = heads(2, HEADS, 150, WIDTH)
-    both, causal = (mechanism(q, k, v, AttentionContext(is_causal=c, scaling=0.6)) for c in (False, True))
-    assert_close(causal[:, :, -1], both[:, :, -1], 1e-9)
-    assert (causal - both)[:, :, 0].abs().max() > 0.1

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..base import (
-    AttentionContext,
-    AttentionGeometry,
-    EfficientAttention,
-    EfficientAttentionConfig,
-    MechanismFacts,
-    register_mechanism,
-)
-from ..ops.linear_attention import linear_attention
+from ..base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
+from ..kernel_attention import KernelAttention
+from ..ops.random_features import drawn_features
 
 KERNELS = ("softmax", "relu")
 RELU_EPSILON = 1e-3
@@ -55,7 +47,7 @@ class PerformerAttentionConfig(EfficientAttentionConfig):
 
 
 @register_mechanism
-class PerformerAttention(EfficientAttention):
+class PerformerAttention(KernelAttention):
     """Kernel attention with random features whose mean is the softmax kernel.
 
     With `x = √s q`, `z = √s k` and M feature vectors ω_r:
@@ -66,9 +58,8 @@ class PerformerAttention(EfficientAttention):
 
     Error law: the relative variance of one kernel value is `(exp(‖x + z‖²) - 1) / M` for independent features, so the
     error falls as M^-½, from a height that is large where trained queries and keys are long; orthogonal blocks lower it.
-    O(N M D) time, O(N M) memory, state (M, D + 1) per head when causal. Features are computed in fp32 at least, in log
-    space, stabilised exactly and without an additive ε. Attention dropout drops whole keys (their values, for all
-    queries at once, scaled up by 1 / (1 - p)): single weights do not exist here.
+    O(N M D) time, O(N M) memory; causal decoding keeps one (M, D + 1) state per head. Features are computed in fp32 at
+    least, in log space, stabilised exactly and without an additive ε. Attention dropout drops whole keys.
 
     Source: Choromanski et al. 2021 (arXiv 2009.14794), §2.3 to 2.4. Deviation from the published code: the sign of each
     orthogonal block is fixed, since Householder QR alone makes the features biased.
@@ -84,11 +75,6 @@ class PerformerAttention(EfficientAttention):
         exact_when="never; error falls as num_features^-½",
         training="needed: untrained it loses most of the model",
     )
-    relative_bias_refusal = (
-        "random features factorise exp(q·k) alone and an additive bias does not factorise; use local, longformer, "
-        "bigbird or linformer on T5"
-    )
-
     features: Tensor
     redraws: Tensor
 
@@ -117,44 +103,11 @@ class PerformerAttention(EfficientAttention):
 
     @torch.no_grad()
     def _draw(self, redraws: int) -> None:
-        count, width = self.features.shape
-        sides = {"encoder": 0, "decoder": 1}
-        key = (self.config.seed, sides[self.geometry.side], self.geometry.layer, redraws)
-        seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
-        generator = torch.Generator().manual_seed(seed)
-        self.features.copy_(orthogonal_features(count, width, generator))
+        self.features.copy_(drawn_features(len(self.features), self.config.seed, self.geometry, redraws))
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        if context.dropout:
-            value = value * F.dropout(torch.ones_like(value[..., :1]), context.dropout)
-        with torch.autocast(query.device.type, enabled=False):
-            root = math.sqrt(context.scaling)
-            log_query = self._log_features(query.to(dtype) * root)
-            log_key = self._log_features(key.to(dtype) * root)
-            if context.key_padding_mask is not None:
-                log_key = log_key.masked_fill(~context.key_padding_mask[:, None, :, None], float("-inf"))
-            out = linear_attention(log_query, log_key, value, is_causal=context.is_causal)
-        return out.to(query.dtype)
-
-    def _log_features(self, x: Tensor) -> Tensor:
+    def log_features(self, x: Tensor, name: str) -> Tensor:
+        x = x * x.shape[-1] ** -0.25
         projected = x @ self.features.to(x.dtype).T
         if self.config.kernel == "relu":
             return (projected.relu() + RELU_EPSILON).log()
         return projected - x.square().sum(-1, keepdim=True) / 2
-
-
-def orthogonal_features(count: int, width: int, generator: torch.Generator) -> Tensor:
-    """(count, width) rows ω ~ N(0, I) marginally, orthogonal within blocks of `width` rows.
-
-    QR of Gaussian blocks, each column multiplied by the sign of R's diagonal (without it Q is not Haar distributed and
-    single-sign features are biased), rows scaled to the norms of independent Gaussian vectors.
-    """
-    blocks = []
-    for _ in range(-(-count // width)):
-        q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64, device="cpu"))
-        blocks.append((q * r.diagonal().sign()).T)
-    norms = torch.randn(count, width, generator=generator, dtype=torch.float64, device="cpu").norm(
-        dim=-1, keepdim=True
-    )
-    return torch.cat(blocks)[:count] * norms
