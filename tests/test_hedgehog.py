@@ -86,6 +86,7 @@ def test_output_and_gradients_equal_the_definition(
 ):
     """Rows padded on both sides; chunks far shorter than the input."""
     monkeypatch.setattr(linear_attention, "CHUNK", 16)
+    monkeypatch.setattr(linear_attention, "GROUP", 3)
     bench = bench_of(mechanism, family, side, window, sink_tokens=sinks, feature_dim=3)
     tokens = bench.tokens(3, n)
     keep = torch.ones(3, n, dtype=torch.bool)
@@ -229,6 +230,7 @@ def log_features(n: int, s: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("n", "s"), [(1, 1), (29, 29), (9, 29), (29, 9)])
 def test_log_sum_exp_of_linear_attention(n: int, s: int, is_causal: bool, monkeypatch):
     monkeypatch.setattr(linear_attention, "CHUNK", 8)
+    monkeypatch.setattr(linear_attention, "GROUP", 3)
     q, k, v = log_features(n, s)
     logits = (q[:, :, :, None] + k[:, :, None]).logsumexp(-1)
     visible = torch.ones(n, s, dtype=torch.bool)
@@ -290,6 +292,7 @@ def test_window_means_far_from_zero():
 def test_a_state_stands_for_the_keys_in_it(cuts: tuple[int, ...], monkeypatch):
     """Folded in one or several steps, with keys that don't exist and one that dwarfs the others."""
     monkeypatch.setattr(linear_attention, "CHUNK", 8)
+    monkeypatch.setattr(linear_attention, "GROUP", 3)
     q, k, v = (x.detach() for x in log_features(29, 29))
     k[0, :, :7] = -torch.inf
     k[1, :, 3] += 500.0
@@ -308,6 +311,7 @@ def test_a_state_stands_for_the_keys_in_it(cuts: tuple[int, ...], monkeypatch):
 @pytest.mark.parametrize("beyond", [0, 1, 5, 29, 40])
 def test_far_keys_are_counted_by_token(beyond: int, monkeypatch):
     monkeypatch.setattr(linear_attention, "CHUNK", 8)
+    monkeypatch.setattr(linear_attention, "GROUP", 3)
     q, k, v = (x.detach() for x in log_features(29, 29))
     offset = torch.arange(29) - torch.arange(29)[:, None]
     logits = far_attention.log_kernel(q, k)

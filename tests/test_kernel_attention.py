@@ -48,6 +48,13 @@ def padded(n: int) -> Tensor:
     return keep
 
 
+@pytest.fixture(params=[64, 8], ids=["chunks of 64", "groups of 24"])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    if request.param == 8:
+        monkeypatch.setattr("hf_efficient.ops.linear_attention.CHUNK", 8)
+        monkeypatch.setattr("hf_efficient.ops.linear_attention.GROUP", 3)
+
+
 def equals_formula(name: str, options: dict[str, Any], n: int, is_causal: bool) -> None:
     mechanism, keep = mechanism_of(name, is_causal, **options), padded(n)
     tensors = [x.requires_grad_() for x in (*heads(2, HEADS, n, WIDTH), *mechanism.parameters())]
@@ -65,12 +72,14 @@ def equals_formula(name: str, options: dict[str, Any], n: int, is_causal: bool) 
 
 @each
 @pytest.mark.parametrize("n", [1, 2, 63, 150])
+@pytest.mark.usefixtures("sizes")
 def test_both_directions_equal_the_quadratic_formula(name: str, options: dict[str, Any], n: int):
     equals_formula(name, options, n, is_causal=False)
 
 
 @each_causal
 @pytest.mark.parametrize("n", [1, 2, 63, 150])
+@pytest.mark.usefixtures("sizes")
 def test_causal_equals_the_quadratic_formula(name: str, options: dict[str, Any], n: int):
     equals_formula(name, options, n, is_causal=True)
 

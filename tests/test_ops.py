@@ -422,6 +422,7 @@ def log_features(batch: int, n: int, s: int, features: int = 6, scale: float = 2
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_attention, "CHUNK", 8)
+    monkeypatch.setattr(linear_attention, "GROUP", 3)
 
 
 @pytest.mark.usefixtures("small_chunks")

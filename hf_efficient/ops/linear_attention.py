@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
+# chunks that are computed at once; without gradients this bounds what is held
+GROUP = 16
 
 
 class FeatureState(NamedTuple):
@@ -51,7 +53,8 @@ def linear_attention(
 
     Returns:
         (B, H, N, D) in the features' dtype, and with `return_lse` (B, H, N); 0 and -inf for a query without keys.
-        O(S · M · D) time, O(S · M) memory, the causal form beside that one (M, D + 1) state per chunk of 64 tokens.
+        O(S · M · D) time, O(S · M) memory, the causal form beside that one (M, D + 1) state per chunk of 64 tokens, without
+        gradients for 1024 tokens at a time.
 
     Source: Katharopoulos et al. 2020 (arXiv 2006.16236) eq. 5 and 9, Choromanski et al. 2021 (arXiv 2009.14794) §2.
     """
@@ -90,9 +93,15 @@ def _with_ones(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _both_directions(log_query: Tensor, log_key: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     maximum = _finite(log_key.detach().amax(dim=-2, keepdim=True))
-    total = log_query + maximum
-    top = total.detach().amax(dim=-1, keepdim=True)
-    return (total - top).exp() @ ((log_key - maximum).exp().transpose(-1, -2) @ values), top
+    keys = zip(*(x.split(GROUP * CHUNK, dim=-2) for x in (log_key, values)), strict=True)
+    state = sum((k - maximum).exp().transpose(-1, -2) @ v for k, v in keys)
+    results = []
+    for q in log_query.split(GROUP * CHUNK, dim=-2):
+        total = q + maximum
+        top = total.detach().amax(dim=-1, keepdim=True)
+        results.append(((total - top).exp() @ state, top))
+    sums, top = (torch.cat(x, dim=-2) for x in zip(*results, strict=True))
+    return sums, top
 
 
 def _causal(log_query: Tensor, log_key: Tensor, values: Tensor, state: FeatureState | None) -> tuple[Tensor, Tensor]:
@@ -105,6 +114,20 @@ def _causal(log_query: Tensor, log_key: Tensor, values: Tensor, state: FeatureSt
         head, log_key = log_key[..., :past, :], log_key[..., past:, :]
         state = _joined(state, head, values[..., :past, :], head.detach().amax(dim=-2, keepdim=True))
         values = values[..., past:, :]
+    parts = list(zip(*(x.split(GROUP * CHUNK, dim=-2) for x in (log_query, log_key, values)), strict=True))
+    results = []
+    for number, (q, k, v) in enumerate(parts, 1):
+        sums, top, state = _causal_group(q, k, v, state, is_last=number == len(parts))
+        results.append((sums, top))
+    sums, top = (torch.cat(x, dim=-2) for x in zip(*results, strict=True))
+    return sums, top
+
+
+def _causal_group(
+    log_query: Tensor, log_key: Tensor, values: Tensor, state: FeatureState | None, is_last: bool
+) -> tuple[Tensor, Tensor, FeatureState | None]:
+    """`_causal` of as many queries as keys, all chunks at once, and the state after them unless they are the last."""
+    n = log_query.shape[-2]
     size = min(CHUNK, n)
     q, k = _in_chunks(log_query, size, 0.0), _in_chunks(log_key, size, float("-inf"))
     v = _in_chunks(values, size, 0.0)
@@ -112,7 +135,7 @@ def _causal(log_query: Tensor, log_key: Tensor, values: Tensor, state: FeatureSt
     later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     # the largest pair that each query sees, never a later key: that could push all it really sees below the smallest number
     top = (products.detach().log() + level).masked_fill(later, float("-inf")).amax(dim=-1, keepdim=True)
-    before = _states_before(k, v, state)
+    before, after = _states(k, v, state, is_last)
     if before is not None:
         top = torch.maximum(top, (q.detach() + before.maximum).amax(dim=-1, keepdim=True))
     top = _finite(top).to(q.dtype)
@@ -122,26 +145,32 @@ def _causal(log_query: Tensor, log_key: Tensor, values: Tensor, state: FeatureSt
     if before is not None:
         # exp(-inf - top) = 0 drops features that had no key so far
         sums = sums + (q + before.maximum - top).exp() @ before.sums
-    return sums.flatten(-3, -2)[..., :n, :], top.flatten(-3, -2)[..., :n, :]
+    return sums.flatten(-3, -2)[..., :n, :], top.flatten(-3, -2)[..., :n, :], after
 
 
-def _states_before(log_key: Tensor, values: Tensor, state: FeatureState | None) -> FeatureState | None:
-    """The state before each chunk of (…, T, C, M) keys, (…, T, M, D + 1) and (…, T, 1, M); `None` = nothing before any."""
+def _states(
+    log_key: Tensor, values: Tensor, state: FeatureState | None, is_last: bool
+) -> tuple[FeatureState | None, FeatureState | None]:
+    """The state before each chunk of (…, T, C, M) keys, (…, T, M, D + 1) and (…, T, 1, M), `None` = nothing before any;
+    and the state after all of them, `None` if they are the last."""
+    count = log_key.shape[-3] - is_last
+    if count == 0:
+        return (None if state is None else FeatureState(*(x.unsqueeze(-3) for x in state))), None
+    log_key, values = log_key[..., :count, :, :], values[..., :count, :, :]
     maxima = log_key.detach().amax(dim=-2, keepdim=True)
-    if log_key.shape[-3] == 1:
-        return None if state is None else FeatureState(state.sums.unsqueeze(-3), state.maximum.unsqueeze(-3))
-    own = (log_key - _finite(maxima))[..., :-1, :, :].exp().transpose(-1, -2) @ values[..., :-1, :, :]
+    own = (log_key - _finite(maxima)).exp().transpose(-1, -2) @ values
     if state is None:
         nothing = torch.full_like(maxima[..., 0, :, :], float("-inf"))
         state = FeatureState(torch.zeros_like(own[..., 0, :, :]), nothing)
     states = [state]
     # taken apart once: the gradient of one slice is as large as the whole
-    for new, maximum in zip(own.unbind(-3), maxima.unbind(-3)[:-1], strict=True):
+    for new, maximum in zip(own.unbind(-3), maxima.unbind(-3), strict=True):
         sums, before = states[-1]
         after = torch.maximum(before, maximum)
         kept, added = ((x - _finite(after)).exp().transpose(-1, -2) for x in (before, maximum))
         states.append(FeatureState(sums * kept + new * added, after))
-    return FeatureState(*(torch.stack(parts, dim=-3) for parts in zip(*states, strict=True)))
+    last = None if is_last else states.pop()
+    return FeatureState(*(torch.stack(parts, dim=-3) for parts in zip(*states, strict=True))), last
 
 
 def kernel(log_query: Tensor, log_key: Tensor) -> tuple[Tensor, Tensor]:
