@@ -29,6 +29,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *(("image_local", dict(block_size=b, memory_size=b)) for b in (64, 128)),
     *(("linformer", dict(rank=r)) for r in (64, 128, 256)),
     ("linformer", dict(rank=128, projection="max")),
+    *(("nystromformer", dict(num_landmarks=n)) for n in (64, 128)),
     *(("performer", dict(num_features=m)) for m in (64, 256, 1024)),
     ("performer", dict(num_features=256, kernel="relu")),
     ("linear_transformer", {}),

@@ -174,6 +174,13 @@ CASES: dict[str, Case] = {
         mask=False,
         parameters=True,
     ),
+    "nystromformer": Case(
+        dict(num_landmarks=12, conv_kernel_size=5),
+        frozenset({"E"}),
+        variants=(dict(num_landmarks=9, conv_kernel_size=None, pinv_iterations=3),),
+        mask=False,
+        parameters=True,
+    ),
     "performer": Case(
         dict(num_features=32),
         frozenset({"E", "C"}),

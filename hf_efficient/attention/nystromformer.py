@@ -1,0 +1,165 @@
+"""Nyströmformer: attention through landmarks, the means of equal segments, and an iterated pseudo-inverse."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..base import (
+    AttentionContext,
+    AttentionGeometry,
+    EfficientAttention,
+    EfficientAttentionConfig,
+    MechanismFacts,
+    register_mechanism,
+)
+from ..ops.alignment import real_length
+from ..ops.attend import additive_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class NystromformerAttentionConfig(EfficientAttentionConfig):
+    """Options of Nyströmformer attention.
+
+    Args:
+        num_landmarks: L, segments of each row; rows of at most L tokens get full attention.
+        pinv_iterations: steps of the pseudo-inverse. More of them are more exact and often further from full attention.
+        conv_kernel_size: odd width, in tokens, of the depth-wise convolution over values that is added; `None` = none.
+    """
+
+    mechanism: ClassVar[str] = "nystromformer"
+
+    num_landmarks: int = 64
+    pinv_iterations: int = 6
+    conv_kernel_size: int | None = 33
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("num_landmarks", "pinv_iterations")
+        if self.conv_kernel_size is not None:
+            self._require_positive("conv_kernel_size")
+            self._require("conv_kernel_size", self.conv_kernel_size % 2 == 1, "an odd integer ≥ 1, or None")
+
+
+@register_mechanism
+class NystromformerAttention(EfficientAttention):
+    """The Nyström approximation of the softmax matrix from L landmarks.
+
+    With q̃, k̃ (L, D) the means over L equal segments of a row's real tokens:
+
+        F = softmax(s q k̃ᵀ),  A = softmax(s q̃ k̃ᵀ),  B = softmax(s q̃ kᵀ)
+        y = F Z (B v) + conv(v),   Z ≈ A⁺:  Z₀ = Aᵀ / max_c Σ_r A_rc,  Z ← ¼ Z (13 I - A Z (15 I - A Z (7 I - A Z)))
+
+    conv is depth-wise along the sequence, one kernel per head, 0 at the start. Segments are those of each row's own
+    tokens, so that neither padding nor other rows matter, and a row of at most L tokens gets full attention. How close the
+    rest comes depends on how smooth queries and keys are along the sequence, not on L alone. Z is computed in fp32 at
+    least. Attention dropout acts on B.
+
+    O(N L D + L³) time, O(N L) memory. Source: Xiong et al. 2021 (arXiv 2102.03902), §3; transformers' Nyströmformer.
+    Departures: the start of Z is scaled per matrix (there by the largest sum in the whole batch), padding is left out of
+    the landmarks, conv starts at 0.
+    """
+
+    Config = NystromformerAttentionConfig
+    config: NystromformerAttentionConfig
+    facts = MechanismFacts(
+        title="Nyströmformer",
+        paper="arXiv 2102.03902",
+        time="n·l·d + l³",
+        memory="n·l",
+        exact_when="num_landmarks ≥ n",
+        training="needed where queries and keys change fast along the sequence",
+    )
+    causal_refusal = "landmarks mix the future into every key; use local, longformer, bigbird or performer"
+    relative_bias_refusal = (
+        "a landmark has no single position to read a bias at; use local, longformer, bigbird or linformer"
+    )
+    left_aligned = True
+
+    def __init__(self, config: NystromformerAttentionConfig, geometry: AttentionGeometry):
+        super().__init__(config, geometry)
+        if config.conv_kernel_size is not None:
+            self.convolution = nn.Parameter(torch.empty(geometry.num_heads, config.conv_kernel_size))
+
+    def reset_parameters(self) -> None:
+        if self.config.conv_kernel_size is not None:
+            nn.init.zeros_(self.convolution)
+
+    @torch.no_grad()
+    def initialise_from(self, source: object) -> dict[str, str]:
+        return {} if self.config.conv_kernel_size is None else {"convolution": "zero"}
+
+    @classmethod
+    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        return dataclasses.replace(config, num_landmarks=length)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        n, count, keep = key.shape[2], self.config.num_landmarks, context.key_padding_mask
+        q, k, v = (x[:, :, :count] for x in (query, key, value))
+        out = self._full(q, k, v, None if keep is None else keep[:, :count], context)
+        if n > count:
+            approximate = self._nystrom(query, key, value, context)
+            if keep is None:
+                out = approximate
+            else:
+                is_short = real_length(keep) <= count
+                out = torch.where(is_short[:, None, None, None], F.pad(out, (0, 0, 0, n - count)), approximate)
+        if self.config.conv_kernel_size is not None:
+            out = out + self._convolved(value, keep)
+        return out
+
+    def _full(
+        self, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, context: AttentionContext
+    ) -> Tensor:
+        mask = None if keep is None else additive_mask(keep, query.dtype)[:, None, None]
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=context.dropout, scale=context.scaling
+        )
+
+    def _nystrom(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(query.device.type, enabled=False):
+            means = self._segment_means(query.shape[2], context.key_padding_mask, query.device).to(wide)
+            q, k = (x.to(wide) for x in (query, key))
+            landmarks_q, landmarks_k = means @ q, means @ k
+            scaled = context.scaling * landmarks_k.transpose(-1, -2)
+            to_landmarks, among = (q @ scaled).softmax(-1), (landmarks_q @ scaled).softmax(-1)
+            pooled = self._full(landmarks_q, k, value.to(wide), context.key_padding_mask, context)
+            out = to_landmarks @ (pseudo_inverse(among, self.config.pinv_iterations) @ pooled)
+        return out.to(query.dtype)
+
+    def _segment_means(self, n: int, keep: Tensor | None, device: torch.device) -> Tensor:
+        """(B or 1, 1, L, N): row l is 1 / size on segment l of the row's real tokens, which stand in front."""
+        count, position = self.config.num_landmarks, torch.arange(n, device=device)
+        length = torch.full((1,), n, device=device) if keep is None else real_length(keep)
+        # rows shorter than L are computed in full; with every token its own segment their means are finite
+        segment = position * count // length.clamp(min=count)[:, None]
+        member = segment[:, None] == torch.arange(count, device=device)[:, None]
+        if keep is not None:
+            member = member & keep[:, None]
+        return (member / member.sum(-1, keepdim=True).clamp(min=1))[:, None]
+
+    def _convolved(self, value: Tensor, keep: Tensor | None) -> Tensor:
+        if keep is not None:
+            value = value * keep[:, None, :, None]
+        kernel = self.convolution.to(value.dtype)[:, None, :, None]
+        return F.conv2d(value, kernel, padding=(self.convolution.shape[1] // 2, 0), groups=value.shape[1])
+
+
+def pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
+    """(…, L, L) approximate pseudo-inverse of row-stochastic matrices; O(iterations · L³).
+
+    Third-order iteration of Razavi et al., started at the transpose over the product of the two operator norms, of which
+    that of rows is 1; each matrix by its own.
+    """
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    inverse = matrix.transpose(-1, -2) / matrix.sum(-2, keepdim=True).amax(-1, keepdim=True)
+    for _ in range(iterations):
+        product = matrix @ inverse
+        inverse = inverse @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product))) / 4
+    return inverse
