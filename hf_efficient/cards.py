@@ -159,8 +159,9 @@ def perplexity_table(mechanism: str | None = None) -> str:
         settings = data["settings"]
         what = (
             f"{settings['layers']} layers of width {settings['hidden_size']}, {settings['pretrain_steps']} steps from "
-            f"scratch, then {settings['transfer_steps']} of transfer and {settings['steps']} of continued pretraining, "
-            f"batches of {settings['batch_size']} × {settings['block_length']}. Dense model: {dense:.2f}, continued "
+            f"scratch, then {settings['transfer_steps']} of transfer and {settings['steps']} of continued pretraining at "
+            f"learning rate {settings['learning_rate']:g}, batches of {settings['batch_size']} × "
+            f"{settings['block_length']}. Dense model: {dense:.2f}, continued "
             f"{ceiling:.2f}; the last column is the best end as a multiple of that. Control: mean of values, untrained."
         )
         header = [f"{family}, perplexity", *ROAD, "× dense"]

@@ -100,15 +100,14 @@ class NystromformerAttention(EfficientAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         n, count, keep = key.shape[2], self.config.num_landmarks, context.key_padding_mask
-        q, k, v = (x[:, :, :count] for x in (query, key, value))
-        out = self._full(q, k, v, None if keep is None else keep[:, :count], context)
-        if n > count:
-            approximate = self._nystrom(query, key, value, context)
-            if keep is None:
-                out = approximate
-            else:
-                is_short = real_length(keep) <= count
-                out = torch.where(is_short[:, None, None, None], F.pad(out, (0, 0, 0, n - count)), approximate)
+        if n <= count:
+            out = self._full(query, key, value, keep, context)
+        else:
+            out = self._nystrom(query, key, value, context)
+            if keep is not None:
+                q, k, v = (x[:, :, :count] for x in (query, key, value))
+                short = F.pad(self._full(q, k, v, keep[:, :count], context), (0, 0, 0, n - count))
+                out = torch.where((real_length(keep) <= count)[:, None, None, None], short, out)
         if self.config.conv_kernel_size is not None:
             out = out + self._convolved(value, keep)
         return out
@@ -124,7 +123,7 @@ class NystromformerAttention(EfficientAttention):
     def _nystrom(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
-            means = self._segment_means(query.shape[2], context.key_padding_mask, query.device).to(wide)
+            means = self._segment_means(query.shape[2], context.key_padding_mask, query.device, wide)
             q, k = (x.to(wide) for x in (query, key))
             landmarks_q, landmarks_k = means @ q, means @ k
             scaled = context.scaling * landmarks_k.transpose(-1, -2)
@@ -133,7 +132,7 @@ class NystromformerAttention(EfficientAttention):
             out = to_landmarks @ (pseudo_inverse(among, self.config.pinv_iterations) @ pooled)
         return out.to(query.dtype)
 
-    def _segment_means(self, n: int, keep: Tensor | None, device: torch.device) -> Tensor:
+    def _segment_means(self, n: int, keep: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(B or 1, 1, L, N): row l is 1 / size on segment l of the row's real tokens, which stand in front."""
         count, position = self.config.num_landmarks, torch.arange(n, device=device)
         length = torch.full((1,), n, device=device) if keep is None else real_length(keep)
@@ -142,7 +141,7 @@ class NystromformerAttention(EfficientAttention):
         member = segment[:, None] == torch.arange(count, device=device)[:, None]
         if keep is not None:
             member = member & keep[:, None]
-        return (member / member.sum(-1, keepdim=True).clamp(min=1))[:, None]
+        return (member.to(dtype) / member.sum(-1, keepdim=True).clamp(min=1))[:, None]
 
     def _convolved(self, value: Tensor, keep: Tensor | None) -> Tensor:
         if keep is not None:
