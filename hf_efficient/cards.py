@@ -130,15 +130,12 @@ def recovery_table(mechanism: str | None = None) -> str:
             errors = [
                 sum(e) / len(e) for e in (run["layer_errors"][when]["mechanism"] for when in ("before", "after"))
             ]
-            batch = run["settings"]["batch_size"]
-            rows.append(
-                [label, steps, batch, *cosines, *(f"{error:.3f}" for error in errors), f"{run['seconds'] / 60:.1f}"]
-            )
-    header = ["setting", "steps by layer + end to end", "rows of a step", *STAGES.values()]
+            rows.append([label, steps, *cosines, *(f"{error:.3f}" for error in errors), f"{run['seconds'] / 60:.1f}"])
+    header = ["setting", "steps by layer + end to end", *STAGES.values()]
     settings = data["settings"]
     what = (
         f"Embedding cosine to `{settings['checkpoint']}`, {settings['texts']} held-out texts of {settings['length']} "
-        f"tokens, all layers; trained on rows of as many tokens. Control: V averaged."
+        f"tokens, all layers; trained on rows of as many. Control: V averaged."
     )
     header += ["layer error before", "after", "minutes"]
     return table(header, rows) + f"\n\n{what} {_source(data)}"
