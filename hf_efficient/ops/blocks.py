@@ -15,7 +15,7 @@ from .relative_bias import RelativeBias
 from .tile_table import tile_table
 
 # elements of the keys that one call gathers: bounds working memory, not results
-GATHER_BUDGET = 2**20
+GATHER_BUDGET = 2**22
 # query blocks of one call: few enough that those with more key blocks do not make the others pay
 GROUP = 16
 
