@@ -7,8 +7,7 @@ dense model trained on just as long as ceiling, the mean of values and the windo
     python recipes/recover.py --family gpt2
     python recipes/recover.py --family t5 --learning_rate 1e-4 --record model_cards/results/perplexity_t5.json
 
-Interrupted, it goes on where it was when called again. What is already there is read, not computed again, and refused where
-it was made with other settings; `--only` leaves the rows of other roads in the JSON.
+Interrupted, it goes on where it was. What is already there is read, and refused where it was made with other settings.
 """
 
 from __future__ import annotations
@@ -72,8 +71,7 @@ ROADS: dict[str, dict[str, dict[str, Any]]] = {
         "performer": dict(mechanism="performer", num_features=64),
         "linear_transformer": dict(mechanism="linear_transformer"),
         "cosformer": dict(mechanism="cosformer"),
-        "random_feature": dict(mechanism="random_feature", num_features=64),
-        "random_feature, gated": dict(mechanism="random_feature", num_features=64, gate=True),
+        "random_feature": dict(mechanism="random_feature", num_features=64, gate=True),
         "t2r": dict(mechanism="t2r"),
         "hedgehog": dict(mechanism="hedgehog", attention_window=0),
         "hedgehog + window": dict(mechanism="hedgehog", attention_window=16),
