@@ -20,6 +20,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)  ## record time and memory under model_cards/results/
 	$(BIN)/hf-efficient bench attention --out model_cards/results/attention.json
 	$(BIN)/python -m hf_efficient.benchmark_attention model_cards/results/attention.json
+	$(BIN)/hf-efficient bench content --out model_cards/results/content.json
 	$(BIN)/hf-efficient bench encoder --out model_cards/results/encoder.json
 	$(BIN)/hf-efficient bench memory --out model_cards/results/memory.json
 	$(BIN)/hf-efficient bench fidelity --out model_cards/results/fidelity.json

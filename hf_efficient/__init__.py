@@ -21,11 +21,14 @@ _PUBLIC = {
         "AttentionContext", "AttentionGeometry", "EfficientAttention", "EfficientAttentionConfig", "MechanismFacts",
         "attention_config", "describe", "get_mechanism", "list_mechanisms", "register_mechanism",
     ),
+    "calibration": ("calibrate",),
     "conversion": ("ConversionReport", "convert", "revert"),
     "families": ("ModelFamily",),
     "ops.implementation": ("set_implementation",),
     "patching": ("patch_attention",),
     "picture": ("show",),
+    "reversible": ("ReversibleSequence",),
+    "upcycling": ("UpcyclingReport", "upcycle"),
     "verification": ("FidelityReport", "verify"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

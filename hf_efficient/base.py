@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .decoding import BoundedLayer
+    from .ops.pooled_rows import Pooling, Rows
     from .ops.relative_bias import RelativeBias
     from .recurrent import RecurrentLayer
 
@@ -135,6 +136,9 @@ class AttentionContext:
         key_positions: (B, S) index of each key among all tokens, -1 = no key (False in `key_padding_mask`), where the
             mechanism's `cache_layer` forgot keys; `None` = key j is token j, and `query_offset` is S - N. The last N
             keys are always those of the queries.
+        rows: where the layer runs on slots (`pooling`): how the rows of the call lie in `query`, `key`, `value` and
+            `hidden_states`, which then have one entry per slot: (B, H, slots, D) and (B, slots, hidden_size), or
+            (1, H, all slots, D) for packed rows. `hidden_states` are those of the keys, if these have slots of their own.
         recurrent: the mechanism's `cache_layer` where that holds a state of the keys it forgot; the mechanism must `fold`
             into it what the last update forgot.
     """
@@ -151,6 +155,7 @@ class AttentionContext:
     input_ids: Tensor | None = None
     row_start: Tensor | None = None
     key_positions: Tensor | None = None
+    rows: Rows | None = None
     recurrent: RecurrentLayer | None = None
 
 
@@ -205,6 +210,8 @@ class EfficientAttention(nn.Module):
     needs_hidden_states: bool = False
     needs_input_ids: bool = False
     needs_project: bool = False
+    pooling: Pooling | None = None
+    """The whole layer runs on means of neighbouring tokens, if these slots are larger than a token: see `length_change`."""
     transfer_learning_rate: ClassVar[float] = 1e-3
     host_projection: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
     """Set at installation where `needs_project`: (attention module, hidden states) to keys and values."""

@@ -10,8 +10,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from .base import attention_configs
+from .base import attention_configs, get_mechanism
 from .benchmark import hardware
+from .calibration import calibrate, calibration_batches
 from .conversion import convert_in_place, load_stock, versions
 from .corpus import HUB_ID, minilm_checkpoint, offline_texts
 from .fidelity import compare, control_figures
@@ -29,6 +30,13 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *(("image_local", dict(block_size=b, memory_size=b)) for b in (64, 128)),
     *(("linformer", dict(rank=r)) for r in (64, 128, 256)),
     ("linformer", dict(rank=128, projection="max")),
+    *(("set_transformer", dict(num_inducing=m)) for m in (64, 128)),
+    *(("memory_compressed", dict(compression_rate=c, block_size=b)) for c, b in ((4, 64), (8, 64), (4, 256))),
+    *(
+        ("synthesizer", dict(variant=v))
+        for v in ("dense", "random", "factorized_dense", "factorized_random", "mixture")
+    ),
+    *(("funnel", options) for options in ({}, dict(blocks=(2, 2)))),
     *(("nystromformer", dict(num_landmarks=n)) for n in (64, 128)),
     *(("performer", dict(num_features=m)) for m in (64, 256, 1024)),
     ("performer", dict(num_features=256, kernel="relu")),
@@ -37,7 +45,14 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *(("random_feature", dict(num_features=m)) for m in (64, 256)),
     *((name, dict(attention_window=w)) for name in ("hedgehog", "t2r") for w in (64, 0)),
     *((name, dict(attention_window=64, sink_tokens=1)) for name in ("local", "hedgehog", "t2r")),
+    *(("reformer", dict(num_hashes=r, attention_window=w)) for r, w in ((1, 0), (4, 0), (4, 128))),
+    ("reformer", dict(num_hashes=4, attention_window=0, shared_qk=True)),
+    *(("routing_transformer", dict(num_clusters=8, cluster_size=w)) for w in (64, 128)),
+    *(("sinkhorn", dict(block_size=64, num_sorted_blocks=c)) for c in (0, 1, 2, 4)),
+    *(("clustered", dict(num_clusters=c, top_k=k)) for c, k in ((64, 0), (128, 0), (64, 32))),
 ]
+# training documents that mechanisms with constants from data see
+CALIBRATION_TEXTS = 16
 
 
 def fidelity_suite(texts: int = 16, length: int = 512, progress: bool = True) -> dict[str, Any]:
@@ -47,13 +62,17 @@ def fidelity_suite(texts: int = 16, length: int = 512, progress: bool = True) ->
     encoded = (tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in offline_texts("held-out"))
     full = [ids for ids in encoded if len(ids) == length][:texts]
     batches = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, length).long()} for ids in full]
+    known = offline_texts("train")[:CALIBRATION_TEXTS]
     results: dict[str, dict[str, Any]] = {mechanism: {} for mechanism, _ in SETTINGS}
     model: Any = None
     for mechanism, options in tqdm(SETTINGS, desc="fidelity", disable=not progress, file=sys.stderr):
         model = load_stock(str(folder))[0]
         convert_in_place(model, attention_configs(mechanism, **options))
+        if hasattr(get_mechanism(mechanism), "calibrate"):
+            calibrate(model, calibration_batches(known, tokenizer, model, length))
         results[mechanism][json.dumps(options)] = compare(model, source, batches)
     settings = {"checkpoint": HUB_ID, "texts": len(full), "length": length, "dtype": "float32", "seed": 0}
+    settings["calibration_texts"] = len(known)
     return {
         "suite": "fidelity",
         "settings": settings,

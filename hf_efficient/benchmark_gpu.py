@@ -1,4 +1,5 @@
-"""Everything that needs a GPU in one command and ten minutes: its tests, then the attention benchmark, one JSON.
+"""Everything that needs a GPU in one command and ten minutes: its tests, then the attention benchmark and linear attention
+beside flash-linear-attention's, one JSON.
 
     hf-efficient bench gpu --out gpu.json
     PYTHONPATH=. python -m hf_efficient.benchmark_gpu gpu.json 540    # in a clone, with nothing installed; seconds
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -29,7 +31,8 @@ from .benchmark_attention import Stage, attention_suite, cuda_stages
 from .benchmark_attention import as_rows as attention_rows
 from .contenders import THEIRS, Point, build
 from .memory import fresh_python
-from .timing import attempt
+from .ops.linear_attention import linear_attention
+from .timing import attempt, timed
 
 TESTS = tuple(Path(__file__).parents[1] / "tests" / name for name in ("test_gpu.py", "test_kernels_gpu.py"))
 SHARD = "HF_EFFICIENT_SHARD"
@@ -42,6 +45,9 @@ TARGET = Point(16384, 8, dtype="bfloat16", device="cuda")
 SHARES = {"forward": (0.35, 0.45), "backward": (0.25, 0.33)}
 # what a bias may add to the forward pass, and its gradient to the backward pass
 BIAS_LIMITS = {"forward": (0.25, 0.10), "backward": (0.25, 0.15)}
+# features per head at which linear attention is compared, and whose kernels ours stand beside
+FEATURES = (64, 256)
+OURS, FLA = "linear attention", "flash-linear-attention"
 # of all seconds there are: tests and compilation, and what writing and closing down takes
 TEST_SHARE, RESERVE = 0.5, 30.0
 
@@ -225,6 +231,67 @@ def bias_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+# ---- linear attention -----------------------------------------------------------------------------------------------
+
+
+def flash_linear_attention() -> Callable[..., torch.Tensor]:
+    """`fla.ops.linear_attn.chunk_linear_attn` of features in the values' type, as a caller of `linear_attention`.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        log_query, log_key, value = (x.transpose(1, 2) for x in tensors)
+        query, key = (x.exp().to(value.dtype) for x in (log_query, log_key))
+        out: torch.Tensor = chunk_linear_attn(query, key, value, scale=1.0, normalize=True)[0]
+        return out.transpose(1, 2)
+
+    return call
+
+
+def linear_contenders(device: str) -> tuple[dict[str, Callable[..., torch.Tensor]], dict[str, str]]:
+    """Causal linear attention from log-features by name, ours on a GPU in both implementations; and what is missing."""
+
+    def ours(implementation: str) -> Callable[..., torch.Tensor]:
+        def call(*tensors: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = linear_attention(*tensors, is_causal=True, implementation=implementation)
+            return out.to(tensors[2].dtype)
+
+        return call
+
+    found = {f"{OURS}, PyTorch": ours("torch")}
+    if device.startswith("cuda"):
+        found[OURS] = ours("triton")
+    try:
+        found[FLA] = flash_linear_attention()
+    except ImportError:
+        return found, {FLA: "not installed"}
+    return found, {}
+
+
+def linear_rows(point: Point, features: Sequence[int] = FEATURES, seconds: float = 4.0) -> list[dict[str, Any]]:
+    """Seconds of causal linear attention at a point, each contender in turn; a row without them says why."""
+    rows = []
+    for count in features:
+        *_, value, gradient = point.tensors()
+        generator = torch.Generator(point.device).manual_seed(1)
+        shape = (*value.shape[:-1], count)
+        logs = [torch.randn(shape, generator=generator, device=point.device) for _ in range(2)]
+        for kind in ("forward", "training"):
+            contenders, missing = linear_contenders(point.device)
+            calls = {name: attempt(call, kind, (*logs, value, gradient)) for name, call in contenders.items()}
+            times, failed = timed(calls, 5, seconds, point.device)
+            place = asdict(point) | {"features": count, "pass": kind}
+            for name, samples in times.items():
+                row = {"contender": name, **place, "seconds": statistics.median(t.total for t in samples)}
+                rows.append(row | {"reason": ""})
+            for name, reason in (missing | failed).items():
+                rows.append({"contender": name, **place, "seconds": None, "reason": reason})
+    return rows
+
+
 # ---- the suite ------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +327,7 @@ def gpu_suite(
         bits = repeatable(target)
     except Exception as error:  # the times are worth having also where a kernel fails
         bits = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+    linear = linear_rows(target)
     attention = attention_suite(stages, model_length=0, deadline=start + budget - RESERVE, progress=progress)
     rows = attention["results"]
     return {
@@ -271,6 +339,7 @@ def gpu_suite(
         "repeatable": bits,
         "target": target_of(rows, target),
         "bias": bias_rows(rows),
+        "linear": linear,
         "attention": attention,
         "hardware": hardware(),
         "versions": versions() | {"triton": _triton()},
@@ -293,6 +362,9 @@ def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     facts |= {"equal bits": document["repeatable"]}
     for kind in SHARES if document["target"] else ():
         facts[f"target, {kind}"] = {"share of peak": round(document["target"][kind]["share"], 3)}
+    for row in document["linear"]:
+        name = f"{row['contender']}, {row['features']} features, {row['pass']}"
+        facts[name] = {"not measured,": row["reason"]} if row["reason"] else {"ms": round(1e3 * row["seconds"], 3)}
     named = [[f"{name}: " + ", ".join(f"{k} {v}" for k, v in values.items())] for name, values in facts.items()]
     return headings, [row + [""] * (len(headings) - 1) for row in named] + rows
 

@@ -25,6 +25,13 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("hedgehog", dict(attention_window=0), dict(steps=200, end_to_end_steps=100, batch_size=2)),
     ("t2r", dict(attention_window=0), dict(steps=200, end_to_end_steps=100, batch_size=2)),
     ("performer", dict(num_features=256), dict(steps=0, end_to_end_steps=300, batch_size=2)),
+    ("linear_transformer", {}, dict(steps=200, batch_size=2)),
+    ("random_feature", dict(num_features=64), dict(steps=200, batch_size=2)),
+    ("nystromformer", dict(num_landmarks=64), dict(steps=200, batch_size=2)),
+    ("memory_compressed", dict(compression_rate=8, block_size=64), dict(steps=200, batch_size=2)),
+    ("set_transformer", dict(num_inducing=128), dict(steps=200, batch_size=2)),
+    ("synthesizer", dict(variant="dense"), dict(steps=200, batch_size=2)),
+    ("sinkhorn", dict(sortnet="bilinear"), dict(steps=200, batch_size=2)),
 ]
 
 

@@ -19,7 +19,7 @@ KNOWN_KEYWORDS = {
     "cache_position", "global_attention_mask",
     "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
     "use_cache", "position_ids", "logits_to_keep", "token_type_ids", "encoder_attention_mask",
-    "encoder_hidden_states", "labels",
+    "encoder_hidden_states", "labels", "efficient_tokens",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's card is made of: its config, its conversion report and the results of its runs, all checked."""
+"""What a checkpoint's card is made of: its config, its reports and the results of its runs, all checked."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from typing import Any
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
 from .checkpoints import EXACT, inspect_checkpoint
-from .conversion import REPORT_NAME
+from .conversion import REPORT_NAME, UPCYCLING_NAME
+from .experts import ExpertsConfig
 from .training.data import BUILDERS
 from .training.results import RESULT_NAME, RunRecord
 
 README = "README.md"
+# what a report must have for a card
+CONVERSION = ("source", "revision", "model_class", "efficient_attention", "max_positions", "positions", "tensors")
+UPCYCLING = (
+    "source", "revision", "efficient_experts", "layers", "source_parameters", "parameters", "active_parameters",
+    "difference", "tolerance", "tensors",
+)  # fmt: skip
 ADAPTER = "adapter_config.json"
 # front matter of the source that holds for what was made of it as well
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -29,7 +36,8 @@ class CardFacts:
     Attributes:
         name: what the card calls the checkpoint. folder: where it is.
         inspected: see `inspect_checkpoint`. config: its config.json.
-        report: the conversion report, if there is one. records: results of its runs, the last one that of its weights.
+        report: the conversion report, if there is one. upcycling: the upcycling report, likewise.
+        records: results of its runs, the last one that of its weights.
         adapter: adapter_config.json, if the folder holds adapters only. inherited: front matter of the source.
     """
 
@@ -38,13 +46,28 @@ class CardFacts:
     inspected: dict[str, Any]
     config: dict[str, Any]
     report: dict[str, Any] | None
+    upcycling: dict[str, Any] | None
     records: list[dict[str, Any]]
     adapter: dict[str, Any] | None
     inherited: dict[str, Any]
 
     @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The reports in the order in which things were done."""
+        return _in_order(self.report, self.upcycling)
+
+    @property
     def source(self) -> str | None:
-        return None if self.report is None else self.report["source"]
+        return self.steps[0]["source"] if self.steps else None
+
+    @property
+    def fidelity(self) -> dict[str, Any] | None:
+        return (self.report or self.upcycling or {}).get("fidelity")
+
+    @property
+    def experts(self) -> dict[str, Any] | None:
+        options: dict[str, Any] | None = self.inspected["experts"]
+        return None if options is None else ExpertsConfig.from_dict(options).to_dict()
 
     @property
     def mechanisms(self) -> list[str]:
@@ -61,10 +84,19 @@ def gather(folder: Path, results: list[Path]) -> CardFacts:
     found = [path for path in (folder / RESULT_NAME, outer / RESULT_NAME) if path.is_file()]
     records = [_record(path) for path in {path.resolve(): path for path in [*results, *found]}.values()]
     report = _conversion([folder, holder], records, config) if config.get("efficient_attention") else None
+    upcycling = _upcycling([folder, holder], config) if config.get("efficient_experts") else None
     inspected = inspect_checkpoint(str(holder))
     name = outer.name if (outer / RESULT_NAME).is_file() else folder.resolve().name
-    inherited = {} if report is None else _inherited(report["source"], report["revision"])
-    return CardFacts(name, folder, inspected, config, report, records, adapter, inherited)
+    origin = next(iter(_in_order(report, upcycling)), None)
+    inherited = {} if origin is None else _inherited(origin["source"], origin["revision"])
+    return CardFacts(name, folder, inspected, config, report, upcycling, records, adapter, inherited)
+
+
+def _in_order(report: dict[str, Any] | None, upcycling: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if report is None or upcycling is None:
+        return [step for step in (report, upcycling) if step is not None]
+    had_experts = f"{upcycling['layers'][0]}.router.weight" in report["tensors"]
+    return [upcycling, report] if had_experts else [report, upcycling]
 
 
 def _adapter(folder: Path) -> tuple[dict[str, Any] | None, Path]:
@@ -87,11 +119,22 @@ def _conversion(folders: list[Path], records: list[dict[str, Any]], config: dict
     """The report beside the weights, or that of a run which converted on the way."""
     path = next((folder / REPORT_NAME for folder in folders if (folder / REPORT_NAME).is_file()), None)
     in_runs = [record["conversion"] for record in records if record["conversion"]]
-    report = _report(path) if path else in_runs[-1] if in_runs else None
+    report = _report(path, CONVERSION, "conversion") if path else in_runs[-1] if in_runs else None
     if report is not None and report["efficient_attention"] != config["efficient_attention"]:
         raise ValueError(
             f"{path or 'a result'} describes a conversion to {report['efficient_attention']}, but the checkpoint has "
             f"{config['efficient_attention']}: it belongs to another one."
+        )
+    return report
+
+
+def _upcycling(folders: list[Path], config: dict[str, Any]) -> dict[str, Any] | None:
+    path = next((folder / UPCYCLING_NAME for folder in folders if (folder / UPCYCLING_NAME).is_file()), None)
+    report = _report(path, UPCYCLING, "upcycling") if path else None
+    if report is not None and report["efficient_experts"] != config["efficient_experts"]:
+        raise ValueError(
+            f"{path} describes experts {report['efficient_experts']}, but the checkpoint has "
+            f"{config['efficient_experts']}: it belongs to another one."
         )
     return report
 
@@ -106,12 +149,11 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _report(path: Path) -> dict[str, Any]:
+def _report(path: Path, needed: tuple[str, ...], kind: str) -> dict[str, Any]:
     report = _read(path)
-    needed = ("source", "revision", "model_class", "efficient_attention", "max_positions", "positions", "tensors")
     missing = [name for name in needed if name not in report]
     if missing:
-        raise ValueError(f"{path} is no conversion report: it has no {', '.join(missing)}.")
+        raise ValueError(f"{path} is no {kind} report: it has no {', '.join(missing)}.")
     return report
 
 

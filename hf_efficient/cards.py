@@ -178,10 +178,23 @@ def _perplexity_rows(data: dict[str, Any], mechanism: str | None) -> list[list[s
     return rows
 
 
+def segments_table(mechanism: str) -> str:
+    """Held-out perplexity of a small model read or trained in segments with a memory, beside full attention."""
+    data = record("segments_gpt2")
+    if data is None or (options := json.loads(data["settings"]["attention"])).pop("mechanism") != mechanism:
+        return "not measured"
+    names = {"dense": "full attention", "read": "the same model in segments", "memory": "trained in segments"}
+    cells = [[name, f"{data[k]['perplexity']:.2f}", f"{data['ratios'].get(k, 1.0):.4f}"] for k, name in names.items()]
+    facts = ", ".join(f"{name} {value}" for name, value in options.items())
+    settings = data["settings"]
+    what = f"{facts}; texts of {settings['block_length']} tokens, {settings['max_steps']} steps from scratch."
+    return f"{table(['gpt2', 'perplexity', '× full attention'], cells)}\n\n{what} {_source(data)}"
+
+
 def closeness_tables(mechanism: str) -> str:
     """Untrained fidelity, and what training gave back where that was recorded."""
-    more = [text for text in (recovery_table(mechanism), perplexity_table(mechanism)) if text != "not measured"]
-    return "\n\n".join([fidelity_table(mechanism), *more])
+    makers = (fidelity_table, recovery_table, perplexity_table, segments_table)
+    return "\n\n".join(text for make in makers if (text := make(mechanism)) != "not measured") or "not measured"
 
 
 def speed_table() -> str:
@@ -271,12 +284,64 @@ def attention_table(mechanism: str | None = None) -> str:
     return table(header, body) + f"\n\n{what} {_source(data)}{picture}"
 
 
+def content_table(mechanism: str) -> str:
+    """One mechanism that chooses keys by content or carries a memory, beside full attention and transformers' Reformer."""
+    data = record("content")
+    rows = [] if data is None else [row for row in data["results"] if row["contender"] == mechanism]
+    if data is None or not rows:
+        return "not measured"
+    rivals = ("full (SDPA)", "transformers Reformer")
+    body = []
+    for row in rows:
+        ratios = [row["faster_than"][rival] for rival in rivals]
+        cells = [f"{r['ratio']:.2f} ({r['ratio_min']:.2f}–{r['ratio_max']:.2f})" for r in ratios]
+        place = [row["side"], "forward" if row["pass"] == "forward" else "forward + backward", str(row["length"])]
+        body.append([*place, f"{1000 * row['seconds']:.0f}", *cells, f"{row['largest_tensor'] / 1e6:.2f}"])
+    header = ["side", "pass", "tokens", "ms", *(f"{rival} takes ×" for rival in rivals), "largest tensor, 10⁶ numbers"]
+    settings = data["settings"]
+    options = settings["options"][rows[0]["side"]][mechanism]
+    what = (
+        f"Attention alone, {settings['heads']} heads of {settings['width']}, float32, "
+        + ", ".join(f"`{name}={value}`" for name, value in options.items())
+        + ". Medians (least–most) of interleaved rounds."
+    )
+    return f"{table(header, body)}\n\n{what} {_source(data)}"
+
+
 def cost_tables(mechanism: str) -> str:
     """Memory in a model, and what attention alone takes where that was recorded."""
+    parts = [memory_table(mechanism)]
     data = record("attention")
-    if data is None or not _attention_rows(data, mechanism):
-        return memory_table(mechanism)
-    return memory_table(mechanism) + "\n\n" + attention_table(mechanism)
+    if data is not None and _attention_rows(data, mechanism):
+        parts.append(attention_table(mechanism))
+    if (text := content_table(mechanism)) != "not measured":
+        parts.append(text)
+    return "\n\n".join(parts)
+
+
+def linear_table() -> str:
+    """Causal linear attention alone, by length."""
+    data = record("linear")
+    if data is None:
+        return "not measured"
+    found = {(row["length"], row["pass"]): row for row in data["results"]}
+    body = []
+    for length in sorted({length for length, _ in found}):
+        cells = []
+        for row in (found[length, kind] for kind in ("forward", "training")):
+            per_token = row.get("cpu_microseconds_per_token", row["microseconds_per_token"])
+            cells += [f"{1000 * row['seconds']:.0f}", f"{per_token:.1f}"]
+        body.append([str(length), *cells])
+    header = ["tokens"]
+    for kind in ("forward", "forward + backward"):
+        header += [f"{kind}, ms", "CPU time per token, µs" if data["settings"]["device"] == "cpu" else "per token, µs"]
+    settings = data["settings"]
+    what = (
+        f"Causal linear attention alone, {settings['heads']} heads, {settings['features']} features, values of "
+        f"{settings['width']}, float32; medians of {settings['rounds']} rounds. Largest difference to the quadratic "
+        f"formula in float64 at {settings['checked_length']} tokens: {data['relative_error']:.1e}."
+    )
+    return table(header, body) + f"\n\n{what} {_source(data)}"
 
 
 def demo_output() -> str:
@@ -293,6 +358,7 @@ def part(name: str) -> str:
         "attention": attention_table,
         "demo": demo_output,
         "fidelity": closeness_tables,
+        "linear": linear_table,
         "memory": cost_tables,
         "options": options_table,
         "perplexity": perplexity_table,

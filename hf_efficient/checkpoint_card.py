@@ -1,4 +1,4 @@
-"""The README.md of a checkpoint, rendered from what was recorded: conversion report, results, config. Nothing else.
+"""The README.md of a checkpoint, rendered from what was recorded: reports, results, config. Nothing else.
 
 A figure that no file holds reads "not measured". No network is used.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .base import describe, get_mechanism
+from .card_experts import PAPERS, TAG, experts_limits, experts_section, experts_words, upcycle_commands
 from .card_facts import README, CardFacts, gather, is_hub_id
 from .cards import table
 
@@ -40,11 +41,11 @@ STAGES = {
 
 
 def checkpoint_card(checkpoint: str | Path, results: list[Path] | None = None) -> ModelCard:
-    """The card of a checkpoint folder: converted, trained, reverted, or with adapters (PEFT).
+    """The card of a checkpoint folder: converted, upcycled, trained, reverted, or with adapters (PEFT).
 
     Args:
-        checkpoint: the folder. Its `conversion_report.json` and `result.json` are read if they are there, and the
-            `result.json` beside a folder named `model`, where recipes write it.
+        checkpoint: the folder. Its `conversion_report.json`, `upcycling_report.json` and `result.json` are read if they are
+            there, and the `result.json` beside a folder named `model`, where recipes write it.
         results: further `result.json` files, of earlier runs first. Only the last run of all describes the weights as they
             are, so only its figures enter the model index.
 
@@ -56,6 +57,7 @@ def checkpoint_card(checkpoint: str | Path, results: list[Path] | None = None) -
     sections = [
         _heading(facts),
         "## Attention\n\n" + _attention(facts),
+        *(["## Experts\n\n" + experts_section(facts.experts, facts.upcycling, NOT_RECORDED)] if facts.experts else []),
         "## Conversion\n\n" + _conversion(facts),
         "## How close it is to the original\n\n" + _fidelity(facts),
         "## Training\n\n" + ("\n\n".join(map(_training, facts.records)) or f"Training runs: {NOT_RECORDED}."),
@@ -98,7 +100,8 @@ def _data(facts: CardFacts) -> ModelCardData:
     library = "peft" if facts.adapter else "sentence-transformers" if has_side_files else "transformers"
     tags = [facts.inspected["family"]]
     if facts.inspected["converted"]:
-        tags += ["hf_efficient", "efficient-attention", *facts.mechanisms]
+        attention = ["efficient-attention", *facts.mechanisms] if facts.mechanisms else []
+        tags += ["hf_efficient", *attention, *([TAG] if facts.experts else [])]
     options: dict[str, Any] = dict(facts.inherited)
     if facts.source is not None and is_hub_id(facts.source):
         options["base_model"] = facts.source
@@ -180,7 +183,9 @@ def _heading(facts: CardFacts) -> str:
     if not facts.inspected["converted"]:
         return f"# {facts.name}\n\n`{name}` with full attention in every layer: not converted, or reverted."
     of = f"[{source}](https://huggingface.co/{source})" if source and is_hub_id(source) else f"`{source}`"
-    what = f"{of if source else 'its source (' + NOT_RECORDED + ')'} with efficient attention: {', '.join(facts.mechanisms)}"
+    parts = [f"efficient attention: {', '.join(facts.mechanisms)}"] if facts.mechanisms else []
+    parts += [experts_words(facts.experts)] if facts.experts else []
+    what = f"{of if source else 'its source (' + NOT_RECORDED + ')'} with {'; and '.join(parts)}"
     length = facts.inspected["max_positions"]
     lines = [f"# {facts.name}", f"`{name}` made from {what}."]
     if facts.adapter is not None:
@@ -203,43 +208,52 @@ def _attention(facts: CardFacts) -> str:
 
 
 def _conversion(facts: CardFacts) -> str:
-    if facts.report is None:
-        return f"What was copied and what was added: {NOT_RECORDED}."
+    return "\n\n".join(map(_account, facts.steps)) or f"What was copied and what was added: {NOT_RECORDED}."
+
+
+def _account(report: dict[str, Any]) -> str:
+    """Of one step: where every tensor came from."""
     groups: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
-    for name, tensor in facts.report["tensors"].items():
+    for name, tensor in report["tensors"].items():
         status = tensor["status"]
         counts[status] = counts.get(status, 0) + 1
         entry = {"copied": "bit for bit", "initialised": tensor["from"]}.get(status, f"`{name}`")
         if entry not in groups.setdefault(status, []):
             groups[status].append(entry)
     rows = [[status, str(counts[status]), "; ".join(entries)] for status, entries in groups.items()]
-    ignored = facts.report.get("ignored") or []
+    ignored = report.get("ignored") or []
     if ignored:
         rows.append(["not used", str(len(ignored)), "; ".join(f"`{name}`" for name in ignored)])
-    head = f"Source: `{facts.report['source']}`, revision {facts.report['revision'] or NOT_RECORDED}. "
-    head += f"Position table lengthened by: {facts.report['positions']}. " if "extended" in counts else ""
-    head += f"{_listed(facts.report.get('versions') or {})}."
+    head = f"Source: `{report['source']}`, revision {report['revision'] or NOT_RECORDED}. "
+    head += f"Position table lengthened by: {report['positions']}. " if "extended" in counts else ""
+    head += f"{_listed(report.get('versions') or {})}."
     return head + "\n\n" + table(["tensors", "number", "from"], rows)
 
 
 def _rung(facts: CardFacts, name: str) -> dict[str, Any]:
-    rungs = ((facts.report or {}).get("fidelity") or {}).get("rungs", [])
+    rungs = (facts.fidelity or {}).get("rungs", [])
     return next((rung["detail"] for rung in rungs if rung["name"] == name and rung["status"] == "measured"), {})
 
 
 def _fidelity(facts: CardFacts) -> str:
-    fidelity = (facts.report or {}).get("fidelity")
+    fidelity = facts.fidelity
+    # experts alone leave attention as it is, so nothing can be left out of it
+    is_sparse = bool(facts.experts) and not facts.mechanisms
+    made = "upcycled" if is_sparse else "converted"
     if not fidelity:
-        return f"As converted: {NOT_MEASURED}."
+        return f"As {made}: {NOT_MEASURED}."
     ours, control = _figures(_rung(facts, "fidelity")), _rung(facts, "control: mean of values")
     rows = [[name.replace("_", " "), _text(value), _text(control.get(name))] for name, value in ours.items()]
+    header, beside = ["figure", made, "mean of values"], ", beside what is left when attention carries no information"
+    if is_sparse:
+        rows, header, beside = [row[:2] for row in rows], header[:2], ""
     checks = [[rung["name"], rung["status"], rung["rule"]] for rung in fidelity["rungs"]]
     settings = {k: v for k, v in fidelity["settings"].items() if isinstance(v, (int, float, str)) and k != "source"}
     return "\n\n".join(
         [
-            "As converted, before any training below, beside what is left when attention carries no information:",
-            table(["figure", "converted", "mean of values"], rows),
+            f"As {made}, before any training below{beside}:",
+            table(header, rows),
             table(["check", "outcome", "rule"], [[_text(cell) for cell in row] for row in checks]),
             f"{_listed(settings)}; {_listed(fidelity['versions'])}.",
         ]
@@ -305,10 +319,14 @@ def _use(facts: CardFacts) -> str:
 
 def _commands(facts: CardFacts) -> str:
     lines = []
-    # a run that converted on the way has that in its own command
-    if facts.report is not None and not any(record["conversion"] for record in facts.records):
-        began_with = [record["settings"].get("model") for record in facts.records[:1]]
-        lines += _convert_commands(facts.report, facts.config, str((*began_with, None)[0] or "converted"))
+    began_with = [record["settings"].get("model") for record in facts.records[:1]]
+    outs = [*(step["source"] for step in facts.steps[1:]), str((*began_with, None)[0] or "converted")]
+    for step, out in zip(facts.steps, outs, strict=False):
+        if step is facts.upcycling:
+            lines += upcycle_commands(step, out, str(facts.source))
+        # a run that converted on the way has that in its own command
+        elif not any(record["conversion"] for record in facts.records):
+            lines += _convert_commands(step, facts.config, out)
     lines += [_train_command(record) for record in facts.records]
     return "\n".join(["```bash", *lines, "```"]) if lines else f"Commands: {NOT_RECORDED}."
 
@@ -342,7 +360,8 @@ def _limits(facts: CardFacts) -> str:
         lines.append(f"{mechanism}: equals full attention when {told['exact_when']}. Training: {told['training']}.")
         refusals = {"causal layers": cls.causal_refusal, "T5's relative bias": cls.relative_bias_refusal}
         lines += [f"{mechanism} does not take {what}: {why}." for what, why in refusals.items() if why]
-    if facts.inspected["converted"]:
+    lines += experts_limits(facts.experts) if facts.experts else []
+    if facts.mechanisms:
         lines.append("`output_attentions=True` is refused: attention weights are never built.")
     before, now = (facts.config.get("efficient_source") or {}).get("max_positions"), facts.inspected["max_positions"]
     if before is not None and now is not None and before < now:
@@ -362,4 +381,6 @@ def _citation(facts: CardFacts) -> str:
         number = re.search(r"arXiv ([\w./-]+)", told["paper"])
         link = f"[{told['paper']}](https://arxiv.org/abs/{number[1]})" if number else told["paper"]
         lines.append(f"- {told['title']}: {link}")
-    return "\n\n".join(lines[:2] if facts.mechanisms else lines[:1]) + "\n\n" + "\n".join(lines[2:])
+    for title, (paper, arxiv) in PAPERS.items() if facts.experts else ():
+        lines.append(f"- {title}: [{paper}, arXiv {arxiv}](https://arxiv.org/abs/{arxiv})")
+    return "\n\n".join(lines[:2] if len(lines) > 2 else lines[:1]) + "\n\n" + "\n".join(lines[2:])

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from .base import get_mechanism, list_mechanisms
-from .conversion import REPORT_NAME, load_converted, load_tokenizer, revert
+from .conversion import REPORT_NAME, UPCYCLING_NAME, copy_reports, load_converted, load_tokenizer, revert
 from .dispatch import CHILD
 from .families import ModelFamily, Stack, family_of
 from .models import MODELS
@@ -27,8 +27,8 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
     Returns:
         `model_class`, `model_type`, `family`, `converted`, `max_positions` (`None` = no position table), `layers`, each
         with `side`, `layer`, `mechanism` and `options`; `mechanisms`, each with `side`, `possible` and the `reasons`
-        against it at default options (empty for converted checkpoints); `source`, the checkpoint it was converted
-        from, if its report is there.
+        against it at default options (empty for converted checkpoints); `experts`, the options of sparse experts or `None`;
+        `source`, the checkpoint it was converted from, if its report is there.
 
     Raises:
         ValueError: an architecture without a family. OSError: no such checkpoint.
@@ -63,6 +63,7 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
         "converted": converted,
         "source": json.loads(report.read_text())["source"] if converted and report.is_file() else None,
         "max_positions": family.max_positions(config),
+        "experts": getattr(config, "efficient_experts", None),
         "layers": layers,
         "mechanisms": [] if converted else [_fit(n, family, stack) for stack in stacks for n in list_mechanisms()],
     }
@@ -107,6 +108,8 @@ def revert_checkpoint(converted: str, out: str | Path, overwrite: bool = False) 
             tokenizer.save_pretrained(folder)
         if Path(converted).is_dir():
             copy_side_files(Path(converted), folder, before.get("max_seq_length"))
+            if getattr(model.config, "efficient_experts", None):
+                copy_reports(Path(converted), folder, UPCYCLING_NAME)
     return {
         "checkpoint": converted,
         "out": str(out),

@@ -16,6 +16,7 @@ import typer
 from .base import describe, list_mechanisms
 from .cli_options import as_text, chosen_configs, read_texts, refuse_strays, with_mechanism_options
 from .cli_training import card, distill
+from .cli_upcycle import upcycle
 from .pattern_attention import OF_THE_WHOLE
 from .picture import drawable_mechanisms, require_drawable
 from .picture import show as draw
@@ -107,6 +108,14 @@ def convert(
         str | None, typer.Option(help="encoder, decoder or both.", show_default="the encoder, if there is one")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Texts for mechanisms that start from data: .txt with one per line, .jsonl, or corpus, English text that "
+            "is always at hand.",
+            show_default="a start without data",
+        ),
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, for any option of the mechanism.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -120,22 +129,35 @@ def convert(
         _require_free(out, overwrite, source)
         from .conversion import convert as convert_checkpoint
 
-        result = convert_checkpoint(
-            source, configs, max_positions=max_positions, positions=positions, revision=revision
-        )
+        places: dict[str, Any] = dict(max_positions=max_positions, positions=positions, revision=revision)
+        result = convert_checkpoint(source, configs, **places, calibration=_calibration_texts(calibration))
         result.save(out, overwrite)
         report = result.report
+    document = {"out": str(out), "counts": report.counts(), **report.to_dict()}
+    title, header = f"{source} → {out} ({report.model_class})", ["tensors", "number", "which"]
+    _emit(document, as_json, title, header, _tensor_rows(report))
+
+
+def _calibration_texts(given: str | None) -> list[str] | None:
+    if given is None:
+        return None
+    from .corpus import offline_texts
+
+    return offline_texts("train") if given == "corpus" else read_texts(Path(given))
+
+
+def _tensor_rows(report: Any) -> list[list[Any]]:
+    """Status, number and names of the tensors of a conversion report."""
     named: dict[str, list[str]] = {status: [] for status in report.counts()}
     for name, tensor in report.tensors.items():
         # copied tensors need no explanation, initialised ones only a word on where their values came from
         entry = {"copied": "bit for bit", "initialised": tensor["from"]}.get(tensor["status"], name)
         if entry not in named[tensor["status"]]:
             named[tensor["status"]].append(entry)
-    rows = [[status, report.counts()[status], "\n".join(named[status])] for status in named]
+    rows: list[list[Any]] = [[status, report.counts()[status], "\n".join(named[status])] for status in named]
     if report.ignored:
         rows.append(["not used", len(report.ignored), "\n".join(report.ignored)])
-    document = {"out": str(out), "counts": report.counts(), **report.to_dict()}
-    _emit(document, as_json, f"{source} → {out} ({report.model_class})", ["tensors", "number", "which"], rows)
+    return rows
 
 
 app.command("convert", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
@@ -148,14 +170,15 @@ app.command("convert", context_settings={"allow_extra_args": True, "ignore_unkno
 
 def _record(folder: Path, fidelity: dict[str, Any]) -> None:
     """Put the figures into the checkpoint's report, whole or not at all."""
-    from .conversion import REPORT_NAME
+    from .conversion import REPORT_NAME, UPCYCLING_NAME
 
-    path = folder / REPORT_NAME
-    if not path.is_file():
-        warnings.warn(f"{path} does not exist, so the figures are not recorded.", stacklevel=2)
+    # experts alone have no conversion behind them
+    path = next((folder / name for name in (REPORT_NAME, UPCYCLING_NAME) if (folder / name).is_file()), None)
+    if path is None:
+        warnings.warn(f"{folder / REPORT_NAME} does not exist, so the figures are not recorded.", stacklevel=2)
         return
     report = json.loads(path.read_text()) | {"fidelity": fidelity}
-    temporary = folder / f".{REPORT_NAME}.tmp"
+    temporary = folder / f".{path.name}.tmp"
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     temporary.replace(path)
 
@@ -176,7 +199,7 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Climb the proof ladder; exit code 1 if a rung fails. The figures go into CONVERTED's conversion report."""
+    """Climb the proof ladder; exit code 1 if a rung fails. The figures go into CONVERTED's report."""
     with _running():
         for name in (converted, source):
             _require_source(name)
@@ -267,6 +290,8 @@ def inspect_command(checkpoint: Checkpoint, as_json: Json = False) -> None:
         headings = ["side", "mechanism", "possible", "why not, with default options"]
     length = facts["max_positions"] or "no table of"
     title = f"{checkpoint}: {facts['model_class']}, {len(layers)} layers, {length} positions"
+    if facts["experts"]:
+        title += f", {facts['experts']['num_experts']} experts"
     _emit(facts, as_json, title, headings, rows)
 
 
@@ -342,6 +367,7 @@ def bench_command(
 
 app.command("card")(card)
 app.command("distill")(distill)
+app.command("upcycle")(upcycle)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ slots) counts. transformers' classes run their own code, on the given heads in p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -112,21 +112,32 @@ def geometry_of(point: Point) -> AttentionGeometry:
 
 
 class Ours:
-    """One of our mechanisms; `bias` adds a relative one, constant beyond 128 tokens: `"fixed"`, or `"learned"`.
+    """One of our mechanisms, causal ones in a decoder; `bias` adds a relative one, constant beyond 128 tokens: `"fixed"`, or
+    `"learned"`.
 
     Raises:
         ValueError: options, or a place, that the mechanism refuses.
     """
 
-    def __init__(self, name: str, point: Point, implementation: str = "auto", bias: str | None = None, **options: Any):
+    def __init__(
+        self,
+        name: str,
+        point: Point,
+        implementation: str = "auto",
+        bias: str | None = None,
+        is_causal: bool = False,
+        **options: Any,
+    ):
         cls, geometry = get_mechanism(name), geometry_of(point)
+        if is_causal:
+            geometry = replace(geometry, is_causal=True, side="decoder")
         config = cls.Config.from_dict(settings_of(name, implementation) | options)
         if reasons := cls.unsupported(config, geometry):
             raise ValueError("; ".join(reasons))
         module: EfficientAttention = cls(config, geometry)
         module.reset_parameters()
         self.module = module.to(point.device, point.kind).eval()
-        self.context = AttentionContext(is_causal=False, scaling=point.width**-0.5)
+        self.context = AttentionContext(is_causal=is_causal, scaling=point.width**-0.5)
         if bias is not None:
             table = torch.zeros(257, point.heads, device=point.device, requires_grad=bias == "learned")
             self.context.relative_bias = RelativeBias(table, lambda offset: offset.clamp(-128, 128) + 128, 128)

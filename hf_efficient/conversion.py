@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,11 +14,15 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from ._version import __version__
 from .base import ConfigLike, EfficientAttentionConfig, attention_configs
+from .calibration import calibrate, calibration_batches
+from .class_change import change_class, config_of_class, replace_config, stock_class
 from .dispatch import CHILD, IMPLEMENTATION
+from .expert_sites import mark_experts, uninstall_experts
 from .families import family_of
 from .families.base import POSITION_METHODS
 from .models import CONFIGS, MODELS, EfficientModelMixin
@@ -26,6 +31,7 @@ from .saving import atomic_folder
 from .side_files import checkpoint_folder, copy_side_files, max_seq_length
 
 REPORT_NAME = "conversion_report.json"
+UPCYCLING_NAME = "upcycling_report.json"
 
 
 @dataclass
@@ -86,8 +92,16 @@ class ConversionResult:
                 # only where the caller asked for another length: what cuts texts at 256 tokens goes on doing so
                 asked = "model_max_length" in getattr(self.model.config, "efficient_source", {})
                 copy_side_files(self.source_folder, folder, self.report.max_positions if asked else None)
+                copy_reports(self.source_folder, folder, UPCYCLING_NAME)  # its experts are still those
             (folder / REPORT_NAME).write_text(json.dumps(self.report.to_dict(), indent=2) + "\n")
         return Path(path)
+
+
+def copy_reports(source: Path, folder: Path, *names: str) -> None:
+    """Copy the reports of these names that a checkpoint folder has to another one."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
 
 
 def versions() -> dict[str, str]:
@@ -108,6 +122,7 @@ def convert(
     positions: str = "tile",
     tokenizer: Any = None,
     revision: str | None = None,
+    calibration: Sequence[str] | Sequence[Mapping[str, Tensor]] | None = None,
     **options: Any,
 ) -> ConversionResult:
     """Convert a pretrained checkpoint to efficient attention.
@@ -121,6 +136,8 @@ def convert(
         positions: `"tile"` or `"interpolate"`: how the position table is lengthened.
         tokenizer: for a loaded model, or to use another than the source's.
         revision: of the Hub repository.
+        calibration: texts, or batches of inputs, from which mechanisms set what they take from data (centroids); see
+            `calibration.calibrate`. Without it they keep a start that does without, and the report says so.
 
     Returns:
         `.model` (an Efficient class), `.tokenizer`, `.report`; `.save(path)` writes a checkpoint for the Auto classes.
@@ -138,11 +155,16 @@ def convert(
         model, info = load_stock(name, revision)
         folder = checkpoint_folder(name, revision)
         tokenizer = tokenizer or load_tokenizer(name, revision)
-    if isinstance(model, EfficientModelMixin) or is_installed(model):
+    if getattr(model.config, "efficient_attention", None) or is_installed(model):
         raise ValueError(f"{name} already has efficient attention; revert it before converting it to something else.")
-    stock_name = type(model).__name__
+    stock_name = stock_class(model).__name__
+    batches = None
+    if calibration is not None:
+        batches = calibration_batches(calibration, tokenizer, model, family_of(model).max_positions(model.config))
     before = {key: (tensor.data_ptr(), tensor.shape) for key, tensor in model.state_dict().items()}
     origins, resized = convert_in_place(model, configs, max_positions, positions)
+    if batches is not None:
+        origins |= _calibrated(model, batches)
     if tokenizer is None:
         warnings.warn(f"{name} has no tokenizer: only the model is converted.", stacklevel=2)
     elif max_positions is not None:
@@ -165,6 +187,14 @@ def convert(
     return ConversionResult(model, tokenizer, report, folder)
 
 
+def _calibrated(model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> dict[str, str]:
+    try:
+        return calibrate(model, batches)
+    except BaseException:
+        revert(model)
+        raise
+
+
 def convert_in_place(
     model: PreTrainedModel,
     configs: list[EfficientAttentionConfig],
@@ -181,7 +211,7 @@ def convert_in_place(
         raise ValueError(f"positions={positions!r} is not possible; it must be one of {', '.join(POSITION_METHODS)}.")
     if max_positions is not None and (type(max_positions) is not int or max_positions < 1):
         raise ValueError(f"max_positions={max_positions!r} is not possible; it must be an integer ≥ 1.")
-    if type(model) not in MODELS:
+    if stock_class(model) not in MODELS:
         raise ValueError(
             f"{type(model).__name__} is no model class of transformers' {family.model_type}; load the checkpoint with one "
             f"of {', '.join(cls.__name__ for cls in MODELS if cls.config_class.model_type == family.model_type)}."
@@ -221,8 +251,9 @@ def convert_in_place(
     new.efficient_source = {"max_positions": before, "positions": positions, "attn_implementation": implementation}
     new._name_or_path = config._name_or_path
     new.attn_implementation = IMPLEMENTATION
-    _change_class(model, MODELS[type(model)], new)
-    _replace_config(model, config, new)
+    mark_experts(new)
+    change_class(model, MODELS[stock_class(model)], new)
+    replace_config(model, config, new)
     model.all_tied_weights_keys.update(efficient._efficient_ties())
     return origins, resized
 
@@ -232,25 +263,13 @@ def _stored_side(config: EfficientAttentionConfig, sides: list[str]) -> str | No
     return config.side if not wanted else "both" if len(wanted) == 2 else wanted[0]
 
 
-def _change_class(model: Any, cls: Any, config: Any) -> None:
-    """Make a loaded model an instance of another class."""
-    # transformers notes which outputs a class can return when an instance is initialised: do that on an empty one
-    PreTrainedModel.__init__(cls.__new__(cls), config)
-    model.__class__ = cls
-
-
-def _replace_config(model: PreTrainedModel, old: Any, new: Any) -> None:
-    """Every module that held the model's config holds the new one; stacks with a copy of their own keep it."""
-    for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = new
-
-
 def revert(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `convert` in place: the original class, config and weights, bit for bit unless they were trained since.
 
+    Experts stay as they are. In a model with experts alone this undoes `upcycle`, as long as they are still equal.
+
     Raises:
-        ValueError: the model is no converted one.
+        ValueError: the model is no converted one, or has experts alone and they were trained apart.
     """
     if not isinstance(model, EfficientModelMixin):
         raise ValueError(f"{type(model).__name__} is no converted model: there is nothing to revert.")
@@ -258,26 +277,20 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     config, stock = model.config, model.stock_class
     # a model built from its config never had an original: its position table stays
     source = getattr(config, "efficient_source", {"max_positions": None})
-    uninstall(model, source.get("attn_implementation") or "sdpa")
+    keeps_experts = bool(getattr(config, "efficient_experts", None) and config.efficient_attention)
+    if not config.efficient_attention:
+        uninstall_experts(model)
+    else:
+        uninstall(model, source.get("attn_implementation") or "sdpa")
     if source["max_positions"] is not None and source["max_positions"] != family.max_positions(config):
         family.resize_positions(model, source["max_positions"], source["positions"])
     # the stacks of a reloaded encoder-decoder model hold copies
     for old in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
         if isinstance(old, type(config)):
-            _replace_config(model, old, _stock_config(old, stock))
-    _change_class(model, stock, model.config)
+            replace_config(model, old, config_of_class(old, type(model) if keeps_experts else stock))
+    change_class(model, type(model) if keeps_experts else stock, model.config)
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if f".{CHILD}." not in k}
     return model
-
-
-def _stock_config(config: Any, stock: Any) -> Any:
-    # saving in between wrote the Efficient class there
-    names = config.architectures and [name.removeprefix("Efficient") for name in config.architectures]
-    values = config.to_dict() | {"model_type": stock.config_class.model_type, "architectures": names}
-    new = stock.config_class.from_dict({k: v for k, v in values.items() if not k.startswith("efficient_")})
-    new._attn_implementation = config._attn_implementation
-    new._name_or_path = config._name_or_path
-    return new
 
 
 def load_stock(name: str, revision: str | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -287,10 +300,17 @@ def load_stock(name: str, revision: str | None = None) -> tuple[PreTrainedModel,
         ValueError: unsupported architecture, or weights that can't be read.
     """
     config = AutoConfig.from_pretrained(name, revision=revision)
-    family = family_of(config.model_type)
-    if config.model_type != family.model_type:
+    if getattr(config, "efficient_attention", None):
         raise ValueError(f"{name} already has efficient attention; revert it before converting it to something else.")
-    heads = {cls.__name__: cls for cls in MODELS if cls.config_class.model_type == family.model_type}
+    return load_as_it_is(name, revision)
+
+
+def load_as_it_is(name: str, revision: str | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A checkpoint, original or not, in the class its config names, and transformers' loading info; raises as above."""
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    family_of(config.model_type)
+    classes = (cls for pair in MODELS.items() for cls in pair)
+    heads = {cls.__name__: cls for cls in classes if cls.config_class.model_type == config.model_type}
     cls: Any = next((heads[n] for n in config.architectures or () if n in heads), AutoModel)
     with _readable(name):
         model, info = cls.from_pretrained(name, revision=revision, output_loading_info=True, use_safetensors=True)

@@ -125,10 +125,12 @@ class BoundedLayer(DynamicLayer):
         """
         tokens_to_remove = int(tokens_to_remove)  # assisted generation may give a tensor
         length = self.seen + tokens_to_remove
-        if tokens_to_remove > 0 or length < self.pruned_at:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give a negative number, the tokens to take back.")
+        if length < self.pruned_at:
             raise ValueError(
-                f"crop({tokens_to_remove}) of a cache of {self.seen} tokens: give a negative number; keys have been "
-                f"forgotten that queries before token {self.pruned_at} need, so that the cache can't become shorter."
+                f"crop({tokens_to_remove}) of a cache of {self.seen} tokens: keys have been forgotten that queries before "
+                f"token {self.pruned_at} need, so that no more than {self.seen - self.pruned_at} tokens can be taken back."
             )
         if tokens_to_remove == 0 or not self.is_initialized:
             return

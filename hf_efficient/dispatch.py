@@ -20,6 +20,7 @@ from .base import AttentionContext
 from .decoding import BoundedLayer
 from .ops.alignment import first_real_token, shift_rows
 from .ops.decode_rows import entries_at
+from .ops.pooled_rows import Rows
 from .ops.relative_bias import RelativeBias
 from .ops.segments import Segments, attend_segments
 from .recurrent import RecurrentLayer
@@ -83,6 +84,7 @@ def efficient_attention_forward(
     efficient_input_ids: Tensor | None = None,
     efficient_cache: Cache | None = None,
     efficient_segments: Segments | None = None,
+    efficient_rows: Rows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: forwards to the child module `efficient`, or computes exact attention.
@@ -90,6 +92,7 @@ def efficient_attention_forward(
     Args:
         query: (B, H, N, D); key, value: (B, H or fewer, S, D). attention_mask: (B, S) from `efficient_mask`.
         efficient_segments: the sequences of packed rows, each of which attends to itself alone.
+        efficient_rows: the layer runs on slots, in these rows.
 
     Returns:
         (B, N, H, D) and `None`: there are no attention weights to show.
@@ -119,6 +122,7 @@ def efficient_attention_forward(
         return out.transpose(1, 2), None
     context.global_attention_mask = global_attention_mask
     context.hidden_states, context.input_ids = efficient_hidden_states, efficient_input_ids
+    context.rows = efficient_rows
     if efficient_cache is not None:
         layer = efficient_cache.layers[module.layer_idx]  # type: ignore[index]
         context.recurrent = layer if isinstance(layer, RecurrentLayer) else None

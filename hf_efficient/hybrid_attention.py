@@ -138,7 +138,7 @@ class HybridAttention(KernelAttention):
                 exact.append(self._at_sinks(query, key, value, context))
             far = self._far(log_query, log_key, drop_keys(value, context), scales, context)
             out, _ = merge_attention(*((part.to(log_query.dtype), lse) for part, lse in exact), *far)
-        self.fold(log_key, key, value, context)
+            self.fold(log_key, key, value, context)
         return out.to(query.dtype)
 
     def log_features_of(self, query: Tensor, key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:

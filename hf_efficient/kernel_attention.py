@@ -57,7 +57,7 @@ class KernelAttention(EfficientAttention):
                 out, _ = far_past(log_query, log_key, dropped, 0, state_of(context))
             else:
                 out = linear_attention(log_query, log_key, dropped, is_causal=False)
-        self.fold(log_key, key, value, context)
+            self.fold(log_key, key, value, context)
         return out.to(query.dtype)
 
     def fold(self, log_key: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> None:

@@ -56,7 +56,8 @@ def peaks(
         return [None] * len(entries)
     bar = tqdm(total=len(entries), desc=progress, disable=progress is None, leave=False, file=sys.stderr)
     given = [measure.__module__, measure.__name__, torch.get_num_threads(), entries]
-    command, environment = _python(("-m", __name__, json.dumps(given)), {})
+    # every tensor goes back to the system when it is freed: otherwise the peak depends on how the heap is fragmented
+    command, environment = _python(("-m", __name__, json.dumps(given)), {"MALLOC_MMAP_THRESHOLD_": "65536"})
     found: list[float | None] = []
     with bar, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import extra_tokens
+from . import extra_tokens, length_change
 from .base import ConfigLike, EfficientAttentionConfig, attention_configs
 from .call_checks import StackInfo, check_call, pass_hidden_states
 from .dispatch import CHILD, IMPLEMENTATION
@@ -139,6 +139,7 @@ def _attach(model: PreTrainedModel, chosen: dict[str, EfficientAttentionConfig],
         stack.module._efficient_info = StackInfo(family, stack)  # type: ignore[assignment]
         stack.module.register_forward_pre_hook(check_call, with_kwargs=True)
         origins |= extra_tokens.install(family, stack, initialise)
+        length_change.install(family, stack)
     for config in _configs_of(model):
         config._attn_implementation = IMPLEMENTATION
         # a public key is honoured on load: without this package or its classes, loading fails instead of degrading
@@ -152,6 +153,7 @@ def uninstall(model: PreTrainedModel, attn_implementation: str = "sdpa") -> None
     for stack in family.stacks(model):
         family.swap_out(stack)
         extra_tokens.remove(family, stack)
+        length_change.remove(stack)
         for module in [site.module for site in stack.sites] + stack.cross_attention:
             module._modules.pop(CHILD, None)
             _remove_hook(module, pass_hidden_states)

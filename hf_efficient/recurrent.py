@@ -65,4 +65,4 @@ class RecurrentLayer(BoundedLayer):
 
     def _change_state(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
-            self.state = FeatureState(*map(change, self.state))
+            self.state = type(self.state)(*map(change, self.state))

@@ -20,6 +20,8 @@ from .base import attention_configs
 from .benchmark import compare_with_full_attention
 from .conversion import load_converted, load_stock, versions
 from .dispatch import CHILD
+from .expert_sites import uninstall_experts
+from .experts import expert_layers
 from .families import family_of
 from .fidelity import compare, control_figures, controls, output_mask, ragged, relative_difference, run, text_batches
 from .memory import fresh_python
@@ -74,11 +76,11 @@ def verify(
     speed_lengths: Sequence[int] = (),
     progress: bool = False,
 ) -> FidelityReport:
-    """Compare a converted model with its source, rung by rung.
+    """Compare a converted or upcycled model with its source, rung by rung.
 
     Args:
         model: converted model, or folder or id of a converted checkpoint.
-        source: the stock model it came from, or its folder or id.
+        source: the stock model it came from, or its folder or id; of a converted model also one with experts.
         texts: real text; each is cut to `max_length`.
         tokenizer: needed if neither `model` nor `source` is a path.
         max_length: tokens per text; `None` = the source's position table (512 where there is none).
@@ -98,7 +100,7 @@ def verify(
     if not isinstance(source, PreTrainedModel):
         source = load_stock(str(source))[0]
     if not isinstance(model, EfficientModelMixin):
-        raise ValueError(f"{type(model).__name__} is no converted model: convert it first, then verify.")
+        raise ValueError(f"{type(model).__name__} is no converted model: convert or upcycle it first, then verify.")
     if not texts:
         raise ValueError("no texts to verify with; hf_efficient.corpus.offline_texts() has some.")
     modes = model.training, source.training
@@ -114,7 +116,7 @@ def verify(
         lambda: _copied_tensors(model, source),
         lambda: _exact_limit(model, source, short),
         lambda: _fidelity(model, source, batches),
-        *(partial(_control, model, source, batches, name) for name in controls(model)),
+        *_controls(model, source, batches),
         lambda: _padding(model, short),
         lambda: _fresh_process(model, short, path),
         lambda: _decoding(model, short),
@@ -128,6 +130,7 @@ def verify(
     settings = {
         "source": source.config._name_or_path,
         "efficient_attention": model.config.efficient_attention,
+        "efficient_experts": getattr(model.config, "efficient_experts", None),
         "texts": len(texts),
         "tokens": int(sum(b["attention_mask"].sum() for b in batches)),
         "max_length": length,
@@ -141,7 +144,12 @@ def verify(
 
 
 def _copied_tensors(model: Any, source: PreTrainedModel) -> Rung:
-    ours, theirs = model.state_dict(), source.state_dict()
+    theirs = source.state_dict()
+    experts = {} if expert_layers(source) else expert_layers(model)
+    if experts and all(layer.are_equal() for layer in experts.values()):
+        model = copy.deepcopy(model)
+        uninstall_experts(model)
+    ours = model.state_dict()
     extended, different = [], []
     for name, tensor in theirs.items():
         if name not in ours:
@@ -152,11 +160,13 @@ def _copied_tensors(model: Any, source: PreTrainedModel) -> Rung:
             different.append(name)
     extra = [name for name in ours if name not in theirs and f".{CHILD}." not in name]
     detail = {"tensors": len(theirs), "extended": extended, "different": different, "unexplained": extra}
-    rule = "every tensor of the source is bit-equal; only position tables may be longer"
+    rule = "every tensor of the source is bit-equal, in each expert; only position tables may be longer"
     return Rung("copied tensors", "failed" if different or extra else "passed", detail, rule)
 
 
 def _exact_limit(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) -> Rung:
+    if not model.config.efficient_attention:
+        return _equal_experts(model, source, batch)
     rule = f"at exact settings the logits differ by ≤ {EXACT_TOLERANCE:g} of the largest"
     exact, why = [], []
     length = batch["input_ids"].shape[1]
@@ -180,6 +190,17 @@ def _exact_limit(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) 
     return Rung("exact limit", "passed" if error <= EXACT_TOLERANCE else "failed", detail, rule)
 
 
+def _equal_experts(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) -> Rung:
+    rule = f"as long as the experts are equal the logits differ by ≤ {EXACT_TOLERANCE:g} of the largest"
+    if not all(layer.are_equal() for layer in expert_layers(model).values()):
+        return Rung("exact limit", "not applicable", {"why": "the experts have been trained apart"}, rule)
+    plain, sparse = (copy.deepcopy(m).float() for m in (source, model))
+    actual, expected = (run(m, batch)["output"] for m in (sparse, plain))
+    error = relative_difference(actual, expected, output_mask(plain, batch))
+    detail = {"relative_difference": error, "tokens": batch["input_ids"].shape[1]}
+    return Rung("exact limit", "passed" if error <= EXACT_TOLERANCE else "failed", detail, rule)
+
+
 def _fidelity(model: PreTrainedModel, source: PreTrainedModel, batches: list[dict[str, Tensor]]) -> Rung:
     rule = "figures at the source's own length; compare them with the control"
     return Rung("fidelity", "measured", compare(model, source, batches), rule)
@@ -189,6 +210,14 @@ CONTROLS = {
     "mean of values": "what is left when attention carries no information",
     "window only": "what the window gives without the part that is learned",
 }
+
+
+def _controls(model: Any, source: PreTrainedModel, batches: list[dict[str, Tensor]]) -> list[Any]:
+    """The checks that measure what the converted layers must be better than."""
+    if model.config.efficient_attention:
+        return [partial(_control, model, source, batches, name) for name in controls(model)]
+    name, why = "mean of values", {"why": "all attention is full attention"}
+    return [lambda: Rung(f"control: {name}", "not applicable", why, CONTROLS[name])]
 
 
 def _control(model: Any, source: PreTrainedModel, batches: list[dict[str, Tensor]], name: str) -> Rung:

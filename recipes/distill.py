@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from hf_efficient.conversion import REPORT_NAME
+from hf_efficient.conversion import REPORT_NAME, UPCYCLING_NAME, copy_reports
 from hf_efficient.exact import Teacher, converted_layers, eval_mode, mechanism_of
 from hf_efficient.fidelity import compare, text_batches
 from hf_efficient.saving import atomic_folder
@@ -231,11 +230,12 @@ def save(model: Any, tokenizer: Any, path: Path, record: RunRecord) -> None:
     with atomic_folder(path, overwrite=path.exists()) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        report = Path(record.settings["model"]) / REPORT_NAME
+        source = Path(record.settings["model"])
         if record.conversion is not None:
             (folder / REPORT_NAME).write_text(json.dumps(record.conversion, indent=2) + "\n")
-        elif report.is_file():
-            shutil.copy(report, folder)
+        else:
+            copy_reports(source, folder, REPORT_NAME)
+        copy_reports(source, folder, UPCYCLING_NAME)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from hf_efficient.training.data import load_rows
 from hf_efficient.training.finetuning import input_length, require_filled
 from hf_efficient.training.loading import prepared
 from hf_efficient.training.offline_tasks import offline_task
+from hf_efficient.training.pooling import pool_by_attention
 from hf_efficient.training.recipe import load_model, run, start, train, training_arguments
 from hf_efficient.training.results import RESULT_NAME, RunRecord
 from hf_efficient.training.settings import parse_settings
@@ -52,6 +53,7 @@ class Settings:
     anchor_column: str = "anchor"  # column of short texts
     positive_column: str = "positive"  # column of their documents
     max_length: int = 0  # tokens read of each text; 0 = all that the model can read
+    pooling: str = "checkpoint"  # "attention" = learned, starting as the mean; loads with trust_remote_code=True
     max_train_rows: int = 0  # train on the first so many rows; 0 = all
     max_eval_rows: int = 0  # evaluate on the first so many rows; 0 = all
     max_steps: int = 0  # optimiser steps; 0 = by epochs
@@ -176,6 +178,10 @@ def load_encoder(settings: Settings, record: RunRecord) -> tuple[Encoder, int]:
     encoder.max_seq_length = input_length(model, tokenizer, settings.max_length)
     reach = getattr(model.config, "efficient_source", {}).get("max_positions") or input_length(model, tokenizer)
     encoder[0].model = prepared(model, settings).to(encoder.device)
+    if settings.pooling == "attention":
+        pool_by_attention(encoder, model.config.num_attention_heads)
+    elif settings.pooling != "checkpoint":
+        raise ValueError(f"pooling={settings.pooling!r} must be 'checkpoint' or 'attention'.")
     return encoder, min(reach, encoder.max_seq_length)
 
 

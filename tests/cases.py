@@ -21,7 +21,9 @@ class Case:
         variants: further option sets that every property must hold for.
         encoder_variants, causal_variants: the same, for encoders or causal models only.
         mask: the pattern as a float-4-D-mask oracle exists in test_oracles.py.
+        by_content: which keys are seen depends on what they are, so that rounding in front of the choice can change it.
         parameters: the mechanism has trainable parameters of its own.
+        unused: ends of the names of host parameters that `small` or a variant has no use for, whose gradient is 0.
         options_at: further options at a length, where cost is linear only if some option grows with the length.
         growth: by how much cost grows at 4 × the length.
     """
@@ -37,7 +39,9 @@ class Case:
     encoder_variants: tuple[dict[str, Any], ...] = ()
     causal_variants: tuple[dict[str, Any], ...] = ()
     mask: bool = True
+    by_content: bool = False
     parameters: bool = False
+    unused: tuple[str, ...] = ()
     options_at: Callable[[int], dict[str, Any]] | None = None
     growth: float = 4.0
 
@@ -170,7 +174,27 @@ CASES: dict[str, Case] = {
             dict(rank=16, sharing="layerwise"),
             dict(rank=16, projection="mean"),
             dict(rank=16, projection="max"),
+            dict(rank=16, projection="conv"),
+            dict(rank=(8, 20), projection="mean"),
+            dict(rank=16, sharing="none", head_ranks=(16, 3, 8, 16)),
         ),
+        mask=False,
+        parameters=True,
+    ),
+    "memory_compressed": Case(
+        dict(compression_rate=3, block_size=6),
+        ALL,
+        variants=(dict(compression_rate=4, block_size=4),),
+        mask=False,
+        parameters=True,
+        # n √n
+        options_at=lambda length: dict(compression_rate=math.isqrt(length), block_size=math.isqrt(length)),
+        growth=8.0,
+    ),
+    "set_transformer": Case(
+        dict(num_inducing=12),
+        frozenset({"E", "T5"}),
+        variants=(dict(num_inducing=5, segment_bias=0.5),),
         mask=False,
         parameters=True,
     ),
@@ -180,6 +204,52 @@ CASES: dict[str, Case] = {
         variants=(dict(num_landmarks=9, conv_kernel_size=None, pinv_iterations=3),),
         mask=False,
         parameters=True,
+    ),
+    "synthesizer": Case(
+        dict(variant="dense"),
+        ALL,
+        t5_options=dict(max_length=128),
+        variants=(
+            dict(variant="random"),
+            dict(variant="factorized_dense", factors=(11, 12)),
+            dict(variant="factorized_random", rank=5),
+        ),
+        mask=False,
+        parameters=True,
+        # logits without keys, and those of positions alone
+        unused=("self.key.weight", "self.query.weight", "self.query.bias", "Attention.k.weight", "Attention.q.weight"),
+        growth=16.0,
+    ),
+    "sinkhorn": Case(
+        dict(block_size=6, num_sorted_blocks=2),
+        ALL,
+        variants=(dict(block_size=5, num_sorted_blocks=1), dict(block_size=8, num_sorted_blocks=0)),
+        encoder_variants=(
+            dict(block_size=5, num_sorted_blocks=3, iterations=4, temperature=0.5),
+            dict(block_size=7, num_sorted_blocks=2, sortcut=True),
+        ),
+        mask=False,
+        by_content=True,
+        # n √n, and (n / b)²
+        options_at=lambda length: dict(block_size=math.isqrt(length)),
+        growth=8.0,
+    ),
+    "clustered": Case(
+        dict(num_clusters=6, top_k=5),
+        frozenset({"E", "T5"}),
+        variants=(dict(num_clusters=9, top_k=0, iterations=1),),
+        mask=False,
+        by_content=True,
+    ),
+    "routing_transformer": Case(
+        dict(num_clusters=4, cluster_size=10, attention_window=8),
+        ALL,
+        variants=(
+            dict(num_clusters=7, cluster_size=16, attention_window=0),
+            dict(num_clusters=1, cluster_size=20, attention_window=4),
+        ),
+        mask=False,
+        by_content=True,
     ),
     "performer": Case(
         dict(num_features=32),
@@ -234,5 +304,59 @@ CASES: dict[str, Case] = {
         variants=(dict(attention_window=8, feature_dim=13),),
         mask=False,
         parameters=True,
+    ),
+    "transformer_xl": Case(
+        # a stopped gradient is not that of the function: test_transformer_xl.py
+        dict(segment_length=7, memory_length=5, stop_gradient=False),
+        frozenset({"C", "T5"}),
+        variants=(
+            dict(segment_length=6, memory_length=20, stop_gradient=False),
+            dict(segment_length=9, memory_length=4, stop_gradient=False, relative=True),
+        ),
+        mask=False,
+        # of the variant: multiplied by a projection that starts at 0
+        unused=("efficient.position_bias",),
+    ),
+    "compressive": Case(
+        dict(segment_length=6, memory_length=7, compressed_memory_length=5, compression_rate=3, stop_gradient=False),
+        frozenset({"C", "T5"}),
+        variants=tuple(
+            dict(
+                segment_length=8,
+                memory_length=memory,
+                compressed_memory_length=9,
+                compression_rate=2,
+                compression=compression,
+                stop_gradient=False,
+            )
+            for compression, memory in (("mean", 4), ("max", 3), ("dilated", 5), ("most_used", 10))
+        ),
+        mask=False,
+        parameters=True,
+    ),
+    "reformer": Case(
+        dict(num_buckets=4, bucket_size=8, num_hashes=2, attention_window=4),
+        ALL,
+        variants=(
+            dict(num_buckets=6, bucket_size=5, num_hashes=1, attention_window=0),
+            dict(num_buckets=2, bucket_size=7, num_hashes=3, attention_window=0, shared_qk=True),
+        ),
+        mask=False,
+        by_content=True,
+        # shared queries and keys: those of the keys
+        unused=("self.query.weight", "self.query.bias", "Attention.q.weight"),
+    ),
+    "funnel": Case(
+        # models of one layer pool, too
+        dict(blocks=(0, 1)),
+        frozenset({"E", "T5"}),
+        variants=(
+            dict(),
+            dict(blocks=(0, 1, 1)),
+            dict(pool_size=3, blocks=(0, 2), separate_cls=False),
+        ),
+        mask=False,
+        # (n / p)²
+        growth=16.0,
     ),
 }

@@ -198,3 +198,18 @@ def error(actual: Tensor, expected: Tensor) -> float:
     if actual.isnan().any():
         return float("inf")
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+def quick_interpreter() -> None:
+    """Let Triton's interpreter patch `triton.language` once for a launch, and not anew for every function that is called."""
+    from triton.runtime import interpreter
+
+    patching_first = interpreter.InterpretedFunction.__call__
+
+    def call(self, *args, **kwargs):
+        # the launch has patched it for all our functions; doing so again for each call costs most of the time
+        if self.fn.__module__.startswith("hf_efficient"):
+            return self.rewrite()(*args, **kwargs)
+        return patching_first(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call

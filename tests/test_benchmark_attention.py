@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+import sys
 import time
+import types
 from typing import Any
 
 import pytest
@@ -392,6 +394,11 @@ def test_gpu_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
     assert [name for _, name in compiled] == ["local", *BIASED]
     assert document["repeatable"] == {"local": True, "bigbird": True, "local, learned bias": True}
     assert {row["pass"] for row in document["bias"]} == {"forward", "backward"}
+    ours, theirs = f"{benchmark_gpu.OURS}, PyTorch", benchmark_gpu.FLA
+    places = {(row["contender"], row["features"], row["pass"]): row for row in document["linear"]}
+    assert set(places) == {(n, m, p) for n in (ours, theirs) for m in (64, 256) for p in ("forward", "training")}
+    assert all(row["seconds"] > 0 for (name, *_), row in places.items() if name == ours)
+    assert all(row["seconds"] or row["reason"] for row in places.values())
     target = document["target"]
     assert set(target["forward"]["others_take"]) == {*names[1:]}
     rows = {(r["contender"], r["pass"]): r for r in document["attention"]["results"]}
@@ -405,6 +412,25 @@ def test_gpu_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
     assert json.loads(json.dumps(document))["attention"]["failed"] == []
     headings, lines = benchmark.as_rows(document)
     assert {len(line) for line in lines} == {len(headings)} and lines[0][0].startswith("tests: passed 0")
+
+
+def test_flash_linear_attention_is_called_with_features(monkeypatch: pytest.MonkeyPatch):
+    """Its own definition: (B, N, H, ·) tensors, features in the values' type, normalised."""
+
+    def chunk_linear_attn(q: Any, k: Any, v: Any, scale: float, normalize: bool) -> Any:
+        weights = torch.einsum("bnhm,bshm->bhns", q, k).tril()
+        assert normalize and scale == 1.0 and q.dtype == v.dtype
+        return torch.einsum("bhns,bshd->bnhd", weights / weights.sum(-1, keepdim=True), v), None
+
+    monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))
+    monkeypatch.setitem(sys.modules, "fla.ops", types.ModuleType("fla.ops"))
+    module = types.ModuleType("fla.ops.linear_attn")
+    module.chunk_linear_attn = chunk_linear_attn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fla.ops.linear_attn", module)
+    tensors = [torch.randn(2, 3, 29, width) for width in (5, 5, 4)]
+    found, missing = benchmark_gpu.linear_contenders("cpu")
+    assert not missing
+    assert_close(found[benchmark_gpu.FLA](*tensors), found[f"{benchmark_gpu.OURS}, PyTorch"](*tensors), 1e-5)
 
 
 def test_compiling_runs_in_a_process_of_its_own():

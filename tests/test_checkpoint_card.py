@@ -19,6 +19,7 @@ from transformers import AutoModelForMaskedLM
 
 import hf_efficient as he
 from hf_efficient.checkpoint_card import NOT_MEASURED, NOT_RECORDED, STAGES, checkpoint_card, write_card
+from hf_efficient.cli import _record
 from hf_efficient.conversion import load_converted
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
@@ -357,6 +358,95 @@ def test_an_unreadable_licence_is_left_out_with_a_warning(checkpoint, tmp_path):
     shown = run("card", checkpoint)
     assert shown.stderr.count("warning:") == 1 and "front matter" in shown.stderr
     assert f"Licence of the source: {NOT_RECORDED}" in (checkpoint / "README.md").read_text()
+
+
+# ---- sparse experts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sparse(tmp_path) -> Path:
+    source = save_source(tmp_path / "source", "bert")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# Source\n")
+    he.upcycle(source, 6, top_k=2, capacity_factor=1.75, seed=23).save(tmp_path / "sparse")
+    return tmp_path / "sparse"
+
+
+def test_card_of_experts_alone(sparse):
+    card = checkpoint_card(sparse)
+    text, report = str(card), json.loads((sparse / "upcycling_report.json").read_text())
+    assert card.data.tags == ["bert", "hf_efficient", "sparse-experts"] and card.data.license == "mit"
+    for said in (
+        "with sparse experts: 6 in a layer, 2 for each token.", "`bert.encoder.layer.1.intermediate`",
+        f"| parameters as upcycled | {report['parameters']}, of the source: {report['source_parameters']} |",
+        f"| of these met by one token | {report['active_parameters']} |",
+        f"differ from the source's by {report['difference']:.4g} of the largest; allowed were 1e-05",
+        f"Source: `{report['source']}`", f"torch {report['versions']['torch']}", "6 copies of the dense weights",
+        "only until the experts are trained apart", "As upcycled: not measured", "https://arxiv.org/abs/2212.05055",
+        "https://arxiv.org/abs/2101.03961", "those beyond 1.75 · T / 6 of T tokens",
+    ):  # fmt: skip
+        assert said in text, said
+    for never in ("efficient attention", "efficient-attention", "output_attentions", "mean of values"):
+        assert never not in text, never
+    known = numbers_of(report) | numbers_of(json.loads((sparse / "config.json").read_text())) | {"2212.05055", "2023"}
+    statuses = [tensor["status"] for tensor in report["tensors"].values()]
+    known |= {str(statuses.count(status)) for status in statuses} | {"2101.03961", "2022", "0", "1"}
+    assert not set(NUMBER.findall(text)) - known
+
+
+def test_card_of_verified_experts(sparse):
+    rungs = [rung("fidelity", embedding_cosine=0.98765), rung("exact limit", relative_difference=0.5)]
+    settings = {"efficient_attention": [], "texts": 61}
+    _record(sparse, {"passed": True, "rungs": rungs, "settings": settings, "versions": {"torch": "9.8.7"}})
+    text = str(checkpoint_card(sparse))
+    assert "| figure | upcycled |" in text and "| embedding cosine | 0.9877 |" in text and "the rule of exact" in text
+    assert "mean of values" not in text and "torch 9.8.7" in text
+
+
+@pytest.mark.parametrize("sparse_first", [True, False])
+def test_card_of_experts_and_attention_tells_both_in_order(sparse_first, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (save_source(Path("source"), "bert") / "README.md").write_text("---\nlicense: mit\n---\n# Source\n")
+    first = "sparse" if sparse_first else "long"
+    if sparse_first:
+        he.upcycle("source", 6, seed=5).save("sparse")
+        he.convert("sparse", "longformer", attention_window=8).save("both")
+    else:
+        he.convert("source", "longformer", attention_window=8).save("long")
+        he.upcycle("long", 6, layers=(0, 1)).save("both")
+    card = checkpoint_card("both")
+    assert card.data.tags == ["bert", "hf_efficient", "efficient-attention", "longformer", "sparse-experts"]
+    assert card.data.license == "mit"
+    assert "efficient attention: longformer; and sparse experts: 6 in a layer" in card.text
+    assert "output_attentions" in card.text and "As converted: not measured" in card.text
+    assert card.text.index("Source: `source`") < card.text.index(f"Source: `{first}`")
+    # the commands make the same weights again
+    lines = card.text.split("## Reproduce\n\n```bash\n")[1].split("\n```")[0].splitlines()
+    verbs = ["upcycle", "verify", "convert", "verify"] if sparse_first else ["convert", "verify", "upcycle", "verify"]
+    assert [line.split()[1] for line in lines] == verbs
+    expected = load_converted("both").state_dict()
+    Path(first).rename("before")
+    Path("both").rename("after")
+    for line in lines:
+        words = shlex.split(line)[1:]
+        if words[0] != "verify":
+            words[2] = {"converted": "both"}.get(words[2], words[2])
+            run(*words)
+    made = load_converted("both").state_dict()
+    assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
+
+
+def test_card_refuses_the_report_of_other_experts(sparse):
+    path = sparse / "upcycling_report.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps(report | {"efficient_experts": report["efficient_experts"] | {"top_k": 1}}))
+    with pytest.raises(ValueError, match="belongs to another one"):
+        checkpoint_card(sparse)
+    path.write_text(json.dumps({"source": "x"}))
+    with pytest.raises(ValueError, match="is no upcycling report: it has no revision"):
+        checkpoint_card(sparse)
+    path.unlink()
+    card = checkpoint_card(sparse)
+    assert f"| sparse layers | {NOT_RECORDED} |" in card.text and "sparse experts: 6" in card.text
 
 
 # ---- distill -----------------------------------------------------------------------------------------------------

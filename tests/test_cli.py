@@ -259,7 +259,10 @@ def test_convert_errors(case, sources, tmp_path, monkeypatch):
 
 def test_unknown_options_are_named_wherever_they_stand(sources, tmp_path):
     message = error("convert", "--ranks", "3", sources["bert"], tmp_path / "out", "--attention", "linformer")
-    assert "no option --ranks; the options of linformer are --layers, --max-length" in message
+    assert (
+        "no option --ranks; the options of linformer are --head-ranks, --interpolate, --layers, --max-length"
+        in message
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,11 @@ CAUSAL = [pair for pair in MAIN + VARIANTS if pair.is_causal]
 
 
 def has_bounded_layers(pair: Pair) -> bool:
-    """In even and in odd layers."""
+    """In even and in odd layers; those that keep all keys, for what they keep beside them, are not bounded."""
     first = Bench(pair).mechanism
     second = type(first)(first.config, dataclasses.replace(first.geometry, layer=1))
-    return all(mechanism.cache_layer() is not None for mechanism in (first, second))
+    layers = [mechanism.cache_layer() for mechanism in (first, second)]
+    return all(layer is not None and type(layer)._prune is BoundedLayer._prune for layer in layers)
 
 
 BOUNDED = [pair for pair in CAUSAL if has_bounded_layers(pair)]

@@ -311,6 +311,35 @@ def test_embed_saves_what_sentence_transformers_loads(sources, datasets_of, tmp_
     assert record.metrics["trained"]["loss"] < record.metrics["converted"]["loss"]
 
 
+def test_attention_pooling_starts_as_the_mean_learns_and_is_saved(sources, datasets_of, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    from hf_efficient.training.pooling import AttentionPooling, pool_by_attention
+
+    encoder, texts = SentenceTransformer(sources["bert"], device="cpu"), [words(40), words(7)]
+    mean = encoder.encode(texts)
+    pool_by_attention(encoder, num_heads=4)
+    np.testing.assert_allclose(encoder.encode(texts), mean, atol=1e-5)
+    recipe("embed").main(
+        ["--model", sources["bert"], "--attention", LONGFORMER, "--pooling", "attention", "--cpu", "--output_dir",
+         str(tmp_path / "out"), "--dataset", datasets_of["embed"], "--max_steps", "3", "--batch_size", "4"]
+    )  # fmt: skip
+    trained = SentenceTransformer(str(tmp_path / "out" / "model"), device="cpu", trust_remote_code=True)
+    assert (
+        isinstance(trained[1], AttentionPooling)
+        and trained[1].num_heads == trained[0].model.config.num_attention_heads
+    )
+    assert trained[1].pooling.expand.weight.abs().max() > 0, "it never learned"
+    inputs = trained.tokenizer(texts[0], return_tensors="pt")
+    with torch.no_grad():
+        expected = trained[1].pooling(trained[0].model(**inputs).last_hidden_state)[0, 0]
+    torch.testing.assert_close(torch.from_numpy(trained.encode(texts[0])), expected, atol=1e-5, rtol=0)
+    encoder[1] = Pooling(encoder.get_embedding_dimension(), pooling_mode="cls")
+    with pytest.raises(ValueError, match="starts as the mean of tokens, but this checkpoint pools by 'cls'"):
+        pool_by_attention(encoder, num_heads=4)
+
+
 def test_retrieval_tells_early_from_deep_passages():
     document = [f"w{10 + i}" for i in range(60)]
     rows = {"anchor": ["w10 w11", "w40 w41", "w68 w69", "w5"], "positive": [" ".join(document)] * 3 + ["w5 w6"]}

@@ -155,6 +155,21 @@ def test_a_model_without_positions_must_say_how_far_the_cosine_reaches():
     )
 
 
+def test_a_cosine_that_ends_before_the_positions_do_is_refused():
+    with pytest.raises(ValueError, match="max_length=32 is below the 64 positions"):
+        he.patch_attention(tiny_model("bert", positions=64), "cosformer", max_length=32)
+
+
+@pytest.mark.parametrize("name", ["performer", "hedgehog"])
+def test_the_state_is_kept_in_fp32_under_autocast(name: str):
+    model = tiny_model("gpt2", positions=512)
+    options = dict(attention_window=8) if name == "hedgehog" else {}
+    with he.patch_attention(model, name, **options), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = model(torch.randint(5, 90, (1, 300)), use_cache=True).past_key_values
+    for layer in cache.layers:
+        assert layer.state.sums.dtype == torch.float32
+
+
 def test_a_gate_on_an_encoder_is_refused():
     with pytest.raises(ValueError, match="gate=False"):
         he.convert(tiny_model("bert"), "random_feature", gate=True, tokenizer=None)

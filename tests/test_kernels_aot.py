@@ -16,8 +16,13 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hf_efficient.kernels import block_sparse, block_sparse_backward  # noqa: E402
-from hf_efficient.kernels.configs import CONFIGS, Tile  # noqa: E402
+from hf_efficient.kernels import (  # noqa: E402
+    block_sparse,
+    block_sparse_backward,
+    linear_attention,
+    linear_attention_backward,
+)
+from hf_efficient.kernels.configs import CONFIGS, LINEAR_CONFIGS, Tile  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # KiB of one block; the configs of 8.0 also serve 8.6 to 12.0, which have less than 8.0 itself
@@ -83,21 +88,27 @@ def compiled(build: Build) -> tuple[Any, Tile]:
     names = function.arg_names
     constants = {name: x for name, x in constants.items() if name in names}
     types = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
-    divisible = [n for n, t in types.items() if t.startswith("*") or re.fullmatch(r"s[qkvogd][bh]?", n)]
+    return compile_for(build.arch, function, types, constants, tile.warps, tile.stages), tile
+
+
+def compile_for(
+    arch: str, function: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int
+) -> Any:
+    names = function.arg_names
+    divisible = [n for n, t in types.items() if t.startswith("*") or re.fullmatch(r"s[qkvogdxae][bh]?", n)]
     source = ASTSource(
         fn=function,
         signature=types,
         constexprs={(names.index(name),): x for name, x in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    target = GPUTarget("cuda", int(build.arch.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options=dict(num_warps=tile.warps, num_stages=tile.stages)), tile
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options=dict(num_warps=warps, num_stages=stages))
 
 
-@pytest.mark.parametrize("build", BUILDS, ids=str)
-def test_shipped_config_compiles_within_its_resources(build: Build, tmp_path: Path):
-    kernel, tile = compiled(build)
-    binary = tmp_path / "kernel.cubin"
+def assert_within_resources(kernel: Any, arch: str, expected: str, folder: Path, what: str) -> None:
+    """No spills, bounded shared memory, and the `expected` instruction."""
+    binary = folder / "kernel.cubin"
     binary.write_bytes(kernel.asm["cubin"])
     usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True)
     code = subprocess.run([TOOLS / "nvdisasm", binary], capture_output=True, text=True, check=True).stdout
@@ -105,12 +116,81 @@ def test_shipped_config_compiles_within_its_resources(build: Build, tmp_path: Pa
     assert found is not None, usage.stdout
     registers, stack = int(found[1]), int(found[2])
     shared = kernel.metadata.shared / 1024
-    print(f"{build} {tuple(tile)}: {registers} registers, {stack} B stack, {shared:.0f} KiB")
+    print(f"{what}: {registers} registers, {stack} B stack, {shared:.0f} KiB")
     assert stack == 0 and not re.search(r"\b(LDL|STL)", code), f"{registers} registers and {stack} B of spills"
-    assert shared <= SHARED[build.arch], f"{shared:.0f} KiB of shared memory"
+    assert shared <= SHARED[arch], f"{shared:.0f} KiB of shared memory"
+    assert re.search(rf"\b{expected}", code), f"no {expected}: the kernel does not run on the units that it should"
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=str)
+def test_shipped_config_compiles_within_its_resources(build: Build, tmp_path: Path):
+    kernel, tile = compiled(build)
     # the tiles of float32 are too small for Hopper's own instruction
     if build.precision == "half":
         expected = "HGMMA" if build.arch == "sm_90" else "HMMA"
     else:
         expected = "HG?MMA" if uses_tf32(build) else "FFMA"
-    assert re.search(rf"\b{expected}", code), f"no {expected}: the dots do not run on the units that they should"
+    assert_within_resources(kernel, build.arch, expected, tmp_path, f"{build} {tuple(tile)}")
+
+
+# ---- linear attention ----------------------------------------------------------------------------------------------
+
+LINEAR_KERNELS = {
+    "chunk_states": linear_attention.chunk_states,
+    "scan": linear_attention.scan,
+    "forward": linear_attention.forward,
+    "query_gradient": linear_attention_backward.query_gradient,
+    "key_gradient": linear_attention_backward.key_gradient,
+}
+
+
+class LinearBuild(NamedTuple):
+    """One compilation, with states and, in `chunk_states`, with what the backward pass adds."""
+
+    arch: str
+    precision: str
+    width: int
+    features: int
+    kernel: str
+
+    def __str__(self) -> str:
+        return "-".join(str(x) for x in self)
+
+
+# both numbers of features where speed matters most; in float32 nothing differs between the architectures
+LINEAR_BUILDS = [
+    LinearBuild(arch, precision, width, features, kernel)
+    for arch, precision, width in LINEAR_CONFIGS
+    for features in (64, 256)
+    for kernel in LINEAR_KERNELS
+    if (precision == "tf32" or arch == "sm_80")
+    and (features == 256 or (precision == "tf32" and width == 64))
+    and (kernel not in ("chunk_states", "scan") or (features == 256 and width == 64 and precision == "tf32"))
+]
+
+
+@pytest.mark.parametrize("build", LINEAR_BUILDS, ids=str)
+def test_linear_attention_compiles_within_its_resources(build: LinearBuild, tmp_path: Path):
+    function, config = LINEAR_KERNELS[build.kernel], LINEAR_CONFIGS[build.arch, build.precision, build.width]
+    # the states of all kernels are summed by one, with the tile of each
+    tile = getattr(config, "forward" if build.kernel in ("chunk_states", "scan") else build.kernel)
+    constants: dict[str, Any] = dict(
+        C=tile.chunk, M=build.features, BK=tile.slice, D=build.width, BD=build.width, R=config.scanned,
+        LAST_FIRST=True, PRECISION=build.precision,
+    )  # fmt: skip
+    constants = {name: x for name, x in constants.items() if name in function.arg_names}
+    value = "*bf16" if build.precision == "tf32" else "*fp32"
+    types = {
+        name: "constexpr"
+        if name in constants
+        else value
+        if name in ("V", "DV")
+        else "*fp32"
+        if name.isupper() and name not in ("N", "H")
+        else "i32"
+        for name in function.arg_names
+    }
+    warps = 4 if build.kernel in ("chunk_states", "scan") else tile.warps
+    kernel = compile_for(build.arch, function, types, constants, warps, 1)
+    expected = "FFMA" if build.precision == "ieee" or build.kernel == "scan" else "HG?MMA"
+    assert_within_resources(kernel, build.arch, expected, tmp_path, f"{build} {tuple(tile)}")

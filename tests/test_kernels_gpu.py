@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import CASES, Case, Inputs, Results, definition, error, inputs_of, results
+from linear_cases import LINEAR_CASES, LinearCase, attend, linear_inputs, linear_results, moved
 from torch import Tensor
 
 from hf_efficient.kernels.flex import flex
@@ -135,3 +136,54 @@ def test_compiled_call_equals_the_eager_one():
     eager = results(case, inputs, fused).named()
     for name, x in results(case, inputs, torch.compile(fused, fullgraph=True)).named().items():
         assert torch.equal(x, eager[name]), name
+
+
+# ---- linear attention --------------------------------------------------------------------------------------------
+
+# products of tiles in TensorFloat-32 where the values have half precision, and rounding of the values' gradient
+LINEAR_BOUND = {torch.bfloat16: 1e-2, torch.float16: 4e-3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1, SCALE])
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
+def test_linear_attention_equals_the_definition(case: LinearCase, scale: int, dtype: torch.dtype):
+    inputs = linear_inputs(case, scale)
+    inputs[2] = inputs[2].to(dtype)
+    truth = linear_results(moved(inputs, "cuda", torch.float64, torch.float64), "torch")
+    bound = LINEAR_BOUND.get(dtype, 3 * case.bound)
+    for name, x in linear_results(moved(inputs, "cuda", torch.float32, dtype), "triton").items():
+        assert error(x, truth[name]) <= bound, f"{name}: {error(x, truth[name]):.1e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features, width", [(64, 64), (256, 64), (100, 128), (16, 8)])
+def test_linear_attention_gives_equal_bits(features: int, width: int, dtype: torch.dtype):
+    case = LinearCase("", n=777, batch=2, heads=2, features=features, width=width, keep="left", state=True)
+    inputs = moved(linear_inputs(case), "cuda", torch.float32, dtype)
+    first = linear_results(inputs, "triton")
+    for _ in range(3):
+        for name, x in linear_results(inputs, "triton").items():
+            assert torch.equal(x, first[name]), name
+
+
+def test_no_later_key_changes_a_bit_of_linear_attention():
+    query, key, value = moved(linear_inputs(LinearCase("", n=300)), "cuda", torch.float32, torch.bfloat16)
+    out, lse = attend((query, key, value), "triton")
+    for position in (5, 64, 200):
+        later = torch.arange(300, device="cuda")[:, None] >= position
+        changed = attend((query, key + later * 500.0, value.masked_fill(later, 7.0)), "triton")
+        assert torch.equal(changed[0][:, :, :position], out[:, :, :position])
+        assert torch.equal(changed[1][:, :, :position], lse[:, :, :position])
+
+
+def test_linear_attention_is_chosen_on_its_own():
+    inputs = moved(linear_inputs(LinearCase("", n=97)), "cuda", torch.float32, torch.bfloat16)
+    assert torch.equal(attend(inputs, "auto")[0], attend(inputs, "triton")[0])
+
+
+def test_compiled_linear_attention_equals_the_eager_one():
+    inputs = moved(linear_inputs(LinearCase("", n=97, state=True)), "cuda", torch.float32, torch.bfloat16)
+    compiled = torch.compile(attend, fullgraph=True)
+    for x, y in zip(compiled(inputs, "triton"), attend(inputs, "triton"), strict=True):
+        assert torch.equal(x, y)

@@ -106,6 +106,26 @@ def test_a_short_row_beside_a_long_one_gets_full_attention():
     assert (out[:1] - full(q[:1], k[:1], v[:1])).abs().max() > 0.01
 
 
+def test_a_segment_of_holes_has_no_landmark():
+    """Equal to a row in whose formula that landmark does not occur."""
+    count, size = 6, 4
+    n = count * size
+    mechanism = nystromformer(num_landmarks=count, pinv_iterations=40, conv_kernel_size=None)
+    q, k, v = heads(1, HEADS, n, WIDTH)
+    keep = torch.ones(1, n, dtype=torch.bool)
+    keep[0, 2 * size : 3 * size] = False
+    out = mechanism(q, k, v, AttentionContext(is_causal=False, scaling=WIDTH**-0.5, key_padding_mask=keep))
+    real = keep[0].nonzero().flatten()
+    k, v = k[:, :, real], v[:, :, real]
+    points_q, points_k = (x.unflatten(2, (count - 1, size)).mean(3) for x in (q[:, :, real], k))
+    F, A, B = (
+        (x @ y.transpose(-1, -2) * WIDTH**-0.5).softmax(-1)
+        for x, y in ((q, points_k), (points_q, points_k), (points_q, k))
+    )
+    expected = F @ pseudo_inverse(A, 40) @ B @ v
+    assert_close(out[:, :, real], expected[:, :, real], 1e-6)
+
+
 def test_even_kernels_are_refused():
     with pytest.raises(ValueError, match="conv_kernel_size=4 is not possible; it must be an odd integer"):
         he.NystromformerAttentionConfig(conv_kernel_size=4)

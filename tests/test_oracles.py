@@ -11,16 +11,14 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES
-from formulas import HEADS, WIDTH, geometry, heads
+from formulas import HEADS, geometry
 from masks import PATTERNS, bigbird_mask, pairs, random_blocks
 from torch import Tensor, nn
 
 import hf_efficient as he
 from hf_efficient.attention.bigbird import BigBirdAttention, BigBirdAttentionConfig
-from hf_efficient.attention.linformer import LinformerAttention, LinformerAttentionConfig
 from hf_efficient.base import AttentionContext
 from hf_efficient.families import family_of
-from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.tile_table import tile_table
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
@@ -345,159 +343,3 @@ def test_bigbird_against_transformers_bigbird(length: int, num_random_blocks: in
     assert (plain - expected).abs().max() > 1e-3, "the logarithm made no difference"
     with he.patch_attention(model, "bigbird", block_size=size, num_random_blocks=0):
         assert_close(model(**inputs).last_hidden_state, plain, 1e-5, "ours against the oracle")
-
-
-# ---- Linformer ---------------------------------------------------------------------------------------------------
-
-
-def linformer(max_length: int, **options: Any) -> LinformerAttention:
-    mechanism = LinformerAttention(LinformerAttentionConfig(max_length=max_length, **options), geometry()).double()
-    mechanism.reset_parameters()
-    return mechanism
-
-
-def linformer_by_formula(
-    q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, keep: Tensor, sizes: list[int], bias: Tensor | None
-) -> Tensor:
-    """The docstring's formula, one query, head and slot at a time; E, F: (H, R, max_length), bias: (H, N, N)."""
-    out = torch.zeros_like(q)
-    for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
-        real = [j for j in range(k.shape[2]) if keep[b, j]]
-        slots = []
-        for r in range(E.shape[1]):
-            mass = sum(abs(E[h, r, j]) for j in real) / E[h, r].abs().sum()
-            mass_value = sum(abs(F[h, r, j]) for j in real) / F[h, r].abs().sum()
-            if mass > 0:
-                key = sum(E[h, r, j] * k[b, h, j] for j in real) / mass
-                value = sum(F[h, r, j] * v[b, h, j] for j in real) / mass_value
-                slots.append((r, mass, key, value))
-        for i in range(q.shape[2]) if slots else ():
-            logits = []
-            for r, mass, key, _ in slots:
-                shift = 0.0 if bias is None else sum(E[h, r, j] * bias[h, i, j] for j in real) / mass
-                logits.append(0.6 * q[b, h, i] @ key + shift + torch.log(mass * sizes[r]))
-            weights = torch.softmax(torch.stack(logits), 0)
-            out[b, h, i] = sum(w * slot[3] for w, slot in zip(weights, slots, strict=True))
-    return out
-
-
-def clipped_bias(n: int) -> tuple[RelativeBias, Tensor]:
-    """A lazy bias over offsets -4 … 4 and its dense (H, N, N) form."""
-    table = heads(9, HEADS, seed=8, count=1)[0].requires_grad_()
-    ids = [[max(-4, min(4, j - i)) + 4 for j in range(n)] for i in range(n)]
-    return RelativeBias(table, lambda offsets: offsets.clamp(-4, 4) + 4, 4), table[torch.tensor(ids)].movedim(-1, 0)
-
-
-def segments(rank: int, max_length: int) -> list[list[int]]:
-    return [[j for j in range(max_length) if j * rank // max_length == r] for r in range(rank)]
-
-
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("sharing", ["none", "headwise", "kv", "layerwise"])
-@pytest.mark.parametrize("n", [1, 9, 14])
-def test_linformer_equals_its_formula(n: int, sharing: str, with_bias: bool) -> None:
-    """Random signed projections, inputs shorter than max_length, padding at the end, holes, and a row of padding."""
-    rank, max_length = 4, 14
-    mechanism = linformer(max_length, rank=rank, sharing=sharing)
-    with torch.no_grad():
-        for seed, parameter in enumerate(mechanism.parameters()):
-            parameter.copy_(heads(*parameter.shape, seed=seed, count=1)[0])
-    q, k, v = heads(4, HEADS, n, WIDTH)
-    keep = torch.ones(4, n, dtype=torch.bool)
-    keep[1, n - n // 3 :] = False
-    keep[2, 1::3] = False
-    keep[3] = False
-    table, bias = clipped_bias(n)
-    E = mechanism.key_projection.detach().expand(HEADS, -1, -1)
-    F = getattr(mechanism, "value_projection", mechanism.key_projection).detach().expand(HEADS, -1, -1)
-    sizes = [len(segment) for segment in segments(rank, max_length)]
-    context = AttentionContext(
-        is_causal=False, scaling=0.6, key_padding_mask=keep, relative_bias=table if with_bias else None
-    )
-    expected = linformer_by_formula(q, k, v, E, F, keep, sizes, bias if with_bias else None)
-    assert_close(mechanism(q, k, v, context), expected, 1e-9)
-    context.key_padding_mask = None
-    everything = torch.ones_like(keep)
-    expected = linformer_by_formula(q, k, v, E, F, everything, sizes, bias if with_bias else None)
-    assert_close(mechanism(q, k, v, context), expected, 1e-9, "without a mask")
-
-
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("sharing", ["none", "headwise", "kv"])
-def test_linformer_gradients_equal_those_of_its_formula(sharing: str, with_bias: bool) -> None:
-    """With slots that no real token fell into, whose log-count is -∞, and with a row of padding."""
-    rank, max_length, n = 4, 14, 6
-    mechanism = linformer(max_length, rank=rank, sharing=sharing)
-    with torch.no_grad():
-        for seed, parameter in enumerate(mechanism.parameters()):
-            parameter.copy_(heads(*parameter.shape, seed=seed, count=1)[0])
-    q, k, v = (x.requires_grad_() for x in heads(3, HEADS, n, WIDTH))
-    keep = torch.ones(3, n, dtype=torch.bool)
-    keep[1, 2:] = False
-    keep[2] = False
-    table, bias = clipped_bias(n)
-    context = AttentionContext(
-        is_causal=False, scaling=0.6, key_padding_mask=keep, relative_bias=table if with_bias else None
-    )
-    E = mechanism.key_projection.expand(HEADS, -1, -1)
-    F = getattr(mechanism, "value_projection", mechanism.key_projection).expand(HEADS, -1, -1)
-    sizes = [len(segment) for segment in segments(rank, max_length)]
-    expected = linformer_by_formula(q, k, v, E, F, keep, sizes, bias if with_bias else None)
-    leaves = {"q": q, "k": k, "v": v, **dict(mechanism.named_parameters())}
-    if with_bias:
-        leaves["table"] = table.table
-    actual = mechanism(q, k, v, context)
-    for name, a, e in zip(
-        leaves,
-        torch.autograd.grad(actual.square().sum(), list(leaves.values())),
-        torch.autograd.grad(expected.square().sum(), list(leaves.values())),
-        strict=True,
-    ):
-        assert_close(a, e, 1e-9, f"gradient of {name}")
-
-
-def test_linformer_starts_as_segment_means() -> None:
-    mechanism = linformer(14, rank=4)
-    for r, segment in enumerate(segments(4, 14)):
-        expected = torch.tensor([(j in segment) / len(segment) for j in range(14)], dtype=torch.float64)
-        for name in ("key_projection", "value_projection"):
-            assert_close(getattr(mechanism, name)[0, r], expected, 1e-7, name)
-
-
-def full_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scaling: float) -> Tensor:
-    logits = (scaling * q @ k.transpose(-1, -2)).masked_fill(~keep[:, None, None], -math.inf)
-    return logits.softmax(-1) @ v
-
-
-@pytest.mark.parametrize("projection", ["linear", "mean", "max"])
-@pytest.mark.parametrize("max_length, rank, n", [(12, 4, 12), (14, 4, 14), (14, 4, 11), (14, 5, 9), (9, 9, 7)])
-def test_linformer_is_exact_for_tokens_repeated_within_segments(
-    projection: str, max_length: int, rank: int, n: int
-) -> None:
-    """A slot then stands for equal tokens, and its log-count makes up for their number, with padding as well."""
-    mechanism = linformer(max_length, rank=rank, projection=projection)
-    owner = [j * rank // max_length for j in range(n)]
-    q, _, _ = heads(2, HEADS, n, WIDTH)
-    k, v = (x[:, :, owner] for x in heads(2, HEADS, rank, WIDTH, seed=1, count=2))
-    keep = torch.ones(2, n, dtype=torch.bool)
-    keep[1, n - 3 :] = False
-    context = AttentionContext(is_causal=False, scaling=0.6, key_padding_mask=keep)
-    # counts are taken in fp32
-    assert_close(mechanism(q, k, v, context), full_attention(q, k, v, keep, 0.6), 1e-6)
-
-
-def test_linformer_max_pools_real_tokens_only() -> None:
-    rank, n = 3, 10
-    mechanism = linformer(12, rank=rank, projection="max")
-    q, k, v = heads(2, HEADS, n, WIDTH)
-    keep = torch.ones(2, n, dtype=torch.bool)
-    keep[1, 6:] = False
-    context = AttentionContext(is_causal=False, scaling=0.6, key_padding_mask=keep)
-    actual = mechanism(q, k, v, context)
-    for row in range(2):
-        members = [[j for j in segment if j < n and keep[row, j]] for segment in segments(rank, 12)]
-        members = [segment for segment in members if segment]
-        keys, values = (torch.stack([x[row][:, m].amax(1) for m in members], 1) for x in (k, v))
-        counts = torch.tensor([len(m) for m in members], dtype=torch.float64)
-        weights = (0.6 * q[row] @ keys.transpose(-1, -2) + counts.log()).softmax(-1)
-        assert_close(actual[row], weights @ values, 1e-6, f"row {row}")

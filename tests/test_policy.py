@@ -12,6 +12,7 @@ from formulas import FORMULAS
 from pairs import MAIN, PLACES, REFUSED, mostly_skipped
 
 import hf_efficient as he
+from hf_efficient import cards
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("hf_efficient", "tests", "recipes", "conversion_scripts")
@@ -21,6 +22,14 @@ HEAVY = ("datasets", "evaluate", "peft", "triton", "sentence_transformers", "mat
 
 def test_every_mechanism_has_a_case_and_every_case_a_mechanism():
     assert he.list_mechanisms() == sorted(CASES)
+
+
+def test_the_support_table_agrees_with_the_cases():
+    """What is printed as refused must be refused, and what is tested must be printed as supported."""
+    needs = {"BERT, RoBERTa": "E", "GPT-2": "C", "T5 encoder": "E T5", "T5 decoder": "C T5"}
+    for name, case in CASES.items():
+        supported = {place for place, reasons in cards.refusals(name).items() if not reasons}
+        assert supported == {place for place, letters in needs.items() if set(letters.split()) <= case.sides}, name
 
 
 @pytest.mark.parametrize("name", he.list_mechanisms())

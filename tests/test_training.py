@@ -9,6 +9,7 @@ import torch
 from cases import CASES
 from pairs import MAIN, VARIANTS, Bench, Pair, Tokens, each, labelled, logits
 
+from hf_efficient.base import AttentionContext
 from hf_efficient.testing import assert_close, inputs_for
 
 ALL_PAIRS = MAIN + VARIANTS
@@ -44,7 +45,7 @@ def test_every_parameter_gets_a_finite_gradient(pair: Pair):
             continue
         assert gradient is not None, f"{name} takes no part"
         assert gradient.isfinite().all(), f"{name}: gradient is not finite"
-        assert (gradient != 0).any(), f"{name}: gradient is zero"
+        assert (gradient != 0).any() or name.endswith(case.unused), f"{name}: gradient is zero"
     if pair.family == "t5":
         assert any("relative_attention_bias" in name for name in gradients)
 
@@ -88,7 +89,7 @@ def test_gradcheck(pair: Pair):
 # ---- precision ---------------------------------------------------------------------------------------------------
 
 
-@each(MAIN)
+@each([pair for pair in MAIN if not CASES[pair.mechanism].by_content])
 def test_bf16_is_as_close_to_fp32_as_for_the_unconverted_model(pair: Pair):
     """Error ≤ 3 × the unconverted model's own bf16 error, as a model in bf16 and under autocast."""
     model = pair.model()
@@ -109,6 +110,37 @@ def test_bf16_is_as_close_to_fp32_as_for_the_unconverted_model(pair: Pair):
     with pair.patch(model):
         for name, own, stock in zip(("autocast", "bf16"), errors(), plain, strict=True):
             assert own <= 3 * stock, f"{name}: error {own:.2e}, unconverted {stock:.2e}"
+
+
+@each([pair for pair in MAIN if CASES[pair.mechanism].by_content])
+def test_what_is_chosen_does_not_depend_on_the_precision_of_attention(pair: Pair):
+    """Heads that bf16 holds exactly: error ≤ 3 × that of full attention, also under autocast. Ties are as good as any."""
+    bench = Bench(pair)
+    heads = [x.bfloat16() for x in bench.tokens(2, 97)[:3]]
+    mechanism = bench.mechanism.bfloat16()
+    bias = bench.relative_bias()
+    context = dict(is_causal=bench.is_causal, scaling=bench.WIDTH**-0.5, relative_bias=bias)
+
+    def attend(*heads: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return mechanism(*heads, AttentionContext(**context)).float()
+
+    def full(*heads: torch.Tensor) -> torch.Tensor:
+        offsets = bias.dense(97, 97, 0).to(heads[0].dtype) if bias else torch.zeros(97, 97, dtype=heads[0].dtype)
+        if bench.is_causal:
+            offsets = offsets.masked_fill(torch.ones(97, 97).triu(1).bool(), float("-inf"))
+        options = dict(attn_mask=offsets.detach(), scale=bench.WIDTH**-0.5)
+        return torch.nn.functional.scaled_dot_product_attention(*heads, **options).float()
+
+    def error(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (one - other).square().mean().sqrt() / other.square().mean().sqrt()
+
+    lower, stock = attend(*heads), error(full(*heads), full(*(x.float() for x in heads)))
+    mechanism.float()
+    reference = attend(*(x.float() for x in heads))
+    assert error(lower, reference) <= 3 * stock
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert error(attend(*heads), reference) <= 3 * stock
 
 
 @each(MAIN)
@@ -155,8 +187,9 @@ def test_compiles_as_one_graph(pair: Pair):
     def run(function: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
         model.zero_grad()
         out = function(**inputs)[0]
-        # the host's own loss is no part of the graph: it logs, which tracing refuses
-        out[real].square().mean().backward()
+        # the host's own loss is no part of the graph: it logs, which tracing refuses; squares alone are the same for all
+        # that T5 has normalised, and their gradient is rounding
+        (out[real] * torch.linspace(-1, 1, out.shape[-1])).square().mean().backward()
         return out.detach(), {name: p.grad for name, p in model.named_parameters() if not name.endswith(NO_GRADIENT)}
 
     torch.compiler.reset()

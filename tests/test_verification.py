@@ -12,6 +12,9 @@ from tiny import tiny_tokenizer, words
 import hf_efficient as he
 from hf_efficient import benchmark, verification
 from hf_efficient.attention.local import LocalAttention
+from hf_efficient.experts import expert_layers
+from hf_efficient.families import family_of
+from hf_efficient.fidelity import ragged, text_batches
 from hf_efficient.testing import tiny_model
 from hf_efficient.verification import verify
 
@@ -123,3 +126,70 @@ def test_ratios_are_taken_round_by_round():
     seconds = {"a": [2.0, 4.0, 8.0], "b": [1.0, 4.0, 2.0]}
     row = benchmark.ratios(seconds, "b")["a"]
     assert row == {"seconds": 4.0, "ratio": 2.0, "ratio_min": 1.0, "ratio_max": 4.0}
+
+
+# ---- sparse experts ----------------------------------------------------------------------------------------------
+
+
+def apart(model):
+    with torch.no_grad():
+        for layer in expert_layers(model).values():
+            layer.up[0] += 0.1
+    return model
+
+
+def outcomes(model, source) -> list[str]:
+    """Of the two rungs that compare weights and outputs with those of the source."""
+    tokenizer = tiny_tokenizer(family_of(source).model_type)
+    batch = ragged(text_batches(tokenizer, TEXTS, 64, 4, source)[0])
+    rungs = (verification._copied_tensors(model, source), verification._exact_limit(model, source, batch))
+    return [rung.status for rung in rungs]
+
+
+@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_experts_alone_climb_the_ladder(model_type):
+    source = tiny_model(model_type)
+    model = he.upcycle(copy.deepcopy(source), 4, top_k=2).model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = check(model, source)
+    assert report.passed, [rung for rung in report.rungs if rung.status == "failed"]
+    assert report["exact limit"].status == "passed" and "experts" in report["exact limit"].rule
+    assert report["control: mean of values"].status == "not applicable"
+    assert "full attention" in report["control: mean of values"].detail["why"]
+    assert report["copied tensors"].detail["tensors"] == len(source.state_dict())
+    assert report["fidelity"].detail["hidden_error"] < 1e-5
+    assert report["prefill = decode"].status == ("not applicable" if model_type == "bert" else "passed")
+    assert report.settings["efficient_experts"]["num_experts"] == 4
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
+def test_changed_experts_fail_the_ladder():
+    source = tiny_model("gpt2")
+    model = he.upcycle(copy.deepcopy(source), 4).model
+    assert outcomes(model, source) == ["passed", "passed"]
+    # one weight that is changed in all experts makes another layer; in one of them, there is no layer to compare with
+    with torch.no_grad():
+        for layer in expert_layers(model).values():
+            layer.up[:, 0, 0] += 1.0
+    assert outcomes(model, source) == ["failed", "failed"]
+    assert outcomes(apart(model), source) == ["failed", "not applicable"]
+
+
+@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
+def test_experts_and_attention_climb_the_ladder_beside_either_source():
+    source = tiny_model("bert")
+    sparse = he.upcycle(copy.deepcopy(source), 4).model
+    options = dict(attention_window=8, tokenizer=tiny_tokenizer("bert"))
+    model = he.convert(copy.deepcopy(sparse), "local", **options).model
+    report = check(model, source)
+    assert report.passed, [rung for rung in report.rungs if rung.status == "failed"]
+    assert report["exact limit"].status == "passed" and report["exact limit"].detail["settings"]
+    assert report["control: mean of values"].detail["hidden_error"] > 0
+    assert outcomes(model, sparse) == ["passed", "passed"]
+    # trained experts are those of the source that has them
+    trained = apart(sparse)
+    model = he.convert(copy.deepcopy(trained), "local", **options).model
+    assert outcomes(model, trained) == ["passed", "passed"]
+    assert outcomes(model, source) == ["failed", "passed"]

@@ -74,6 +74,11 @@ class CosformerAttention(KernelAttention):
         reasons = super().unsupported(config, geometry)
         if config.max_length is None and geometry.max_positions is None:
             reasons.append("cosformer: this model has no position table that bounds its length: give max_length=…")
+        if config.max_length and geometry.max_positions and config.max_length < geometry.max_positions:
+            reasons.append(
+                f"max_length={config.max_length} is below the {geometry.max_positions} positions of the model: give at "
+                "least that, or leave it out"
+            )
         return reasons
 
     def log_features(self, x: Tensor, name: str) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base import (
@@ -18,9 +17,25 @@ from ..base import (
     MechanismFacts,
     register_mechanism,
 )
+from ..ops.alignment import real_length
+from ..ops.slots import (
+    Slots,
+    in_slots,
+    max_pooled,
+    projected,
+    segment_index,
+    segment_means,
+    segment_sizes,
+    slot_attention,
+    slot_mass,
+    slot_shares,
+    stretched,
+    strided_convolution,
+)
 
-PROJECTIONS = ("linear", "mean", "max")
+PROJECTIONS = ("linear", "mean", "max", "conv")
 SHARING = ("none", "headwise", "kv", "layerwise")
+LEARNED = ("linear", "conv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,25 +43,47 @@ class LinformerAttentionConfig(EfficientAttentionConfig):
     """Options of Linformer attention.
 
     Args:
-        rank: R, slots that stand for all keys.
+        rank: R, slots that stand for all keys; one number, or one per layer of the stack.
+        head_ranks: slots of each head, at most `rank`; `None` = `rank` for all.
         max_length: longest input, in tokens; `None` = the model's position table (required where there is none: T5).
-        projection: `"linear"` learns the projections; `"mean"` and `"max"` pool fixed segments without parameters.
-        sharing: of learned projections: `"none"` (E and F per head), `"headwise"` (E and F per layer), `"kv"` (E = F per
+        interpolate: stretch the projections over inputs longer than `max_length` instead of refusing them; `max_length` may
+            then be less than the model's positions.
+        projection: `"linear"` learns the projections, `"conv"` one kernel per channel that all slots share, as long as a
+            slot; `"mean"` and `"max"` pool fixed segments without parameters.
+        sharing: of what is learned: `"none"` (E and F per head), `"headwise"` (E and F per layer), `"kv"` (E = F per
             layer), `"layerwise"` (one E = F for the whole stack).
     """
 
     mechanism: ClassVar[str] = "linformer"
 
-    rank: int = 256
+    rank: int | tuple[int, ...] = 256
+    head_ranks: tuple[int, ...] | None = None
     max_length: int | None = None
+    interpolate: bool = False
     projection: str = "linear"
     sharing: str = "headwise"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("rank", *(() if self.max_length is None else ("max_length",)))
+        for name in ("rank", "head_ranks"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._require("rank", _are_counts(self.rank), "integers ≥ 1, one for all layers or one per layer")
+        self._require_positive(*(() if self.max_length is None else ("max_length",)))
         self._require("projection", self.projection in PROJECTIONS, f"one of {', '.join(PROJECTIONS)}")
         self._require("sharing", self.sharing in SHARING, f"one of {', '.join(SHARING)}")
+        fits = not self.interpolate or self.projection in ("linear", "mean")
+        self._require("interpolate", type(self.interpolate) is bool and fits, "False with projection='max' or 'conv'")
+        if (ranks := self.head_ranks) is not None:
+            alone = self.sharing == "none" if self.projection == "linear" else self.projection != "conv"
+            rule = "integers ≥ 1, one per head, with sharing='none' or projection 'mean' or 'max'; or None"
+            self._require("head_ranks", alone and isinstance(ranks, tuple) and _are_counts(ranks), rule)
+        if isinstance(self.rank, tuple) and self.sharing == "layerwise" and self.projection in LEARNED:
+            self._require("rank", len(set(self.rank)) == 1, "one number with sharing='layerwise'")
+
+    def rank_of(self, layer: int) -> int:
+        """R of a layer."""
+        return self.rank[layer] if isinstance(self.rank, tuple) else self.rank
 
 
 @register_mechanism
@@ -62,8 +99,11 @@ class LinformerAttention(EfficientAttention):
     short and padded segments would weigh as much as full ones. A slot of mass 0 does not exist. E = F = means of equal
     segments at the start: of all starts tried the closest to the pretrained model, and exact at R = n.
 
-    O(N R) time and memory; R · max_length parameters per matrix. Source: Wang et al. 2020 (arXiv 2006.04768), §4.
-    Deviations: padding is honoured by the masses, and slots carry their log-count.
+    `"conv"`: `k̃_r = c / |real u| Σ_u W_u ∘ k_{rc + u}` over the c = max_length / R tokens of slot r, W = 1 / c at the start.
+    With `interpolate` a row of L > max_length tokens has E_rj = E_r at `(j + ½) max_length / L - ½`, between columns linear.
+
+    O(N R) time and memory beside the R · max_length weights of a matrix, or the D · max_length / R of a kernel. Source: Wang
+    et al. 2020 (arXiv 2006.04768), §4. Deviations: masses honour padding, slots carry their log-count, interpolation.
     """
 
     Config = LinformerAttentionConfig
@@ -86,115 +126,124 @@ class LinformerAttention(EfficientAttention):
         max_length = config.max_length or geometry.max_positions
         assert max_length is not None  # unsupported() refuses
         self.max_length = max_length
-        if config.projection == "linear":
+        self.rank = config.rank_of(geometry.layer)
+        if config.projection in LEARNED:
             heads = geometry.num_heads if config.sharing == "none" else 1
-            shape = (heads, config.rank, self.max_length)
+            kernel = (max_length // self.rank, geometry.head_dim)
+            shape = (heads, *((self.rank, max_length) if config.projection == "linear" else kernel))
             self.key_projection = nn.Parameter(torch.empty(shape))
             if config.sharing in ("none", "headwise"):
                 self.value_projection = nn.Parameter(torch.empty(shape))
 
     def shared_parameters(self) -> tuple[str, ...]:
-        layerwise = self.config.projection == "linear" and self.config.sharing == "layerwise"
+        layerwise = self.config.projection in LEARNED and self.config.sharing == "layerwise"
         return ("key_projection",) if layerwise else ()
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
             for parameter in self.parameters(recurse=False):
-                parameter.copy_(self._segment_means(parameter.device))
+                if self.config.projection == "conv":
+                    parameter.fill_(1 / parameter.shape[1])
+                else:
+                    parameter.copy_(self._segment_means(parameter.device))
 
     @torch.no_grad()
     def initialise_from(self, source: object) -> dict[str, str]:
-        return {name: f"means of {self.config.rank} equal segments" for name, _ in self.named_parameters()}
+        return {name: f"means of {self.rank} equal segments" for name, _ in self.named_parameters()}
 
     @classmethod
     def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
         reasons = super().unsupported(config, geometry)
+        if isinstance(config.rank, tuple) and len(config.rank) != geometry.num_layers:
+            layers = f"{len(config.rank)} layers, but the {geometry.side} has {geometry.num_layers}"
+            return [*reasons, f"rank names {layers}: give one number, or one per layer"]
+        rank, ranks = config.rank_of(geometry.layer), config.head_ranks
+        if ranks is not None and (len(ranks) != geometry.num_heads or max(ranks) > rank):
+            reasons.append(
+                f"head_ranks={list(ranks)} must be {geometry.num_heads} numbers, one per head, each at most rank={rank}"
+            )
         max_length = config.max_length or geometry.max_positions
         if max_length is None:
             reasons.append("this model has no position table to take a length from: give max_length, e.g. 4096")
-        elif config.rank > max_length:
-            reasons.append(f"rank={config.rank} exceeds max_length={max_length}: give a rank of at most {max_length}")
-        if config.max_length and geometry.max_positions and config.max_length < geometry.max_positions:
+        elif rank > max_length:
+            reasons.append(f"rank={rank} exceeds max_length={max_length}: give a rank of at most {max_length}")
+        elif config.projection == "conv" and max_length % rank:
             reasons.append(
-                f"max_length={config.max_length} is below the {geometry.max_positions} positions of the model: give at "
-                "least that, or leave it out"
+                f"projection='conv' needs slots of one size: rank={rank} must divide max_length={max_length}"
+            )
+        if not config.interpolate and max_length is not None and max_length < (geometry.max_positions or 0):
+            table = f"the {geometry.max_positions} positions of the model"
+            reasons.append(
+                f"max_length={max_length} is below {table}: give at least that, leave it out, or set interpolate"
             )
         return reasons
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
         length = max(length, geometry.max_positions or 0)
-        return dataclasses.replace(config, rank=length, max_length=length, projection="linear")
+        projection = "conv" if config.projection == "conv" else "linear"
+        return dataclasses.replace(config, rank=length, head_ranks=None, max_length=length, projection=projection)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        n = key.shape[2]
-        if n > self.max_length:
+        n, keep = key.shape[2], context.key_padding_mask
+        if n > self.max_length and not self.config.interpolate:
             raise ValueError(
-                f"linformer: input of {n} tokens, but its projections were made for max_length={self.max_length}; "
-                f"shorten the input or convert with a larger max_length."
+                f"linformer: input of {n} tokens, but its projections were made for max_length={self.max_length}; shorten "
+                "the input, or convert with a larger max_length or with interpolate=True."
             )
-        keep = context.key_padding_mask
         if keep is None:
             keep = torch.ones(1, n, dtype=torch.bool, device=key.device)
+        pool = self._convolved if self.config.projection == "conv" else self._projected
+        return slot_attention(query, pool(key, value, keep, context.relative_bias is not None), context)
+
+    def _projected(self, key: Tensor, value: Tensor, keep: Tensor, with_shares: bool) -> Slots:
+        n, device = key.shape[2], key.device
+        weights = self._weights("key_projection", key, keep)
+        mass = slot_mass(weights, keep)
         if self.config.projection == "max":
-            keys, values = self._max_pool(key, value, keep)
-            weights, mass = self._segment_means(key.device).to(key.dtype), None
+            index = segment_index(self._ranks(device), self.max_length)[:, :n]
+            keys, values = (max_pooled(x, keep, index, self.rank) for x in (key, value))
         else:
-            weights = self._weights("key_projection", key)
-            keys, mass = _project(weights, key, keep)
-            values, _ = _project(self._weights("value_projection", value), value, keep)
-        if mass is None:
-            mass = _mass(weights, keep)
-        counts = mass.to(torch.promote_types(mass.dtype, torch.float32)) * self._segment_sizes(key.device)
-        # the logarithm of an empty slot's 0 would be -inf as well, but with a NaN gradient
-        log_counts = torch.where(counts > 0, torch.where(counts > 0, counts, 1.0).log(), float("-inf"))
-        logits = log_counts.to(query.dtype)[:, :, None]  # (B or 1, H or 1, 1, R)
-        if context.relative_bias is not None:
-            share = weights[..., :n] * keep[:, None, None] / mass.clamp(min=1e-9)[..., None]
-            logits = context.relative_bias.pooled(share).to(query.dtype) + logits
-        return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=logits, dropout_p=context.dropout, scale=context.scaling
+            keys = projected(weights, mass, key, keep)
+            other = self._weights("value_projection", value, keep)
+            values = projected(other, slot_mass(other, keep), value, keep)
+        counts = mass.to(torch.promote_types(mass.dtype, torch.float32)) * self._segment_sizes(device)
+        if n > self.max_length:
+            counts = counts * (real_length(keep).clamp(min=self.max_length) / self.max_length)[:, None, None]
+        real = weights[..., :n] * keep[:, None, None] if with_shares else None
+        return Slots(
+            keys, values, counts, None if real is None else real / torch.where(mass > 0, mass, 1.0)[..., None]
         )
 
-    def _weights(self, name: str, like: Tensor) -> Tensor:
-        """(H or 1, R, max_length) projection; E serves for F where they are shared."""
-        if self.config.projection == "mean":
-            return self._segment_means(like.device).to(like.dtype)
-        return getattr(self, name, self.key_projection).to(like.dtype)
+    def _convolved(self, key: Tensor, value: Tensor, keep: Tensor, with_shares: bool) -> Slots:
+        kernels = self.key_projection, getattr(self, "value_projection", self.key_projection)
+        keys, values = (strided_convolution(x, keep, w) for x, w in zip((key, value), kernels, strict=True))
+        size = self.key_projection.shape[1]
+        shares = slot_shares(keep, size).to(key.dtype)[:, None] if with_shares else None
+        return Slots(keys, values, in_slots(keep, size).sum(-1)[:, None], shares)
 
-    def _segments(self, device: torch.device) -> Tensor:
-        return torch.arange(self.max_length, device=device) * self.config.rank // self.max_length
+    def _weights(self, name: str, like: Tensor, keep: Tensor) -> Tensor:
+        """(H or 1, R, max_length) projection, of longer inputs (B, H or 1, R, n); E serves for F where they are shared."""
+        if self.config.projection != "linear":
+            weights = self._segment_means(like.device).to(like.dtype)
+        else:
+            weights = getattr(self, name, self.key_projection).to(like.dtype)
+            if self.config.head_ranks is not None:
+                weights = weights * (self._segment_sizes(like.device) > 0)[..., None]
+        return stretched(weights, keep) if like.shape[2] > self.max_length else weights
+
+    def _ranks(self, device: torch.device) -> Tensor:
+        """(H or 1, 1) slots of each head."""
+        return torch.tensor(self.config.head_ranks or (self.rank,), device=device)[:, None]
 
     def _segment_sizes(self, device: torch.device) -> Tensor:
-        edges = torch.arange(self.config.rank + 1, device=device) * self.max_length
-        return (-(-edges // self.config.rank)).diff()
+        return segment_sizes(self._ranks(device), self.rank, self.max_length)
 
     def _segment_means(self, device: torch.device) -> Tensor:
-        """(1, R, max_length): row r is 1 / size on segment r."""
-        slots = torch.arange(self.config.rank, device=device)[:, None]
-        return ((self._segments(device) == slots) / self._segment_sizes(device)[:, None])[None]
-
-    def _max_pool(self, key: Tensor, value: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        index = self._segments(key.device)[: key.shape[2]]
-        pooled = []
-        for x in (key, value):
-            x = x.masked_fill(~keep[:, None, :, None], torch.finfo(x.dtype).min)
-            start = x.new_full((*x.shape[:2], self.config.rank, x.shape[3]), torch.finfo(x.dtype).min)
-            best = start.scatter_reduce(2, index[None, None, :, None].expand_as(x), x, "amax")
-            # an empty slot is masked out by its mass, but its value must stay finite
-            pooled.append(torch.where(best == torch.finfo(x.dtype).min, 0.0, best))
-        return pooled[0], pooled[1]
+        return segment_means(self._ranks(device), self.rank, self.max_length)
 
 
-def _mass(weights: Tensor, keep: Tensor) -> Tensor:
-    """(B or 1, H or 1, R) share of each slot's absolute weights that fell on real tokens."""
-    size = weights.abs()
-    real = torch.einsum("hrn,bn->bhr", size[..., : keep.shape[-1]], keep.to(weights.dtype))
-    return real / size.sum(-1).clamp(min=1e-9)
-
-
-def _project(weights: Tensor, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, H, R, D) slots of (B, H, n, D) tokens and their masses (B or 1, H or 1, R)."""
-    mass = _mass(weights, keep)
-    slots = weights[..., : x.shape[2]] @ (x * keep[:, None, :, None])
-    return slots / torch.where(mass > 0, mass, 1.0)[..., None], mass
+def _are_counts(value: Any) -> bool:
+    """One integer ≥ 1, or a tuple of them."""
+    values = value if isinstance(value, tuple) else (value,)
+    return bool(values) and all(type(x) is int and x > 0 for x in values)

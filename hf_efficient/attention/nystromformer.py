@@ -20,6 +20,7 @@ from ..base import (
 )
 from ..ops.alignment import real_length
 from ..ops.attend import additive_mask
+from ..ops.slots import segments_of_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ class NystromformerAttention(EfficientAttention):
         "a landmark has no single position to read a bias at; use local, longformer, bigbird or linformer"
     )
     left_aligned = True
+    transfer_learning_rate = 1e-2
 
     def __init__(self, config: NystromformerAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
@@ -127,20 +129,25 @@ class NystromformerAttention(EfficientAttention):
             q, k = (x.to(wide) for x in (query, key))
             landmarks_q, landmarks_k = means @ q, means @ k
             scaled = context.scaling * landmarks_k.transpose(-1, -2)
-            to_landmarks, among = (q @ scaled).softmax(-1), (landmarks_q @ scaled).softmax(-1)
+            # a landmark whose segment is all holes has no part: its row and column of A are those of the unit matrix
+            empty = (means == 0).all(-1)[..., None, :]
+            to_landmarks, among = (
+                (x @ scaled).masked_fill(empty, torch.finfo(wide).min).softmax(-1) for x in (q, landmarks_q)
+            )
+            unit = torch.eye(empty.shape[-1], dtype=wide, device=query.device)
+            among = torch.where(empty.transpose(-1, -2), unit, among)
             pooled = self._full(landmarks_q, k, value.to(wide), context.key_padding_mask, context)
             out = to_landmarks @ (pseudo_inverse(among, self.config.pinv_iterations) @ pooled)
         return out.to(query.dtype)
 
     def _segment_means(self, n: int, keep: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(B or 1, 1, L, N): row l is 1 / size on segment l of the row's real tokens, which stand in front."""
-        count, position = self.config.num_landmarks, torch.arange(n, device=device)
-        length = torch.full((1,), n, device=device) if keep is None else real_length(keep)
+        count = self.config.num_landmarks
+        if keep is None:
+            keep = torch.ones(1, n, dtype=torch.bool, device=device)
         # rows shorter than L are computed in full; with every token its own segment their means are finite
-        segment = position * count // length.clamp(min=count)[:, None]
-        member = segment[:, None] == torch.arange(count, device=device)[:, None]
-        if keep is not None:
-            member = member & keep[:, None]
+        segment = segments_of_rows(keep, count)
+        member = (segment[:, None] == torch.arange(count, device=device)[:, None]) & keep[:, None]
         return (member.to(dtype) / member.sum(-1, keepdim=True).clamp(min=1))[:, None]
 
     def _convolved(self, value: Tensor, keep: Tensor | None) -> Tensor:

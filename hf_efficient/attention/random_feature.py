@@ -118,7 +118,8 @@ class RandomFeatureAttention(KernelAttention):
         squares = weights.weight.float().square().sum(1)
         if weights.bias is not None:
             squares = squares + weights.bias.float().square()
-        return squares.unflatten(0, (self.geometry.num_heads, -1)).sum(-1).sqrt()
+        # of a head without any weights, whose attention is uniform, the logarithm must stay finite
+        return squares.unflatten(0, (self.geometry.num_heads, -1)).sum(-1).sqrt().clamp(min=1e-6)
 
     @classmethod
     def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:

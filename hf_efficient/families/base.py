@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..base import AttentionGeometry, LinearWeights, SourceAttention
+from ..experts import Dense
 from ..ops.relative_bias import RelativeBias
 
 POSITION_METHODS = ("tile", "interpolate")
@@ -136,9 +137,38 @@ class ModelFamily:
         key, value = (p(hidden).unflatten(-1, (heads, width)).transpose(1, 2) for p in (module.key, module.value))
         return key, value
 
+    def attention_input(self, part: Any, hidden: Tensor) -> Tensor:
+        """(B, G, hidden) states that enter a layer, as its projections get them.
+
+        Args:
+            part: the module around the attention module, which adds the residual.
+        """
+        return hidden
+
     def embedded(self, stack: Stack, words: Tensor) -> Tensor:
         """(G, hidden) word vectors as they leave the embeddings at the first position."""
         return words
+
+    # the feed-forward part of a layer, where experts can take its place
+
+    def feed_forward_name(self, layer: Any) -> str:
+        """Where the module stands that experts replace, as a qualified name inside the layer.
+
+        Raises:
+            ValueError: nothing is known about this family.
+        """
+        raise ValueError(f"the feed-forward parts of {self.model_type} are not known: it can't be upcycled.")
+
+    def feed_forward(self, layer: Any) -> Dense:
+        """The weights of a layer's feed-forward part."""
+        raise NotImplementedError
+
+    def clear_feed_forward(self, layer: Any) -> None:
+        """Take away what is left of it where experts stand; undone by `restore_feed_forward`."""
+
+    def restore_feed_forward(self, layer: Any, dense: Dense, config: Any) -> None:
+        """Put the stock modules back, with these weights; `config` is that of the stack."""
+        raise NotImplementedError
 
     # positions
 
@@ -229,6 +259,13 @@ def resize_rows(rows: Tensor, count: int, method: str) -> Tensor:
     low = at // factor
     share = ((at % factor) / factor)[:, None].to(rows.dtype)
     return torch.where(share == 0, rows[low], torch.lerp(rows[low], rows[(low + 1).clamp(max=n - 1)], share))
+
+
+def fill_linear(linear: Any, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a linear module copies of these weights."""
+    linear.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
 
 
 def _detach(tensor: Tensor | None) -> Tensor | None:

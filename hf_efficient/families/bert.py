@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .base import ModelFamily, Stack
+from ..experts import Dense
+from .base import ModelFamily, Stack, fill_linear
 
 POSITION_BUFFERS = (("position_ids", "arange"), ("token_type_ids", "zeros"))
 
@@ -19,6 +20,25 @@ class BertFamily(ModelFamily):
         first = self.position_offset(stack.module.config)
         position, kind = parts.position_embeddings.weight[first], parts.token_type_embeddings.weight[0]
         return parts.LayerNorm(words + position + kind)
+
+    # two modules, the second one with the residual and its norm
+
+    def feed_forward_name(self, layer: Any) -> str:
+        return "intermediate"
+
+    def feed_forward(self, layer: Any) -> Dense:
+        up, down = layer.intermediate.dense, layer.output.dense
+        return Dense(up.weight.T, down.weight.T, up.bias, down.bias, layer.intermediate.intermediate_act_fn)
+
+    def clear_feed_forward(self, layer: Any) -> None:
+        layer.output.dense = nn.Identity()
+
+    def restore_feed_forward(self, layer: Any, dense: Dense, config: Any) -> None:
+        first = getattr(self.modeling, self.stack_class.removesuffix("Model") + "Intermediate")
+        layer.intermediate = first(config)
+        layer.output.dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        fill_linear(layer.intermediate.dense, dense.up.T, dense.up_bias)
+        fill_linear(layer.output.dense, dense.down.T, dense.down_bias)
 
 
 FAMILIES = (

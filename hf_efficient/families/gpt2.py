@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base import LinearWeights, SourceAttention
-from .base import ModelFamily
+from ..experts import Dense
+from .base import ModelFamily, fill_linear
 
 
 class GPT2Family(ModelFamily):
@@ -33,6 +34,21 @@ class GPT2Family(ModelFamily):
             x.unflatten(-1, self.heads(module)).transpose(1, 2) for x in module.c_attn(hidden).chunk(3, -1)
         )
         return key, value
+
+    # weights are input × output already
+
+    def feed_forward_name(self, layer: Any) -> str:
+        return "mlp"
+
+    def feed_forward(self, layer: Any) -> Dense:
+        mlp = layer.mlp
+        up, down = mlp.c_fc, mlp.c_proj
+        return Dense(up.weight, down.weight, up.bias, down.bias, mlp.act, dropout=mlp.dropout.p)
+
+    def restore_feed_forward(self, layer: Any, dense: Dense, config: Any) -> None:
+        layer.mlp = self.modeling.GPT2MLP(dense.up.shape[1], config)
+        fill_linear(layer.mlp.c_fc, dense.up, dense.up_bias)
+        fill_linear(layer.mlp.c_proj, dense.down, dense.down_bias)
 
 
 FAMILIES = (

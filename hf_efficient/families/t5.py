@@ -14,8 +14,9 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from ..base import LinearWeights, SourceAttention
+from ..experts import Dense
 from ..ops.relative_bias import RelativeBias
-from .base import AttentionSite, ModelFamily, Stack
+from .base import AttentionSite, ModelFamily, Stack, fill_linear
 
 
 class _LazyBias:
@@ -110,6 +111,9 @@ class T5Family(ModelFamily):
         key, value = (p(hidden).unflatten(-1, self.heads(module)).transpose(1, 2) for p in (module.k, module.v))
         return key, value
 
+    def attention_input(self, part: Any, hidden: Tensor) -> Tensor:
+        return part.layer_norm(hidden)
+
     def max_positions(self, config: PreTrainedConfig) -> int | None:
         return None
 
@@ -122,6 +126,26 @@ class T5Family(ModelFamily):
     def swap_out(self, stack: Stack) -> None:
         for module in [site.module for site in stack.sites] + stack.cross_attention:
             module.__class__ = HOSTS.get(type(module), type(module))
+
+    # no biases, with or without a gate
+
+    def feed_forward_name(self, layer: Any) -> str:
+        return f"layer.{len(layer.layer) - 1}.DenseReluDense"
+
+    def feed_forward(self, layer: Any) -> Dense:
+        part = layer.layer[-1].DenseReluDense
+        is_gated = hasattr(part, "wi_0")
+        up = torch.cat([part.wi_0.weight, part.wi_1.weight]) if is_gated else part.wi.weight
+        return Dense(up.T, part.wo.weight.T, None, None, part.act, is_gated, inner_dropout=part.dropout.p)
+
+    def restore_feed_forward(self, layer: Any, dense: Dense, config: Any) -> None:
+        kind = "DenseGatedActDense" if dense.is_gated else "DenseActDense"
+        part = getattr(self.modeling, self.stack_class.removesuffix("Stack") + kind)(config)
+        layer.layer[-1].DenseReluDense = part
+        firsts = (part.wi_0, part.wi_1) if dense.is_gated else (part.wi,)
+        for first, weight in zip(firsts, dense.up.T.chunk(len(firsts)), strict=True):
+            fill_linear(first, weight, None)
+        fill_linear(part.wo, dense.down.T, None)
 
 
 FAMILIES = tuple(

@@ -22,6 +22,23 @@ class Tile(NamedTuple):
     stages: int
 
 
+class LinearTile(NamedTuple):
+    """One kernel's tokens per chunk, features per slice, and warps. Its states are summed over chunks of the same size."""
+
+    chunk: int
+    slice: int
+    warps: int
+
+
+class LinearConfig(NamedTuple):
+    """The tiles of the kernels of linear attention, and how many features one program adds up over all chunks."""
+
+    forward: LinearTile
+    query_gradient: LinearTile
+    key_gradient: LinearTile
+    scanned: int = 16
+
+
 class Config(NamedTuple):
     """The tiles of the kernels that read tile tables, and the most tiles of one of their work items."""
 
@@ -53,8 +70,25 @@ CONFIGS: dict[tuple[str, str, int], Config] = {
     ("sm_80", "ieee", 128): _IEEE_128._replace(key_gradient=Tile(16, 32, 4, 2)),
 }
 
+_FORWARD, _GRADIENT = LinearTile(64, 64, 4), LinearTile(64, 64, 8)
+_LINEAR_IEEE = LinearConfig(LinearTile(32, 16, 4), LinearTile(32, 32, 4), LinearTile(16, 32, 4))
+_LINEAR_IEEE_128 = LinearConfig(LinearTile(16, 16, 4), LinearTile(16, 16, 4), LinearTile(16, 16, 4))
+
+# (architecture, "tf32" | "ieee", padded width of values up to) -> config of linear attention
+LINEAR_CONFIGS: dict[tuple[str, str, int], LinearConfig] = {
+    ("sm_90", "tf32", 64): LinearConfig(_FORWARD, _GRADIENT, _GRADIENT),
+    ("sm_90", "tf32", 128): LinearConfig(_GRADIENT, LinearTile(64, 32, 8), LinearTile(64, 32, 8)),
+    ("sm_80", "tf32", 64): LinearConfig(_FORWARD, _GRADIENT, LinearTile(32, 32, 4)),
+    ("sm_80", "tf32", 128): LinearConfig(_GRADIENT, _GRADIENT, LinearTile(32, 16, 8)),
+    ("sm_90", "ieee", 64): _LINEAR_IEEE,
+    ("sm_90", "ieee", 128): _LINEAR_IEEE_128,
+    ("sm_80", "ieee", 64): _LINEAR_IEEE,
+    ("sm_80", "ieee", 128): _LINEAR_IEEE_128,
+}
+
 # small and unequal tiles and short work items, so that a few hundred tokens pass through every branch
 INTERPRETER = Config(Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1), cap=2)
+LINEAR_INTERPRETER = LinearConfig(LinearTile(64, 64, 4), LinearTile(128, 64, 4), LinearTile(64, 64, 4), scanned=64)
 
 
 def interpreting() -> bool:
@@ -77,10 +111,28 @@ def padded_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+def architecture(device: torch.device) -> str:
+    """The named architecture whose configs serve a device; between and after the named ones, that of the older one."""
+    # of the newer architectures only 9.0 and 10.x have room for the larger tiles
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
+
+
 def select(device: torch.device, dtype: torch.dtype, width: int) -> Config:
-    """The config of a call; on architectures between and after the named ones, that of the older one."""
+    """The config of a call."""
     if device.type == "cpu":
         return INTERPRETER
-    # of the newer architectures only 9.0 and 10.x have room for the larger tiles
-    arch = "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
-    return CONFIGS[arch, dot_precision(dtype), 64 if padded_width(width) <= 64 else 128]
+    return CONFIGS[architecture(device), dot_precision(dtype), 64 if padded_width(width) <= 64 else 128]
+
+
+def linear_precision(dtype: torch.dtype) -> str:
+    """How linear attention multiplies values of this type: TensorFloat-32 holds half precision exactly."""
+    if interpreting():
+        return "ieee"
+    return "tf32" if dtype != torch.float32 else dot_precision(dtype)
+
+
+def select_linear(device: torch.device, dtype: torch.dtype, width: int) -> LinearConfig:
+    """The config of a call of linear attention with values of this type and width."""
+    if device.type == "cpu":
+        return LINEAR_INTERPRETER
+    return LINEAR_CONFIGS[architecture(device), linear_precision(dtype), 64 if padded_width(width) <= 64 else 128]

@@ -6,7 +6,6 @@ graph holds one opaque node and no tables. They are known to autograd, to fake t
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,10 +15,17 @@ from torch import Tensor
 
 from ..ops.patterns import Pattern, parse_pattern
 from ..ops.tile_table import TileTable, tile_table
-from .configs import Config, Tile, dot_precision, interpreting, padded_width, select
+from .configs import Config, Tile, dot_precision, padded_width, select
+from .operators import (
+    DTYPES,
+    refuse_second_derivatives,
+    require_interpreter,
+    strides,
+    token_major,
+    unsupported_device,
+)
 
 LOG2E = math.log2(math.e)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # tile steps of one program of the bias gradient, and the most programs that share a class
 BIAS_STEPS, BIAS_PIECES = 64, 64
 
@@ -92,20 +98,23 @@ def block_sparse(
     return out, lse
 
 
-def unsupported(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> str | None:
-    """Why the kernels can't take these tensors, with the remedy; `None` if they can."""
+def unsupported(
+    query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, is_linear: bool = False
+) -> str | None:
+    """Why the kernels can't take these tensors, with the remedy; `None` if they can.
+
+    With `is_linear`, query and key are log-features of `linear_attention`.
+    """
+    if is_linear:
+        from . import linear_attention_library
+
+        return linear_attention_library.unsupported(query, key, value)
     device, dtype, width = query.device, query.dtype, query.shape[-1]
     if any(x.device != device or x.dtype != dtype for x in (key, value)):
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (query, key, value))
         return f"query, key and value must share one dtype and one device, got {kinds}; cast or move them first."
-    if importlib.util.find_spec("triton") is None:
-        return "the fused kernels need Triton, which is not installed: pip install triton, or implementation='torch'."
-    if device.type == "cpu" and not interpreting():
-        return "the fused kernels run on CUDA tensors, got cpu ones; use implementation='torch', or move the model."
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and torch.version.hip is not None):
-        return f"the fused kernels run on NVIDIA GPUs, got tensors on {device}; use implementation='torch'."
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the fused kernels need compute capability 8.0 or higher; use implementation='torch'."
+    if reason := unsupported_device(device):
+        return reason
     if dtype not in DTYPES:
         return f"the fused kernels compute float16, bfloat16 and float32, got {dtype}; use implementation='torch'."
     if not 16 <= width <= 128 or value.shape[-1] != width or key.shape[-1] != width:
@@ -220,7 +229,7 @@ class Call(NamedTuple):
             pos_heads=1 if self.query_positions is None else self.query_positions.shape[1],
             seg_heads=1 if self.query_segments is None else self.query_segments.shape[1],
             qk_scale=self.scaling * LOG2E,
-            **_strides(self.query, "sq"), **_strides(self.key, "sk"), **_strides(self.value, "sv"),
+            **strides(self.query, "sq"), **strides(self.key, "sk"), **strides(self.value, "sv"),
         )  # fmt: skip
 
     def tiles(self, table: TileTable, transposed: bool = False) -> dict[str, Any]:
@@ -235,16 +244,6 @@ class Call(NamedTuple):
     def programs(self, table: TileTable, heads: int) -> int:
         """How often the grid repeats the work items: tables per head name the head in the item."""
         return self.query.shape[0] * (1 if table.heads > 1 else heads)
-
-
-def _strides(x: Tensor, name: str) -> dict[str, int]:
-    return {f"{name}b": x.stride(0), f"{name}h": x.stride(1), name: x.stride(2)}
-
-
-def _token_major(x: Tensor) -> Tensor:
-    """Empty tensor like (B, H, N, D) `x`, laid out as (B, N, H, D): merging heads then needs no copy."""
-    batch, heads, length, width = x.shape
-    return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
 def _slots(call: Call, programs: int, slots: int, *shape: int) -> Tensor | None:
@@ -267,13 +266,13 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
     call = _with_own_keys(Call(*args))
     query, tile = call.query, call.config.forward
-    out, lse = _token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    out, lse = token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     with torch.cuda.device_of(query):
         table = call.table(tile)
         programs, rows, sizes = call.programs(table, query.shape[1]), table.rows, call.sizes(tile)
         part = _slots(call, programs, rows.num_slots, tile.block_q, query.shape[-1])
         part_lse = _slots(call, programs, rows.num_slots, tile.block_q)
-        tensors = dict(OUT=out, LSE=lse, PART=part, PART_LSE=part_lse, **_strides(out, "so"))
+        tensors = dict(OUT=out, LSE=lse, PART=part, PART_LSE=part_lse, **strides(out, "so"))
         kernels.forward[(len(rows.work) * programs,)](**tensors, **call.inputs(), **call.tiles(table), **sizes)
         if part is not None:
             kernels.combine[(len(rows.split) * programs,)](
@@ -290,7 +289,7 @@ def _backward(
     call = _with_own_keys(original)
     dout = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     delta = torch.empty_like(lse)
-    gradient = dict(DOUT=dout, LSE=lse, DELTA=delta, **_strides(dout, "sg"))
+    gradient = dict(DOUT=dout, LSE=lse, DELTA=delta, **strides(dout, "sg"))
     with torch.cuda.device_of(dout):
         _row_delta(call, gradient, out, grad_lse)
         dq = _query_gradient(call, gradient)
@@ -299,7 +298,7 @@ def _backward(
     if call.key.shape != original.key.shape:
         shape = (original.key.shape[1], -1)
         dk, dv = dk.unflatten(1, shape).sum(2), dv.unflatten(1, shape).sum(2)
-        dk, dv = (_token_major(x).copy_(x) for x in (dk, dv))
+        dk, dv = (token_major(x).copy_(x) for x in (dk, dv))
     return dq, dk, dv, dbias
 
 
@@ -309,10 +308,10 @@ def _row_delta(call: Call, gradient: dict[str, Any], out: Tensor, grad_lse: Tens
     batch, heads, n, _ = call.query.shape
     tile = call.config.query_gradient
     sizes = {name: value for name, value in call.sizes(tile).items() if name in ("N", "H", "EVEN_N", "BM", "D", "BD")}
-    strides = dict.fromkeys(("slb", "slh", "sl"), 0) if grad_lse is None else _strides(grad_lse, "sl")
+    of_lse = dict.fromkeys(("slb", "slh", "sl"), 0) if grad_lse is None else strides(grad_lse, "sl")
     blocks = -(-n // tile.block_q)
     kernels.row_delta[(blocks * batch * heads,)](
-        OUT=out, blocks=blocks, DLSE=grad_lse, **_strides(out, "so"), **strides, **gradient, **sizes
+        OUT=out, blocks=blocks, DLSE=grad_lse, **strides(out, "so"), **of_lse, **gradient, **sizes
     )
 
 
@@ -322,10 +321,10 @@ def _query_gradient(call: Call, gradient: dict[str, Any]) -> Tensor:
     tile = call.config.query_gradient
     table = call.table(tile)
     rows, programs = table.rows, call.programs(table, call.query.shape[1])
-    dq = _token_major(call.query)
+    dq = token_major(call.query)
     part = _slots(call, programs, rows.num_slots, tile.block_q, call.query.shape[-1])
     kernels.query_gradient[(len(rows.work) * programs,)](
-        DQ=dq, PART=part, scaling=call.scaling, **_strides(dq, "sd"), **gradient,
+        DQ=dq, PART=part, scaling=call.scaling, **strides(dq, "sd"), **gradient,
         **call.inputs(), **call.tiles(table), **call.sizes(tile),
     )  # fmt: skip
     _sum_slots(call, table, dq, part, False)
@@ -338,10 +337,10 @@ def _key_gradient(call: Call, gradient: dict[str, Any]) -> Pair:
     tile = call.config.key_gradient
     table = call.table(tile)
     columns, programs = table.columns, call.programs(table, call.key.shape[1])
-    dk, dv = _token_major(call.key), _token_major(call.value)
+    dk, dv = token_major(call.key), token_major(call.value)
     parts = [_slots(call, programs, columns.num_slots, tile.block_k, call.key.shape[-1]) for _ in range(2)]
     kernels.key_gradient[(len(columns.work) * programs,)](
-        DK=dk, DV=dv, PART_K=parts[0], PART_V=parts[1], scaling=call.scaling, **_strides(dk, "sd"), **gradient,
+        DK=dk, DV=dv, PART_K=parts[0], PART_V=parts[1], scaling=call.scaling, **strides(dk, "sd"), **gradient,
         **call.inputs(), **call.tiles(table, transposed=True), **call.sizes(tile),
     )  # fmt: skip
     for x, part in zip((dk, dv), parts, strict=True):
@@ -359,7 +358,7 @@ def _sum_slots(call: Call, table: TileTable, x: Tensor, part: Tensor | None, tra
     block = table.block_k if transposed else table.block_q
     _, heads, length, width = x.shape
     kernels.sum_slots[(len(side.split) * call.programs(table, heads),)](
-        X=x, PART=part, SPLIT=side.split, length=length, items=len(side.split), slots=side.num_slots, **_strides(x, "sx"),
+        X=x, PART=part, SPLIT=side.split, length=length, items=len(side.split), slots=side.num_slots, **strides(x, "sx"),
         H=heads, PER_HEAD=table.heads > 1, EVEN=length % block == 0, R=block, D=width, BD=padded_width(width),
     )  # fmt: skip
 
@@ -428,21 +427,13 @@ _LIBRARY.define(
 
 
 def _forward_cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    _require_interpreter()
+    require_interpreter()
     return _forward(*args)
 
 
 def _backward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _require_interpreter()
+    require_interpreter()
     return _backward(*args)
-
-
-def _require_interpreter() -> None:
-    if not interpreting():
-        raise RuntimeError(
-            "the fused kernels got CPU tensors, which they take only with TRITON_INTERPRET=1 set before Python starts; "
-            "use implementation='torch', or move the model to a GPU."
-        )
 
 
 _LIBRARY.impl("block_sparse_forward", _forward, "CUDA")
@@ -453,7 +444,7 @@ _LIBRARY.impl("block_sparse_backward", _backward_cpu, "CPU")
 
 @torch.library.register_fake("hf_efficient::block_sparse_forward", lib=_LIBRARY)
 def _forward_fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("hf_efficient::block_sparse_backward", lib=_LIBRARY)
@@ -463,7 +454,7 @@ def _backward_fake(
     call = Call(*args)
     # dense whatever the strides of the bias, as the kernel's result is
     dbias = call.bias.new_empty(call.bias.shape) if wants_bias and call.bias is not None else lse.new_empty(0)
-    return _token_major(call.query), _token_major(call.key), _token_major(call.value), dbias
+    return token_major(call.query), token_major(call.key), token_major(call.value), dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -488,9 +479,4 @@ torch.library.register_autograd(
 )
 
 
-def _refuse_second_derivatives(ctx: Any, *gradients: Tensor | None) -> None:
-    # without this PyTorch warns and takes them for 0
-    raise RuntimeError("the fused kernels have no second derivatives; use implementation='torch' for them.")
-
-
-torch.library.register_autograd("hf_efficient::block_sparse_backward", _refuse_second_derivatives, lib=_LIBRARY)
+torch.library.register_autograd("hf_efficient::block_sparse_backward", refuse_second_derivatives, lib=_LIBRARY)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from ..expert_sites import with_router_loss
 from ..families import efficient_type, families
 from .mixin import EfficientModelMixin, honours_loss_kwargs, stock_heads
 
@@ -36,13 +37,15 @@ def _define_all() -> None:
                 CONFIGS[model_type] = _define(
                     f"Efficient{stock_config.__name__}",
                     (stock_config,),
-                    __doc__=f"{stock_config.__name__} with `efficient_attention`: a list of mechanism options, as JSON.",
+                    __doc__=f"{stock_config.__name__} with `efficient_attention`: a list of mechanism options, as JSON; and "
+                    "`efficient_experts`: the options of sparse experts.",
                     model_type=efficient_type(model_type),
                 )
             MODELS[stock] = _define(
                 f"Efficient{stock.__name__}",
                 (EfficientModelMixin, stock),
                 __doc__=f"{stock.__name__} with efficient attention: see `EfficientModelMixin`.",
+                forward=with_router_loss(stock.forward),
                 stock_class=stock,
                 config_class=CONFIGS[model_type],
                 accepts_loss_kwargs=honours_loss_kwargs(stock),

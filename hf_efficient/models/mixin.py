@@ -10,6 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..base import ConfigLike, EfficientAttentionConfig, attention_configs
 from ..dispatch import CHILD, IMPLEMENTATION
+from ..expert_sites import install_experts
+from ..experts import ExpertsConfig, expert_layers
 from ..families import PREFIX, family_of
 from ..patching import install
 
@@ -17,28 +19,37 @@ LOCATION_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token",
 
 
 class EfficientModelMixin:
-    """Behaves like the stock class `stock_class`, with the mechanisms of `config.efficient_attention` installed."""
+    """Behaves like the stock class `stock_class`, with the mechanisms of `config.efficient_attention` installed, and the
+    experts of `config.efficient_experts`: one of both, or both.
+    """
 
     stock_class: ClassVar[Any]
     all_tied_weights_keys: dict[str, str]
     accepts_loss_kwargs: ClassVar[bool]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
-        if not getattr(config, "efficient_attention", None):
+        attention, experts = (getattr(config, f"efficient_{part}", None) for part in ("attention", "experts"))
+        if not attention and not experts:
             raise ValueError(
                 f"{type(self).__name__} needs config.efficient_attention, a list such as [{{'mechanism': 'longformer', "
                 "'attention_window': 512}]; to convert a checkpoint use from_pretrained(..., efficient_attention=...)."
             )
         requested = config._attn_implementation
-        if requested not in (None, IMPLEMENTATION):
+        if attention and requested not in (None, IMPLEMENTATION):
             raise ValueError(
                 f"attn_implementation={requested!r} contradicts this checkpoint, whose attention is "
-                f"{config.efficient_attention}; leave the argument out, or get the original back with hf_efficient.revert."
+                f"{attention}; leave the argument out, or get the original back with hf_efficient.revert."
             )
-        config._attn_implementation = IMPLEMENTATION
+        if attention:
+            config._attn_implementation = IMPLEMENTATION
+        # the name is there for those who don't know it: without these classes, loading fails instead of losing experts
+        config._experts_implementation = None
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        install(self, self._configs_of_stacks(config), initialise=False)  # type: ignore[arg-type]
-        self.all_tied_weights_keys.update(self._efficient_ties())
+        if attention:
+            install(self, self._configs_of_stacks(config), initialise=False)  # type: ignore[arg-type]
+            self.all_tied_weights_keys.update(self._efficient_ties())
+        if experts:
+            install_experts(self, ExpertsConfig.from_dict(experts))  # type: ignore[arg-type]
 
     def _configs_of_stacks(self, config: Any) -> list[EfficientAttentionConfig]:
         """The config's groups; a class with only the encoder of an encoder-decoder model drops those of the decoder."""
@@ -70,7 +81,9 @@ class EfficientModelMixin:
         return False
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        if attn_implementation != IMPLEMENTATION:
+        if not getattr(self.config, "efficient_attention", None):  # type: ignore[attr-defined]
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+        elif attn_implementation != IMPLEMENTATION:
             raise ValueError(
                 f"attn_implementation={attn_implementation!r} would silently switch efficient attention off; get the "
                 "original model back with hf_efficient.revert(model)."
@@ -130,6 +143,8 @@ class EfficientModelMixin:
             convert_in_place(model, attention_configs(efficient_attention), max_positions, positions)
             return loaded
         if efficient_attention is not None or max_positions is not None:
+            if not getattr(config, "efficient_attention", None):
+                raise ValueError(f"{pretrained_model_name_or_path} has experts; convert it with hf_efficient.convert.")
             raise ValueError(
                 f"{pretrained_model_name_or_path} is already converted, to {config.efficient_attention}; revert it before "
                 "converting it to something else."
@@ -138,10 +153,11 @@ class EfficientModelMixin:
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        missing = sorted(key for key in info["missing_keys"] if f".{CHILD}." in key)
+        experts = tuple(f"{name}." for name in expert_layers(model))
+        missing = sorted(k for k in info["missing_keys"] if f".{CHILD}." in k or (experts and k.startswith(experts)))
         if missing:
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of its efficient attention, e.g. "
+                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of its efficient attention or experts, e.g. "
                 f"{missing[0]}: the checkpoint is incomplete; convert the original again."
             )
         return (model, info) if wants_info else model

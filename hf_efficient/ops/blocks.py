@@ -241,7 +241,7 @@ class _Logits:
         positions: tuple[Tensor, Tensor] | None,
     ):
         self.block_size, self.is_causal, self.relative_bias = block_size, is_causal, relative_bias
-        self.heads, self.dtype = query.shape[1], query.dtype
+        self.dtype = query.dtype
         size = (1, block_size, block_size)
         ends = (masks.new_ones(size), masks.new_zeros(size))
         self.masks = torch.cat([masks, *ends])  # so that -1 is all False and -2 all True
@@ -275,15 +275,5 @@ class _Logits:
                 mask = mask & ((mine == other) if pair is self.queries[0] else (other <= mine))
         if self.relative_bias is None or offset is None:
             return None if bool_all(mask) else additive_mask(mask, self.dtype)
-        bias = per_head_bias(self.relative_bias, offset, self.heads).to(self.dtype)
+        bias = self.relative_bias.per_head(offset, 1).to(self.dtype)
         return torch.where(mask, bias, float("-inf"))
-
-
-def per_head_bias(relative_bias: RelativeBias, offset: Tensor, heads: int) -> Tensor:
-    """(B or 1, H, …) bias of (B or 1, H or 1, …) offsets, each head with its own offsets where they differ."""
-    if offset.shape[1] == 1:
-        return relative_bias.at(offset[:, 0]).transpose(0, 1)
-    # (H, B, …) per head h: all heads' values at head h's offsets would be H times too many
-    ids = relative_bias.bucket(offset).to(relative_bias.table.device)
-    head = torch.arange(heads, device=ids.device)[None, :, None, None, None]
-    return relative_bias.table[ids, head].to(offset.device)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .implementation import require_torch, resolve
+
 CHUNK = 64
 # chunks that are computed at once; without gradients this bounds what is held
 GROUP = 16
@@ -34,14 +36,15 @@ def linear_attention(
     is_causal: bool,
     state: FeatureState | None = None,
     return_lse: bool = False,
+    implementation: str = "auto",
 ) -> Any:
     """Kernel attention from log-features: `y_i = Σ_j φ(q_i)·φ(k_j) v_j / Σ_j φ(q_i)·φ(k_j)` with `φ = exp(log-features)`.
 
     Features enter as logarithms so that they can be stabilised exactly: keys are divided by a maximum per feature
     (causal: over past chunks), queries by a maximum per query; all cancel in the ratio, so none needs a gradient and
-    no ε is added. An ε would turn trained models, whose features are tiny, into uniform attention. Causal pairs of one
-    chunk are computed in fp64, since features of one query and one key may be as small as e^-100 where they meet.
-    Compiled, the causal form is specialised to the number of chunks.
+    no ε is added. An ε would turn trained models, whose features are tiny, into uniform attention. Features of one query
+    and one key may be as small as e^-100 where they meet: PyTorch computes causal pairs of one chunk in fp64, the kernels
+    those of neighbours one by one. Compiled, PyTorch's causal form is specialised to the number of chunks.
 
     Args:
         log_query: (B, H, N, M) fp32 or fp64.
@@ -50,19 +53,30 @@ def linear_attention(
         is_causal: query n sees keys j ≤ n + S - N; there may be fewer keys than queries.
         state: of keys before all of these, which every query sees; only causal.
         return_lse: also return `log Σ_j φ(q_i)·φ(k_j)`, with its gradient, see `merge_attention`.
+        implementation: `"auto"`, `"torch"` or `"triton"`; an explicit one never falls back. Both directions at once are two
+            matrix products, which PyTorch computes on every device.
 
     Returns:
         (B, H, N, D) in the features' dtype, and with `return_lse` (B, H, N); 0 and -inf for a query without keys.
-        O(S · M · D) time, O(S · M) memory, the causal form beside that one (M, D + 1) state per chunk of 64 tokens, without
-        gradients for 1024 tokens at a time.
+        O(S · M · D) time, O(S · M) memory, the causal form beside that one (M, D + 1) state per chunk of 64 tokens, in
+        PyTorch without gradients for 1024 tokens at a time; the kernels keep no state for the backward pass, and have
+        chunks of 16 to 64 tokens.
+
+    Raises:
+        ValueError: `implementation`, or what `set_implementation` chose, can't take this call; the message says why.
 
     Source: Katharopoulos et al. 2020 (arXiv 2006.16236) eq. 5 and 9, Choromanski et al. 2021 (arXiv 2009.14794) §2.
     """
-    values = _with_ones(value, log_key.dtype)
-    if is_causal:
-        sums, shift = _causal(log_query, log_key, values, state)
+    if not is_causal:
+        require_torch(implementation, "linear attention in both directions at once is computed by PyTorch alone")
+        sums, shift = _both_directions(log_query, log_key, _with_ones(value, log_key.dtype))
     else:
-        sums, shift = _both_directions(log_query, log_key, values)
+        log_key, value, state = _one_key_each(log_query.shape[-2], log_key, value, state)
+        backend = resolve(implementation, log_query, log_key, value, is_linear=True)
+        if backend != "torch":
+            out, lse = _fused(backend, log_query, log_key, value, state)
+            return (out, lse) if return_lse else out
+        sums, shift = _causal(log_query, log_key, _with_ones(value, log_key.dtype), state)
     denominator = sums[..., -1]
     exists = denominator > 0
     safe = torch.where(exists, denominator, 1.0)
@@ -72,11 +86,7 @@ def linear_attention(
 
 def absorb(state: FeatureState | None, log_key: Tensor, value: Tensor) -> FeatureState:
     """The state after keys with log-features (B, H, S, M) and values (B, H, S, D) have joined it."""
-    return _joined(state, log_key, _with_ones(value, log_key.dtype), log_key.detach().amax(dim=-2, keepdim=True))
-
-
-def _joined(state: FeatureState | None, log_key: Tensor, values: Tensor, maximum: Tensor) -> FeatureState:
-    """`absorb` of values with their column of ones; `maximum` (B, H, 1, M) over the new keys, or over all."""
+    values, maximum = _with_ones(value, log_key.dtype), log_key.detach().amax(dim=-2, keepdim=True)
     if state is not None:
         maximum = torch.maximum(maximum, state.maximum)
     shift = _finite(maximum)
@@ -104,16 +114,34 @@ def _both_directions(log_query: Tensor, log_key: Tensor, values: Tensor) -> tupl
     return sums, top
 
 
+def _one_key_each(
+    n: int, log_key: Tensor, value: Tensor, state: FeatureState | None
+) -> tuple[Tensor, Tensor, FeatureState | None]:
+    """Causal keys and values, one for each of n queries: keys before the first query join the state."""
+    past = log_key.shape[-2] - n
+    if past < 0:  # the first queries see the state at most
+        return _in_front(log_key, -past, float("-inf")), _in_front(value, -past, 0.0), state
+    if past:
+        state = absorb(state, log_key[..., :past, :], value[..., :past, :])
+    return log_key[..., past:, :], value[..., past:, :], state
+
+
+def _fused(
+    backend: str, log_query: Tensor, log_key: Tensor, value: Tensor, state: FeatureState | None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of as many queries as keys, by the Triton kernels."""
+    if backend != "triton":
+        raise ValueError(
+            f"implementation={backend!r} can't take this call: FlexAttention computes softmax attention, not linear "
+            "attention; use 'auto', 'torch' or 'triton'."
+        )
+    from ..kernels.linear_attention_library import linear_attention as fused
+
+    return fused(log_query, log_key, value, *(state or (None, None)))
+
+
 def _causal(log_query: Tensor, log_key: Tensor, values: Tensor, state: FeatureState | None) -> tuple[Tensor, Tensor]:
-    """(…, N, D + 1) sums, and the logarithm (…, N, 1) of what they were divided by."""
-    n, s = log_query.shape[-2], log_key.shape[-2]
-    if s < n:  # the first queries see the state at most
-        log_key, values = _in_front(log_key, n - s, float("-inf")), _in_front(values, n - s, 0.0)
-    past = max(0, s - n)
-    if past:  # keys before the first query: one sum
-        head, log_key = log_key[..., :past, :], log_key[..., past:, :]
-        state = _joined(state, head, values[..., :past, :], head.detach().amax(dim=-2, keepdim=True))
-        values = values[..., past:, :]
+    """Of as many queries as keys: (…, N, D + 1) sums, and the logarithm (…, N, 1) of what they were divided by."""
     parts = list(zip(*(x.split(GROUP * CHUNK, dim=-2) for x in (log_query, log_key, values)), strict=True))
     results = []
     for number, (q, k, v) in enumerate(parts, 1):

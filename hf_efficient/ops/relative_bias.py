@@ -31,6 +31,18 @@ class RelativeBias:
         ids = self.bucket(offsets).to(self.table.device)
         return F.embedding(ids, self.table).movedim(-1, 0).to(offsets.device)
 
+    def per_head(self, offsets: Tensor, dim: int) -> Tensor:
+        """Bias at integer offsets that may differ from head to head: (…, H or 1, …) with the heads on axis `dim`, H of them
+        in the result."""
+        if offsets.shape[dim] == 1:
+            return self.at(offsets.squeeze(dim)).movedim(0, dim)
+        low = -self.saturation
+        values = self.at(torch.arange(low, self.saturation + 1, device=offsets.device))
+        heads, count = values.shape
+        index = offsets.clamp(low, self.saturation) - low
+        head = torch.arange(heads, device=offsets.device).view(heads, *(1,) * (offsets.dim() - dim - 1))
+        return F.embedding(index + count * head, values.reshape(-1, 1))[..., 0]
+
     def reach(self, is_causal: bool) -> int:
         """Smallest offset from which on the bias is constant, in each direction (causal: into the past); ≤ saturation."""
         # models are also built on the meta device, where nothing can be looked up

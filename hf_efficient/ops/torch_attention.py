@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .alignment import real_length
 from .attend import additive_mask, attend, bool_all, merge_attention
-from .blocks import BlockPlan, block_list_attention, pattern_block, per_head_bias, table_attention
+from .blocks import BlockPlan, block_list_attention, pattern_block, table_attention
 from .patterns import BlockList, Pattern, Rows, Strided, Summary, Window, parse_pattern, parts_of
 from .pieces import (
     Call,
@@ -114,7 +114,7 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, index: Tensor, call: Call) 
             mask = mask & compare(mine[..., None], pair[1][..., None, :])
     logits = additive_mask(mask, query.dtype)
     if call.bias is not None:
-        logits = logits + per_head_bias(call.bias, offset[:, None], heads).to(query.dtype)
+        logits = logits + call.bias.per_head(offset[:, None], 1).to(query.dtype)
     return attend(rows, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
 
 

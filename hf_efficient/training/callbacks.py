@@ -11,7 +11,10 @@ import torch
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 
+from ..attention.compressive import CompressiveAttention
 from ..attention.performer import PerformerAttention
+from ..attention.routing_transformer import RoutingTransformerAttention
+from ..experts import expert_layers
 
 
 class RedrawFeatures(TrainerCallback):
@@ -37,6 +40,77 @@ class RedrawFeatures(TrainerCallback):
         for module in due:
             module.redraw()
         return len(due)
+
+
+class UpdateCentroids(TrainerCallback):
+    """Move the centroids of routing attention after every optimiser step, where a config has an `ema_decay`.
+
+    By all that went through a backward pass since the last step, in all processes together, so that accumulated steps and
+    several processes give what one large batch would. In a loop without a Trainer call `update(model)` after each optimiser
+    step, in every process.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.update(model)
+
+    @staticmethod
+    def update(model: Any) -> int:
+        """Move the centroids of `model`; returns of how many layers."""
+        modules = [
+            module
+            for module in model.modules()
+            if isinstance(module, RoutingTransformerAttention) and module.config.ema_decay
+        ]
+        for module in modules:
+            sums = module.take_pending()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(sums)
+            module.move_centroids(sums)
+        return len(modules)
+
+
+class LogRouting(TrainerCallback):
+    """Put what the routers did in the last batch before each log beside the training loss, in the Trainer's log history.
+
+    `router_balance` and `router_z` are means over the sparse layers, without coefficients; `expert_dropped` is the largest
+    share of assignments that a layer dropped, `expert_load_max` and `expert_load_min` are the largest and the least share
+    that an expert was chosen for (even: 1 / E), and `expert_load` has all of them by layer. Of process 0's own batch.
+    Reporters that the Trainer adds by itself, such as TensorBoard, are called before; give them after this one.
+    """
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, model: Any = None, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        routings = [r for layer in expert_layers(model).values() if (r := layer.routing) is not None]
+        if not routings or not logs or "loss" not in logs:
+            return
+        balance, z, load, dropped = (torch.stack(figures).float().cpu() for figures in zip(*routings, strict=True))
+        figures = {
+            "router_balance": balance.mean().item(),
+            "router_z": z.mean().item(),
+            "expert_dropped": dropped.max().item(),
+            "expert_load_max": load.max().item(),
+            "expert_load_min": load.min().item(),
+        }
+        logs.update(figures)
+        # the history was written before callbacks are asked
+        state.log_history[-1].update(figures, expert_load=load.tolist())
+
+
+class LogReconstruction(TrainerCallback):
+    """Put the attention-reconstruction loss of `compressive` layers, summed over them, into the logs of a training run.
+
+    Of the last step; `reconstruction_weight` switches it on, and backward adds its gradient without this callback.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.losses = [m.reconstruction_loss for m in model.modules() if isinstance(m, CompressiveAttention)]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        losses = [loss for loss in getattr(self, "losses", []) if loss is not None]
+        if losses and logs is not None and "loss" in logs:
+            logs["reconstruction_loss"] = float(sum(losses))
+            state.log_history[-1]["reconstruction_loss"] = logs["reconstruction_loss"]
 
 
 class NonFiniteLoss(RuntimeError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from ..conversion import REPORT_NAME
+from ..conversion import REPORT_NAME, UPCYCLING_NAME, copy_reports
 from ..exact import Teacher, converted_layers, eval_mode, mechanism_of, substituted
 from ..fidelity import MeanOfValues, MeanOfValuesConfig, compare, text_batches
 from ..models import EfficientModelMixin
@@ -324,8 +323,7 @@ class _Distillation:
             source = Path(self.model.config._name_or_path or "")
             if source.is_dir() and str(source) != ".":
                 copy_side_files(source, folder, None)
-                if (source / REPORT_NAME).is_file():
-                    shutil.copy(source / REPORT_NAME, folder)
+                copy_reports(source, folder, REPORT_NAME, UPCYCLING_NAME)
 
 
 def _split(texts: list[str], held_out: Any, seed: int) -> tuple[list[str], list[str]]:

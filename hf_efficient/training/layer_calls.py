@@ -14,6 +14,7 @@ from ..base import AttentionContext
 from ..dispatch import CHILD, _exact_attention, aligned_call
 from ..exact import converted_layers, eval_mode, mechanism_of
 from ..fidelity import MeanOfValues, MeanOfValuesConfig
+from ..length_change import FullLength
 from .transfer_losses import relative_parts
 
 
@@ -46,7 +47,7 @@ def watch(mechanism: Any, observe: Callable[[LayerCall], None], learns: Callable
     """Hooks: call `observe` for every call of `mechanism`, and hand the teacher's output on in place of its own.
 
     Gradients are recorded inside the mechanism alone, where `learns()`; extra global tokens have no teacher, and pass on as
-    the mechanism made them. Returns the handles that remove the hooks.
+    the mechanism made them. A layer that runs on fewer tokens runs on all of them. Returns the handles that undo all this.
     """
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -63,7 +64,8 @@ def watch(mechanism: Any, observe: Callable[[LayerCall], None], learns: Callable
         finally:
             torch.set_grad_enabled(False)
 
-    return [mechanism.register_forward_pre_hook(enter), mechanism.register_forward_hook(leave, always_call=True)]
+    hooks = mechanism.register_forward_pre_hook(enter), mechanism.register_forward_hook(leave, always_call=True)
+    return [*hooks, FullLength(mechanism)]
 
 
 def _call(

@@ -15,11 +15,21 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from ..conversion import REPORT_NAME
+from ..conversion import REPORT_NAME, UPCYCLING_NAME, copy_reports
 from ..exact import converted_layers, exact_attention, substituted
 from ..fidelity import MeanOfValues, MeanOfValuesConfig
 from ..saving import atomic_folder
-from .callbacks import FirstStep, KeepRandomState, NonFiniteLoss, NothingLeft, RedrawFeatures, StopOnNonFiniteLoss
+from .callbacks import (
+    FirstStep,
+    KeepRandomState,
+    LogReconstruction,
+    LogRouting,
+    NonFiniteLoss,
+    NothingLeft,
+    RedrawFeatures,
+    StopOnNonFiniteLoss,
+    UpdateCentroids,
+)
 from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
 from .loading import load_model
 from .pictures import layer_picture, loss_curve
@@ -208,7 +218,9 @@ def _train(trainer: Any, checkpoint: Path | None) -> bool:
 
 
 def _add_callbacks(trainer: Any, begin: FirstStep) -> None:
-    own: list[Any] = [CompleteCheckpoints(trainer.model), StopOnNonFiniteLoss(), KeepRandomState(), RedrawFeatures()]
+    own: list[Any] = [CompleteCheckpoints(trainer.model), StopOnNonFiniteLoss(), KeepRandomState()]
+    # each does something only where a model has what it is for
+    own += [RedrawFeatures(), UpdateCentroids(), LogRouting(), LogReconstruction()]
     collator = trainer.data_collator
     if isinstance(collator, TrainerCallback) and collator not in trainer.callback_handler.callbacks:
         own.append(collator)
@@ -322,9 +334,10 @@ def save_model(trainer: Any, path: Path, record: RunRecord) -> None:
 
 
 def _write_report(folder: Path, record: RunRecord) -> None:
-    """The conversion's report beside the weights: of this run, or of the checkpoint that it began with."""
-    source = Path(record.settings["model"]) / REPORT_NAME
+    """The reports beside the weights: the conversion's of this run, or those of the checkpoint that it began with."""
+    source = Path(record.settings["model"])
     if record.conversion is not None:
         (folder / REPORT_NAME).write_text(json.dumps(record.conversion, indent=2) + "\n")
-    elif source.is_file() and record.settings.get("attention") != "none":
-        shutil.copy(source, folder / REPORT_NAME)
+    elif record.settings.get("attention") != "none":
+        copy_reports(source, folder, REPORT_NAME)
+    copy_reports(source, folder, UPCYCLING_NAME)

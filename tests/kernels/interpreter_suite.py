@@ -6,9 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_cases import CASES, Case, Inputs, definition, error, inputs_of, results
+from kernel_cases import CASES, Case, Inputs, definition, error, inputs_of, quick_interpreter, results
 from torch import Tensor
-from triton.runtime import interpreter
 
 from hf_efficient.kernels import library
 from hf_efficient.kernels.configs import interpreting
@@ -20,18 +19,7 @@ assert interpreting(), "run by test_kernels.py"
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy reports that 2^-inf is 0
 
-_call_patching_first = interpreter.InterpretedFunction.__call__
-
-
-def _call(self, *args, **kwargs):
-    # the launch has patched triton.language for all our functions; patching it again for each call costs most of the time
-    if self.fn.__module__.startswith("hf_efficient"):
-        return self.rewrite()(*args, **kwargs)
-    return _call_patching_first(self, *args, **kwargs)
-
-
-interpreter.InterpretedFunction.__call__ = _call
-
+quick_interpreter()
 BY_NAME = {case.name: case for case in CASES}
 # the largest error of a correct result: rounding to the type, and in bfloat16 the interpreter's truncation
 BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}

@@ -1,0 +1,170 @@
+"""Funnel-Transformer: later layers run on fewer and fewer states, each of them the mean of neighbouring tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..base import (
+    AttentionContext,
+    AttentionGeometry,
+    EfficientAttention,
+    EfficientAttentionConfig,
+    MechanismFacts,
+    register_mechanism,
+)
+from ..ops.pooled_rows import Pooling, Runs, slot_bias
+from ..ops.slots import log_count
+
+NUM_BLOCKS = 3
+DECODER_SHARE = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunnelAttentionConfig(EfficientAttentionConfig):
+    """Options of the funnel.
+
+    Args:
+        pool_size: p: the layers of block e run on slots of pᵉ tokens; 1 = no pooling.
+        blocks: number of layers in block 0 (which may be 0), 1, …, counted from the first layer of the stack. The layers
+            after the last block are the decoder: they run on all tokens. `None` = the last sixth of the layers, rounded
+            down, is the decoder, and the others are three blocks as equal as can be, longer ones first.
+        separate_cls: the first token of a row keeps a slot of its own.
+    """
+
+    mechanism: ClassVar[str] = "funnel"
+
+    pool_size: int = 2
+    blocks: tuple[int, ...] | None = None
+    separate_cls: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("pool_size")
+        self._require("separate_cls", isinstance(self.separate_cls, bool), "true or false")
+        if isinstance(self.blocks, list):
+            object.__setattr__(self, "blocks", tuple(self.blocks))
+        if self.blocks is not None:
+            given = self.blocks if isinstance(self.blocks, tuple) else ()
+            fits = all(type(count) is int and count >= (place > 0) for place, count in enumerate(given))
+            self._require("blocks", bool(given) and fits, "integers ≥ 1, of which the first may be 0, or None")
+
+    def layer_blocks(self, num_layers: int) -> tuple[int, ...]:
+        """Layers per block in a stack of `num_layers`."""
+        if self.blocks is not None:
+            return self.blocks
+        layers = num_layers - num_layers // DECODER_SHARE
+        count = min(NUM_BLOCKS, layers)
+        return tuple(layers // count + (block < layers % count) for block in range(count))
+
+    def pooling(self, layer: int, num_layers: int) -> Pooling:
+        """Slots of the queries and of the keys of a layer."""
+        start = 0
+        for block, count in enumerate(self.layer_blocks(num_layers)):
+            if layer < start + count:
+                finer = block - 1 if block and layer == start else block
+                sizes = self.pool_size**block, self.pool_size**finer
+                return Pooling(*(Runs(size, self.separate_cls) for size in sizes))
+            start += count
+        return Pooling(Runs(1), Runs(1))
+
+
+@register_mechanism
+class FunnelAttention(EfficientAttention):
+    """Full attention over slots, in layers that run on slots as a whole.
+
+    P_e takes the mean of the real tokens of each slot of pᵉ tokens, slots being counted from a row's first real token,
+    which has one of its own with `separate_cls`; c is the number of tokens in a slot, U_e repeats a slot for its tokens.
+    A layer F of block e, attention and feed-forward, works on h = P_e x, and each token gets what changes in its slot:
+
+        x ← x + U_e (F(P_e x) - P_e x)
+        y_i = Σ_j softmax_j(s · q_i·k_j + b_ij + log c_j) v_j       q from P_e x;  k, v from P_e x,
+                                                                    in the first layer of the block from P_(e-1) x
+
+    b_ij is the relative bias, if the host has one, from the middle of slot i to slot j, the mean over its places. By log c
+    every key counts for as many tokens as it is made of, so that where neighbours are equal this is full attention.
+
+    A token thus keeps by what it differs from its slot, and the decoder's layers, which run on all tokens, start from that;
+    heads that read single tokens need them. There are no parameters of its own. Called for heads alone, without the layer
+    around it (to compare layers with full attention), the mechanism takes means of q, k, v and repeats the result.
+
+    Exact: pool_size = 1. A layer of block e costs 1/pᵉ in its products with weights, and O((N/pᵉ)²) time in attention, p
+    times that in the first layer of the block. Source: Dai et al. 2020 (arXiv 2006.03236), §2 (pooling of queries only, a
+    first token apart). Departures: the host's positions in place of relative attention with its own weights; means over
+    real tokens, and a slot is there as soon as one of its tokens is (transformers' `FunnelModel` averages padding in, and
+    drops such a slot as a key); log c; tokens left over make a smaller slot; the decoder starts from x + U (…) with
+    differences at every block, not from the sum of the short states and those of block 0, which would double their size.
+    """
+
+    Config = FunnelAttentionConfig
+    config: FunnelAttentionConfig
+    facts = MechanismFacts(
+        title="Funnel-Transformer",
+        paper="arXiv 2006.03236",
+        time="n²/p²ᵉ in block e",
+        memory="n²/p²ᵉ in block e",
+        exact_when="pool_size = 1",
+        training="needed: later layers see means of tokens",
+    )
+    causal_refusal = "a slot pools later tokens too; use local, longformer or bigbird, or convert the encoder only"
+    left_aligned = True
+    needs_project = True
+    pooling: Pooling
+
+    def __init__(self, config: FunnelAttentionConfig, geometry: AttentionGeometry):
+        super().__init__(config, geometry)
+        self.pooling = config.pooling(geometry.layer, geometry.num_layers)
+
+    @classmethod
+    def unsupported(cls, config: FunnelAttentionConfig, geometry: AttentionGeometry) -> list[str]:
+        reasons = super().unsupported(config, geometry)
+        if sum(config.blocks or ()) > geometry.num_layers:
+            reasons.append(
+                f"funnel: blocks={config.blocks} are {sum(config.blocks or ())} layers, but the {geometry.side} has "
+                f"{geometry.num_layers}: give fewer, or None"
+            )
+        chosen = range(geometry.num_layers) if config.layers is None else config.layers
+        slots = [config.pooling(layer, geometry.num_layers).queries.size for layer in chosen]
+        if config.pool_size > 1 and max(slots) == 1:
+            reasons.append(
+                f"funnel: with blocks={config.blocks} and layers={config.layers} no layer of the {geometry.side} is pooled: "
+                "give blocks of which the second begins at a chosen layer, e.g. blocks=(0, 1), or pool_size=1"
+            )
+        return reasons
+
+    @classmethod
+    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        return replace(config, pool_size=1)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        (queries, keys), rows = self.pooling, context.rows
+        if rows is None:
+            keep, n = context.key_padding_mask, query.shape[2]
+            q, k, v = (runs.means(x, keep) for runs, x in ((queries, query), (keys, key), (keys, value)))
+            return queries.repeat(self._attend(q, k, v, n, keep, context), n)
+        if keys != queries:
+            assert context.project is not None and context.hidden_states is not None
+            key, value = context.project(context.hidden_states)
+        parts = zip(
+            rows.split(query, queries), rows.split(key, keys), rows.split(value, keys), rows.groups, strict=True
+        )
+        return rows.join([self._attend(q, k, v, group.tokens, group.keep, context) for q, k, v, group in parts])
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, n: int, keep: Tensor | None, context: AttentionContext
+    ) -> Tensor:
+        """(B, H, query slots, D) full attention of slots, in rows of n tokens of which (B, n) `keep` are real."""
+        queries, keys = self.pooling
+        counts = keys.counts(n, keep, key.device)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        logits = None if counts is None else log_count(counts.to(wide)).to(query.dtype)[:, None, None]
+        if context.relative_bias is not None:
+            bias = slot_bias(context.relative_bias, queries, keys, n, query.device).to(query.dtype)
+            logits = bias if logits is None else bias + logits
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=logits, dropout_p=context.dropout, scale=context.scaling
+        )

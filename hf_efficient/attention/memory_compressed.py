@@ -1,0 +1,208 @@
+"""Memory-compressed attention: the own block token by token, all others as slots of several tokens each."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..base import (
+    AttentionContext,
+    AttentionGeometry,
+    EfficientAttention,
+    EfficientAttentionConfig,
+    MechanismFacts,
+    register_mechanism,
+)
+from ..compressed_memory import CompressedLayer, CompressedMemory, joined, mean_bias, slot_bias
+from ..ops.alignment import first_real_token, shift_rows
+from ..ops.block_sparse import block_sparse_attention
+from ..ops.patterns import BlockWindow
+from ..ops.relative_bias import RelativeBias
+from ..ops.slots import in_slots, log_count, strided_convolution
+from ..ops.windows import ExtraKeys
+
+# new tokens that are computed at once while decoding
+CHUNK = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCompressedAttentionConfig(EfficientAttentionConfig):
+    """Options of memory-compressed attention.
+
+    Args:
+        compression_rate: c, tokens that a slot stands for.
+        block_size: tokens of a block, which see each other as they are; a multiple of `compression_rate`.
+    """
+
+    mechanism: ClassVar[str] = "memory_compressed"
+
+    compression_rate: int = 4
+    block_size: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("compression_rate", "block_size")
+        fits = self.block_size % self.compression_rate == 0
+        self._require("block_size", fits, f"a multiple of compression_rate={self.compression_rate}")
+
+
+@register_mechanism
+class MemoryCompressedAttention(EfficientAttention):
+    """A query sees its own block of keys, and all other blocks by their slots, in one softmax.
+
+    With σ(t) the block of token t, slot u of the tokens uc … uc + c - 1 and |u| the real ones among them:
+
+        k̃_u = c / |u| Σ_r k_{uc + r} W_r,   ṽ_u = c / |u| Σ_r v_{uc + r} V_r        W_r, V_r (D, D) per head
+        logit of j:  s q_i·k_j + b(j - i)                                where σ(j) = σ(i), causal: j ≤ i
+        logit of u:  s q_i·k̃_u + mean_{j in u} b(j - i) + log |u|        where σ(u) ≠ σ(i), causal: σ(u) < σ(i)
+
+    W_r = V_r = I / c at the start: slots are the means of their tokens, and where these are equal the logarithm makes up for
+    their number exactly. Blocks count from a row's first real token. Every real token is seen once, by itself or in a slot.
+
+    O(N² / c + N · block_size) time and memory, and with a relative bias O(N²) additions. While decoding, N / c slots and the
+    keys of the last block are kept. Source: Liu et al. 2018 (arXiv 1801.10198), §4.2.3, "memory-compressed" and "local"
+    attention. Departures: both in one softmax in place of alternating layers, log-counts, and compression after the
+    projection, per head.
+    """
+
+    Config = MemoryCompressedAttentionConfig
+    config: MemoryCompressedAttentionConfig
+    facts = MechanismFacts(
+        title="Memory-compressed attention",
+        paper="arXiv 1801.10198",
+        time="n²/c + n·b",
+        memory="n²/c + n·b",
+        exact_when="compression_rate = 1 or block_size ≥ n",
+        training="works untrained; training restores detail far away",
+    )
+
+    def __init__(self, config: MemoryCompressedAttentionConfig, geometry: AttentionGeometry):
+        super().__init__(config, geometry)
+        shape = (geometry.num_heads, config.compression_rate, geometry.head_dim, geometry.head_dim)
+        self.key_convolution = nn.Parameter(torch.empty(shape))
+        self.value_convolution = nn.Parameter(torch.empty(shape))
+        # what the cache forgets is measured in the rows as they come
+        self.left_aligned = not geometry.is_causal
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            for weight in self.parameters(recurse=False):
+                weight.copy_(torch.eye(weight.shape[-1], device=weight.device) / self.config.compression_rate)
+
+    @torch.no_grad()
+    def initialise_from(self, source: object) -> dict[str, str]:
+        return {name: "means of the tokens of a slot" for name in ("key_convolution", "value_convolution")}
+
+    @classmethod
+    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        return dataclasses.replace(config, compression_rate=1)
+
+    def cache_layer(self) -> CompressedLayer | None:
+        return CompressedLayer(BlockWindow(block_size=self.config.block_size)) if self.geometry.is_causal else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        if query.shape[2] < key.shape[2] or context.key_positions is not None:
+            return self._decode(query, key, value, context)
+        keep = context.key_padding_mask
+        start = None
+        if keep is not None and not self.left_aligned:
+            start = first_real_token(keep)
+            query, key, value = (shift_rows(x, start, 2) for x in (query, key, value))
+            keep = shift_rows(keep, start, 1)
+        out, slots = self._whole_rows(query, key, value, keep, context)
+        layer = context.recurrent
+        if isinstance(layer, CompressedLayer) and layer.dropped is not None:
+            dropped = layer.dropped if start is None else shift_rows(layer.dropped, start, 1)
+            layer.append(slots, in_slots(dropped, self.config.compression_rate))
+        if start is None:
+            return out
+        # queries before a row's first real token have no past, but the shift put them behind all its keys
+        started = torch.arange(out.shape[2], device=out.device) >= start[:, None]
+        return shift_rows(out, -start, 2).where(started[:, None, :, None], 0.0)
+
+    def _whole_rows(
+        self, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, context: AttentionContext
+    ) -> tuple[Tensor, CompressedMemory]:
+        """Attention of rows that start at their first token, and their slots."""
+        n, block = key.shape[2], self.config.block_size
+        there = key.new_ones(key.shape[0], n, dtype=torch.bool) if keep is None else keep
+        slots = self._slots(key, value, there, 0)
+        own, other = torch.arange(n, device=key.device)[:, None] // block, slots.first[:1] // block
+        visible = other < own if context.is_causal else other != own
+        bias = log_count(slots.there.sum(-1))[:, None, None]
+        if context.relative_bias is not None:
+            bias = bias + slot_bias(context.relative_bias, slots.there, n)
+        extra = ExtraKeys(slots.keys, slots.values, visible & slots.there.any(-1)[:, None], bias)
+        out = block_sparse_attention(
+            query,
+            key,
+            value,
+            BlockWindow(block_size=block),
+            scaling=context.scaling,
+            is_causal=context.is_causal,
+            key_padding_mask=keep,
+            relative_bias=context.relative_bias,
+            dropout=context.dropout,
+            extra=extra,
+        )
+        return out, slots
+
+    def _slots(self, key: Tensor, value: Tensor, there: Tensor, first: Tensor | int) -> CompressedMemory:
+        """Slots of (B, H, S, D) keys whose row b starts at token `first[b]`, itself the first of a slot."""
+        rate = self.config.compression_rate
+        keys = strided_convolution(key, there, self.key_convolution)
+        values = strided_convolution(value, there, self.value_convolution)
+        place = rate * torch.arange(keys.shape[2], device=key.device) + first
+        return CompressedMemory(keys, values, in_slots(there, rate), place.expand(key.shape[0], -1))
+
+    def _decode(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        """New queries over the slots of the cache and the keys that it kept, whose complete blocks are seen as slots."""
+        positions, keep = context.key_positions, context.key_padding_mask
+        if positions is None:
+            positions = torch.arange(key.shape[2], device=key.device)[None]
+        batch, start = key.shape[0], context.row_start
+        if start is None:
+            start = torch.zeros(1, dtype=torch.long, device=key.device) if keep is None else first_real_token(keep)
+        exists = ((positions >= 0) & (positions >= start[:, None])).expand(batch, -1)
+        shift = first_real_token(exists)
+        key, value = (shift_rows(x, shift, 2) for x in (key, value))
+        there = shift_rows(exists if keep is None else exists & keep, shift, 1)
+        first = (positions.expand(batch, -1).gather(1, shift[:, None]) - start[:, None]).clamp(min=0)
+        slots = self._slots(key, value, there, first)
+        layer = context.recurrent
+        before = layer.state if isinstance(layer, CompressedLayer) else None
+        if isinstance(layer, CompressedLayer) and layer.dropped is not None:
+            layer.append(slots, in_slots(shift_rows(layer.dropped, shift, 1), self.config.compression_rate))
+        slots = slots if before is None else joined(before, slots)
+        new = torch.arange(query.shape[2], device=key.device) + context.query_offset
+        rows = (new - start[:, None]).expand(batch, -1)[..., None]
+        tokens = (first + torch.arange(key.shape[2], device=key.device))[:, None]
+        keys, values = (torch.cat(pair, dim=2) for pair in ((slots.keys, key), (slots.values, value)))
+        outputs = []
+        # a few at a time: the logits of many new tokens over single keys would be quadratic
+        for part, row in zip(query.split(CHUNK, dim=2), rows.split(CHUNK, dim=1), strict=True):
+            logits = self._logits(row, tokens, there, slots, context.relative_bias).to(query.dtype)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    part, keys, values, attn_mask=logits, dropout_p=context.dropout, scale=context.scaling
+                )
+            )
+        return torch.cat(outputs, dim=2)
+
+    def _logits(
+        self, row: Tensor, token: Tensor, there: Tensor, slots: CompressedMemory, bias: RelativeBias | None
+    ) -> Tensor:
+        """(B, 1 or H, N, G + S) what is added to the logits of slots and of keys (B, 1, S) at queries (B, N, 1)."""
+        block = self.config.block_size
+        near = there[:, None] & (token // block == row // block) & (token <= row)
+        far = slots.there.any(-1)[:, None] & (slots.first[:, None] // block < row // block)
+        counts = log_count(slots.there.sum(-1))[:, None].expand_as(far)
+        logits = torch.cat([counts, torch.zeros_like(near)], dim=-1)[:, None]
+        if bias is not None:
+            logits = logits + torch.cat([mean_bias(bias, slots, row), bias.at(token - row).transpose(0, 1)], dim=-1)
+        return logits.masked_fill(~torch.cat([far, near], dim=-1)[:, None], float("-inf"))

@@ -1,0 +1,175 @@
+"""Reformer: attention among tokens whose queries and keys hash alike, beside a local window."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..base import (
+    AttentionContext,
+    AttentionGeometry,
+    EfficientAttention,
+    EfficientAttentionConfig,
+    MechanismFacts,
+    attention_config,
+    register_mechanism,
+)
+from ..bucket_memory import BucketLayer, labels_of_all
+from ..ops.buckets import bucket_attention, paired_attention
+from ..ops.random_features import drawn_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReformerAttentionConfig(EfficientAttentionConfig):
+    """Options of Reformer attention.
+
+    Args:
+        num_buckets: b, values that a hash can take; even, or 1. The more, the more alike are the tokens of a bucket.
+        bucket_size: w, in tokens. Encoder: a chunk, in which w queries see w keys. Causal: a query sees the last w tokens
+            of its bucket, itself included.
+        num_hashes: R, independent hashes; a query sees what any of them shows.
+        attention_window: in tokens, even; 0 = no window. Encoder: half of them on each side plus the token itself are seen
+            as well. Causal: the last ones, the token itself included.
+        shared_qk: the published form, in which keys are also the queries; without a window. It must be trained.
+        seed: of the hashes, together with the layer.
+    """
+
+    mechanism: ClassVar[str] = "reformer"
+
+    num_buckets: int = 16
+    bucket_size: int = 64
+    num_hashes: int = 4
+    attention_window: int = 128
+    shared_qk: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("num_buckets", "bucket_size", "num_hashes")
+        self._require("num_buckets", self.num_buckets == 1 or self.num_buckets % 2 == 0, "even, or 1")
+        window = self.attention_window
+        self._require(
+            "attention_window", type(window) is int and window >= 0 and window % 2 == 0, "an even integer ≥ 0"
+        )
+        self._require("shared_qk", type(self.shared_qk) is bool, "true or false")
+        fits = window == 0 or not self.shared_qk
+        self._require("attention_window", fits, "0 with shared_qk, where a query sees its own key last")
+        self._require("seed", type(self.seed) is int and self.seed >= 0, "an integer ≥ 0")
+
+
+@register_mechanism
+class ReformerAttention(EfficientAttention):
+    """A query sees keys that hash like itself, and its neighbours, in one softmax; each of them once.
+
+    Round r has b / 2 random directions Ω_r, and sends a vector to that of them, or of their opposites, nearest to it:
+
+        h_r(x) = argmax [Ω_r x, -Ω_r x]
+
+    Encoder: queries are sorted by `h_r(q_i - mean q)`, keys by `h_r(k_j - mean k)`, both then by position, and each w
+    sorted queries see the w sorted keys of the same places. Means are over the real tokens of a row; subtracting that of
+    the keys changes no attention weight. Causal: query i sees the last w tokens up to itself that have its own
+    `h_r(q_i / ‖q_i‖ + k_i / ‖k_i‖)`, which no later token can change. Then
+
+        y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j    over all keys that a round or the window shows i
+
+    No parameters. Hashes are constants of the gradient. O(R N (w D + log N) + N R b D) time, O(N w) memory per round. While
+    decoding, all keys and the hashes of their tokens are kept, and a step compares N R hashes and copies R w keys.
+
+    With `shared_qk` there are no queries but the keys: logits are `k_i·k_j / ‖k_j‖ + b(j - i)`, hashes h_r(k_i), and a
+    token sees itself only where it sees nothing else. This loses pretrained attention: for training alone.
+
+    Source: Kitaev et al. 2020 (arXiv 2001.04451), §2; chunks of queries and keys that differ: Daras et al. 2020 (arXiv
+    2010.05315), §3. Departures: a pair found by several hashes counts once, causal choices look at no later token (the
+    published chunks do), and there is a window.
+    """
+
+    Config = ReformerAttentionConfig
+    config: ReformerAttentionConfig
+    facts = MechanismFacts(
+        title="Reformer (LSH attention)",
+        paper="arXiv 2001.04451",
+        time="n·(r·w + log n)",
+        memory="n·w",
+        exact_when="num_buckets = 1 and bucket_size ≥ 2n",
+        training="works untrained beside a window; training restores what no hash finds",
+    )
+    rotations: Tensor
+
+    def __init__(self, config: ReformerAttentionConfig, geometry: AttentionGeometry):
+        super().__init__(config, geometry)
+        self.register_buffer("rotations", torch.empty(config.num_hashes, config.num_buckets // 2, geometry.head_dim))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        # one bucket needs none
+        if count := self.rotations[..., 0].numel():
+            self.rotations.copy_(drawn_features(count, self.config.seed, self.geometry).view_as(self.rotations))
+
+    @torch.no_grad()
+    def initialise_from(self, source: object) -> dict[str, str]:
+        return {"rotations": f"random directions of seed {self.config.seed}, layer {self.geometry.layer}"}
+
+    @classmethod
+    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        return dataclasses.replace(config, num_buckets=1, bucket_size=2 * length, shared_qk=False)
+
+    @classmethod
+    def control_config(cls, config: Any) -> EfficientAttentionConfig | None:
+        if not config.attention_window:
+            return None
+        return attention_config(
+            "local", attention_window=config.attention_window, layers=config.layers, side=config.side
+        )
+
+    def cache_layer(self) -> BucketLayer | None:
+        return BucketLayer() if self.geometry.is_causal else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        options: dict[str, Any] = dict(
+            size=self.config.bucket_size, near=self.config.attention_window, own_last=self.config.shared_qk
+        )
+        own = key[:, :, key.shape[2] - query.shape[2] :]
+        if self.config.shared_qk:
+            # the model's queries keep a gradient, of 0
+            query, key = own + query[..., :0].sum(), _unit(key).to(key.dtype)
+            context = dataclasses.replace(context, scaling=1.0)
+        labels = [self.hashes(x) for x in self._hashed(query, own, context)]
+        if not context.is_causal:
+            return paired_attention(query, key, value, *labels, context=context, **options)
+        all_labels = labels_of_all(labels[0], key.shape[2], context)
+        return bucket_attention(query, key, value, all_labels, context=context, **options)
+
+    @torch.no_grad()
+    def _hashed(self, query: Tensor, key: Tensor, context: AttentionContext) -> list[Tensor]:
+        """What is hashed, in fp32 at least: for queries and for keys, causal: for both in one."""
+        both = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key)]
+        if context.is_causal:
+            return both[1:] if self.config.shared_qk else [_unit(both[0]) + _unit(both[1])]
+        return both if self.config.shared_qk else [x - _mean(x, context.key_padding_mask) for x in both]
+
+    @torch.no_grad()
+    def hashes(self, x: Tensor) -> Tensor:
+        """(B, H, R, N) bucket of each of (B, H, N, D) vectors in each round."""
+        if self.config.num_buckets == 1:
+            return x.new_zeros(*x.shape[:2], len(self.rotations), x.shape[2], dtype=torch.long)
+        with torch.autocast(x.device.type, enabled=False):
+            turned = torch.einsum("bhnd,rcd->bhrnc", x, self.rotations.to(x.dtype))
+            return torch.cat([turned, -turned], dim=-1).argmax(-1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / ‖x‖ in fp32 at least: in half precision 0 would become NaN."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def _mean(x: Tensor, keep: Tensor | None) -> Tensor:
+    """(B, H, 1, D) mean of the real tokens of (B, H, N, D)."""
+    if keep is None:
+        return x.mean(2, keepdim=True)
+    real = keep[:, None, :, None]
+    return torch.where(real, x, 0.0).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)

@@ -1,0 +1,208 @@
+"""Routing attention: tokens see those of their own clusters, around centroids that calibration finds in the model itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..base import (
+    AttentionContext,
+    AttentionGeometry,
+    EfficientAttention,
+    EfficientAttentionConfig,
+    MechanismFacts,
+    attention_config,
+    register_mechanism,
+)
+from ..bucket_memory import BucketLayer, labels_of_all
+from ..ops.buckets import bucket_attention
+from ..ops.clusters import best_members, cluster_attention, cluster_sums, nearest, spherical_kmeans, wide
+from ..ops.random_features import drawn_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingTransformerAttentionConfig(EfficientAttentionConfig):
+    """Options of routing attention.
+
+    Args:
+        num_clusters: k, per head. Encoder: k · w of about the length or more lets every token into some cluster.
+        cluster_size: w. Encoder: queries, and keys, that each cluster takes. Causal: of a query's own cluster the last w
+            tokens are seen, the token itself included.
+        attention_window: even; encoder: half of it on each side is seen beside the clusters; causal: the last so many keys;
+            0 = none, and then a token that no cluster takes gets 0.
+        ema_decay: λ of the centroids' moving average while training, below 1; 0 = they stay. `UpdateCentroids` moves them.
+        seed: of the centroids' start.
+    """
+
+    mechanism: ClassVar[str] = "routing_transformer"
+
+    num_clusters: int = 8
+    cluster_size: int = 128
+    attention_window: int = 64
+    ema_decay: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("num_clusters", "cluster_size")
+        window, decay, seed = self.attention_window, self.ema_decay, self.seed
+        self._require(
+            "attention_window", type(window) is int and window >= 0 and window % 2 == 0, "an even integer ≥ 0"
+        )
+        self._require("ema_decay", isinstance(decay, (int, float)) and 0 <= decay < 1, "a number from 0 to below 1")
+        self._require("seed", type(seed) is int and seed >= 0, "an integer ≥ 0")
+
+
+@register_mechanism
+class RoutingTransformerAttention(EfficientAttention):
+    """With unit centroids μ_c (k of them per head) and x̂ = x / ‖x‖:
+
+        encoder: i sees j iff, for some c, q_i is among the w queries of the largest <q̂_i, μ_c>
+                 and k_j among the w keys of the largest <k̂_j, μ_c>
+        causal:  i sees j iff argmax_c <q̂_i + k̂_i, μ_c> = argmax_c <q̂_j + k̂_j, μ_c>, j ≤ i,
+                 and j is among the last w tokens up to i of which that holds
+
+    or j is in the window. All pairs count once, in one softmax over `s · q_i·k_j + b(j - i)`. The causal form depends on no
+    later token, as the choice of a cluster's best tokens would.
+
+    Centroids are random directions until `calibration.calibrate`, or `convert(…, calibration=texts)`, puts them where the
+    model's own queries (causal: the sums above) crowd: spherical k-means, per head. With `ema_decay` λ > 0 they follow the
+    training: at every optimiser step `μ_c ← (λ μ_c + (1 - λ) x̄_c) / ‖…‖`, x̄_c the mean of the x̂ nearest to μ_c in all that a
+    backward pass went through since the last.
+
+    O(N k D + k w² (D + k) + N · window · D) time, O(N k + k w² + N · window) memory. Causal: O(N k D + N (w + window) D);
+    while decoding all keys and one label of each are kept. Source: Roy et al. 2021 (arXiv 2003.05997), §4. Departures: heads
+    enter the softmax as they are and are normalised for routing alone; a token of several clusters has one softmax over
+    them, not a mean; centroids of the queries alone, as those of both tell queries from keys; a mean, not a sum, moves them.
+    """
+
+    Config = RoutingTransformerAttentionConfig
+    config: RoutingTransformerAttentionConfig
+    facts = MechanismFacts(
+        title="Routing Transformer",
+        paper="arXiv 2003.05997",
+        time="n·k·d + n·w·d",
+        memory="n·(w + k)",
+        exact_when="num_clusters = 1 and cluster_size ≥ 2n",
+        training="needs calibration; training restores long range",
+    )
+
+    def __init__(self, config: RoutingTransformerAttentionConfig, geometry: AttentionGeometry):
+        super().__init__(config, geometry)
+        self.centroids: Tensor
+        shape = (geometry.num_heads, config.num_clusters, geometry.head_dim)
+        self.register_buffer("centroids", torch.empty(shape, dtype=torch.float32))
+        # not a buffer: data-parallel training would overwrite it with that of the first process
+        self.pending: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            drawn = drawn_features(self.centroids.shape[:2].numel(), self.config.seed, self.geometry)
+            self.centroids.copy_(F.normalize(drawn, dim=-1).view_as(self.centroids))
+
+    @torch.no_grad()
+    def initialise_from(self, source: object) -> dict[str, str]:
+        start = f"random directions of seed {self.config.seed}, layer {self.geometry.layer}"
+        return {"centroids": f"{start}: needs calibration, give texts"}
+
+    @classmethod
+    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        return dataclasses.replace(config, num_clusters=1, cluster_size=2 * length)
+
+    @classmethod
+    def control_config(cls, config: Any) -> EfficientAttentionConfig | None:
+        if not config.attention_window:
+            return None
+        places = dict(layers=config.layers, side=config.side)
+        return attention_config("local", attention_window=config.attention_window, **places)
+
+    def cache_layer(self) -> BucketLayer | None:
+        return BucketLayer() if self.geometry.is_causal else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        size, near, keep = self.config.cluster_size, self.config.attention_window, context.key_padding_mask
+        if self.geometry.is_causal:
+            routed = self._routed(query, key[:, :, key.shape[2] - query.shape[2] :])
+            labels = labels_of_all(nearest(routed, self.centroids)[:, :, None], key.shape[2], context)
+            out = bucket_attention(query, key, value, labels, size=size, near=near, context=context)
+        else:
+            centroids = self.centroids
+            if size >= query.shape[2]:
+                # one cluster takes everything
+                centroids, near = centroids[:, :1], 0
+            members = (best_members(x, centroids, size, keep) for x in (query, key))
+            out = cluster_attention(query, key, value, *members, near=near, context=context)
+        if self.config.ema_decay and self.training and out.requires_grad:
+            self._count(query, key, keep, out)
+        return out
+
+    def _routed(self, query: Tensor, key: Tensor) -> Tensor:
+        """(…, N, D) what the centroids lie among. No gradient."""
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            routed = F.normalize(wide(query), dim=-1)
+            return routed + F.normalize(wide(key), dim=-1) if self.geometry.is_causal else routed
+
+    # ---- centroids from data -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def calibrate(self, query: Tensor, key: Tensor) -> dict[str, str]:
+        """Put the centroids where the (H, T, D) heads of T tokens crowd. Returns {buffer: where its values came from}."""
+        routed = self._routed(query, key)
+        self.centroids.copy_(spherical_kmeans(routed, self.config.num_clusters, seed=self.config.seed))
+        what = "query-key sums" if self.geometry.is_causal else "queries"
+        return {"centroids": f"spherical k-means of the {what} of {routed.shape[1]} tokens"}
+
+    @torch.no_grad()
+    def occupancy(self, query: Tensor, key: Tensor) -> Tensor:
+        """(H, k) share of T tokens, given as (H, T, D) heads, that are nearest to each centroid; 0 = it serves nobody."""
+        counts = cluster_sums(self._routed(query, key)[None], self.centroids, None)[..., -1]
+        return counts / query.shape[1]
+
+    def _count(self, query: Tensor, key: Tensor, keep: Tensor | None, out: Tensor) -> None:
+        """Count the call when its gradient comes: once, although checkpointing may compute it twice."""
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "routing_transformer: ema_decay counts tokens during the backward pass, which can't be compiled: leave "
+                "compilation off, or set ema_decay=0."
+            )
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "routing_transformer: ema_decay counts tokens in the module, and copies that torch.nn.DataParallel makes "
+                "of it for a call forget them: start one process per device (torchrun), or set ema_decay=0."
+            )
+        new = slice(key.shape[2] - query.shape[2], None)
+        routed = F.normalize(self._routed(query, key[:, :, new]), dim=-1)
+        sums = cluster_sums(routed, self.centroids, None if keep is None else keep[:, new])
+
+        def add(gradient: Tensor) -> None:
+            self.pending = sums if self.pending is None else self.pending + sums
+
+        out.register_hook(add)
+
+    def take_pending(self) -> Tensor:
+        """(H, k, D + 1) sums and counts, see `cluster_sums`, of this process since the last time this was called."""
+        sums, self.pending = self.pending, None
+        if sums is None:
+            sums = wide(self.centroids.new_zeros(*self.centroids.shape[:2], self.centroids.shape[2] + 1))
+        return sums
+
+    @torch.no_grad()
+    def move_centroids(self, sums: Tensor) -> None:
+        """One step of the moving average towards (H, k, D + 1) sums of all processes; centroids of no token stay.
+
+        Raises:
+            ValueError: centroids in half precision, which could not move by so little.
+        """
+        if self.centroids.dtype != wide(self.centroids).dtype:
+            raise ValueError(
+                f"routing_transformer: centroids in {self.centroids.dtype} can't follow ema_decay={self.config.ema_decay}: "
+                "train in float32, with autocast where half precision is wanted."
+            )
+        total, count = sums[..., :-1], sums[..., -1:]
+        moved = torch.lerp(total / count.clamp(min=1), self.centroids, self.config.ema_decay)
+        self.centroids.copy_(torch.where(count > 0, F.normalize(moved, dim=-1), self.centroids))

@@ -1,0 +1,177 @@
+"""Set Transformer: attention through inducing points, which read the keys before queries read them; and its pooling head."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..base import (
+    AttentionContext,
+    AttentionGeometry,
+    EfficientAttention,
+    EfficientAttentionConfig,
+    MechanismFacts,
+    register_mechanism,
+)
+from ..ops.slots import Slots, segments_of_rows, slot_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetTransformerAttentionConfig(EfficientAttentionConfig):
+    """Options of Set Transformer attention.
+
+    Args:
+        num_inducing: m, inducing points per head; a row of fewer tokens has one for each of them.
+        segment_bias: start of β - log(m - 1), what a point's own segment of the row has over all others together: large =
+            means of segments.
+    """
+
+    mechanism: ClassVar[str] = "set_transformer"
+
+    num_inducing: int = 64
+    segment_bias: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("num_inducing")
+        value = self.segment_bias
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+        self._require("segment_bias", fits and value < float("inf"), "a number ≥ 0")
+
+
+@register_mechanism
+class SetTransformerAttention(EfficientAttention):
+    """An induced set attention block (ISAB) of the host's own projections: points read the keys, queries read the points.
+
+    With segment t of m equal ones of a row's real tokens, k̄_t its mean key, and per head the points x_t, τ and β:
+
+        a_tj = softmax_j(s · (x_t + τ k̄_t)·k_j + β [j in segment t])      over the row's real tokens j
+        k̃_t = Σ_j a_tj k_j,   ṽ_t = Σ_j a_tj v_j
+        y_i = Σ_t softmax_t(s · q_i·k̃_t + Σ_j a_tj b(j - i) + log |segment t|) ṽ_t
+
+    x = 0 and τ = 0 at the start: for large β the slots are means of segments, and with m ≥ n the tokens themselves; outside
+    its segment a point has 1 / (1 + e^segment_bias) of its weight. τ lets points follow the data, x lets them look for
+    something of their own; both are learned, and so is β.
+
+    O(N m) time and memory, (m D + 2) parameters per head. Source: Lee et al. 2019 (arXiv 1810.00825), §3.2. Departures: the
+    inner block has no residual, norm or feed-forward layer of its own, with which it could never start as the pretrained
+    attention; segments give the points an order; slots carry their log-count.
+    """
+
+    Config = SetTransformerAttentionConfig
+    config: SetTransformerAttentionConfig
+    facts = MechanismFacts(
+        title="Set Transformer (ISAB)",
+        paper="arXiv 1810.00825",
+        time="n·m",
+        memory="n·m",
+        exact_when="num_inducing ≥ n and segment_bias → ∞",
+        training="needed: untrained it loses much of the model",
+    )
+    causal_refusal = (
+        "inducing points read the future; use memory_compressed, whose slots are complete before they are seen, or local, "
+        "longformer, bigbird or performer"
+    )
+    left_aligned = True
+    transfer_learning_rate = 1e-2
+
+    def __init__(self, config: SetTransformerAttentionConfig, geometry: AttentionGeometry):
+        super().__init__(config, geometry)
+        heads = geometry.num_heads
+        self.inducing_points = nn.Parameter(torch.empty(heads, config.num_inducing, geometry.head_dim))
+        self.key_weight = nn.Parameter(torch.empty(heads))
+        self.segment_bias = nn.Parameter(torch.empty(heads))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.inducing_points)
+        nn.init.zeros_(self.key_weight)
+        others = max(1, self.config.num_inducing - 1)
+        nn.init.constant_(self.segment_bias, self.config.segment_bias + math.log(others))
+
+    @torch.no_grad()
+    def initialise_from(self, source: object) -> dict[str, str]:
+        start = {"inducing_points": "zero", "key_weight": "zero"}
+        return start | {"segment_bias": "close to means of segments"}
+
+    @classmethod
+    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        return dataclasses.replace(config, num_inducing=length, segment_bias=40.0)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        count, keep = self.config.num_inducing, context.key_padding_mask
+        if keep is None:
+            keep = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
+        segment = segments_of_rows(keep, count)
+        own = (segment[:, None] == torch.arange(count, device=key.device)[:, None]) & keep[:, None]  # (B or 1, m, S)
+        size = own.sum(-1)
+        wide = torch.promote_types(key.dtype, torch.float32)
+        with torch.autocast(key.device.type, enabled=False):
+            tokens = key.to(wide).masked_fill(~keep[:, None, :, None], 0.0)
+            means = (own / size.clamp(min=1)[..., None]).to(wide)[:, None] @ tokens
+            points = self.inducing_points.to(wide) + self.key_weight.to(wide)[:, None, None] * means
+            logits = context.scaling * points @ tokens.transpose(-1, -2)
+            logits = logits + self.segment_bias.to(wide)[:, None, None] * own[:, None]
+            shares = logits.masked_fill(~keep[:, None, None], torch.finfo(wide).min).softmax(-1)
+            # a row without any real token has shares of its padding, which no slot shows
+            keys = shares @ tokens
+            values = shares @ value.to(wide).masked_fill(~keep[:, None, :, None], 0.0)
+        return slot_attention(query, Slots(keys.to(key.dtype), values.to(value.dtype), size[:, None], shares), context)
+
+
+class PoolingByMultiheadAttention(nn.Module):
+    """k vectors from a sequence, in place of the mean of its tokens: learned seeds attend to all of them (PMA).
+
+        z = softmax_j(seed · W_k x_j / √D) W_v x_j per head,   h = seed + W_o z,   out = h + W_2 relu(W_1 h)
+
+    W_v = W_o = I, the first seed and W_2 are 0 at the start, so that the first vector starts as the mean of the real tokens,
+    the embedding that sentence encoders have been trained for, and gradients reach all of it from there on. Further seeds
+    are random and small (standard deviation 0.02): equal ones could stay equal for ever.
+
+    Args:
+        hidden_size: D · H. num_heads: H. num_seeds: k.
+
+    Raises:
+        ValueError: a number below 1, or heads that do not divide the width.
+
+    O(N k) time. Source: Lee et al. 2019 (arXiv 1810.00825), §3.2. Departures: neither layer norms nor a feed-forward layer
+    on the tokens, with which it could not start as a mean.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int = 1, num_seeds: int = 1):
+        super().__init__()
+        for name, value in (("num_heads", num_heads), ("num_seeds", num_seeds)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if hidden_size % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide hidden_size={hidden_size}.")
+        self.num_heads = num_heads
+        self.seeds = nn.Parameter(0.02 * torch.randn(num_seeds, hidden_size))
+        nn.init.zeros_(self.seeds[:1])
+        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.value, self.output = (nn.Linear(hidden_size, hidden_size) for _ in range(2))
+        self.hidden = nn.Linear(hidden_size, hidden_size)
+        self.expand = nn.Linear(hidden_size, hidden_size)
+        for linear in (self.key, self.value, self.output):
+            nn.init.eye_(linear.weight)
+        nn.init.zeros_(self.expand.weight)
+        for linear in (self.value, self.output, self.expand):
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, k, hidden_size) of (B, N, hidden_size) tokens with a (B, N) mask, 1 = real; a row without any gives what the
+        seeds alone do."""
+        batch, _, width = hidden_states.shape
+        key, value, seeds = (
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x in (self.key(hidden_states), self.value(hidden_states), self.seeds.expand(batch, -1, -1))
+        )
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        read = F.scaled_dot_product_attention(seeds.to(key.dtype), key, value, attn_mask=mask)
+        pooled = self.seeds + self.output(read.transpose(1, 2).reshape(batch, -1, width))
+        return pooled + self.expand(F.relu(self.hidden(pooled)))

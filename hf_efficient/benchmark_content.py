@@ -1,0 +1,149 @@
+"""What chooses keys by content or carries a memory, over length, beside full attention and transformers' Reformer."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .benchmark import hardware
+from .contenders import Attention, Ours, Point
+from .conversion import versions
+from .testing import LargestTensor
+from .timing import Mark, attempt, speedups, timed
+
+LENGTHS = (1024, 4096, 16384)
+HEADS, WIDTH = 4, 64
+ENCODERS: dict[str, dict[str, Any]] = {
+    "reformer": dict(num_buckets=16, bucket_size=64, num_hashes=4, attention_window=0),
+    "routing_transformer": dict(num_clusters=16, cluster_size=64),
+    "sinkhorn": dict(block_size=64, num_sorted_blocks=2),
+    "clustered": dict(num_clusters=64, top_k=32),
+}
+DECODERS: dict[str, dict[str, Any]] = {
+    **{name: ENCODERS[name] for name in ("reformer", "routing_transformer", "sinkhorn")},
+    "transformer_xl": dict(segment_length=128, memory_length=384),
+    "compressive": dict(segment_length=128, memory_length=256, compressed_memory_length=128, compression_rate=4),
+}
+FULL, THEIRS = "full (SDPA)", "transformers Reformer"
+
+
+class TransformersReformer:
+    """`LSHSelfAttention` with as many hashes, buckets and tokens per chunk as `reformer` here; its query is its key, too."""
+
+    def __init__(self, point: Point, is_causal: bool):
+        from transformers import ReformerConfig
+        from transformers.models.reformer.modeling_reformer import LSHSelfAttention
+
+        options = ENCODERS["reformer"]
+        config = ReformerConfig(
+            hidden_size=point.heads * point.width,
+            num_attention_heads=point.heads,
+            attention_head_size=point.width,
+            lsh_attn_chunk_length=options["bucket_size"],
+            num_hashes=options["num_hashes"],
+            num_buckets=options["num_buckets"],
+            lsh_attention_probs_dropout_prob=0.0,
+            hash_seed=0,
+            is_decoder=is_causal,
+        )
+        self.module, self.point = LSHSelfAttention(config, layer_idx=0).to(point.device, point.kind).eval(), point
+        # the halves of what comes in stand for its two projections
+        inner = point.heads * point.width
+        self.module.query_key = _Half(slice(0, inner))  # type: ignore[assignment]
+        self.module.value = _Half(slice(inner, 2 * inner))  # type: ignore[assignment]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        given = torch.cat([x.transpose(1, 2).flatten(2) for x in (query, value)], dim=-1)
+        out: Tensor = self.module(given)[0]
+        return out.unflatten(-1, (self.point.heads, self.point.width)).transpose(1, 2)
+
+
+class _Half(torch.nn.Module):
+    def __init__(self, part: slice):
+        super().__init__()
+        self.part = part
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden[..., self.part]
+
+
+def contenders(point: Point, is_causal: bool) -> dict[str, Attention]:
+    """All that are compared at a point, by name; what can't be causal has no causal form."""
+    ours = {
+        name: Ours(name, point, is_causal=is_causal, **options)
+        for name, options in (DECODERS if is_causal else ENCODERS).items()
+    }
+    full = partial(F.scaled_dot_product_attention, is_causal=is_causal)
+    return {FULL: full, THEIRS: TransformersReformer(point, is_causal), **ours}
+
+
+def _largest(attention: Attention, tensors: list[Tensor]) -> int:
+    with torch.no_grad(), LargestTensor() as recorder:
+        attention(*tensors)
+    return recorder.numel
+
+
+def content_suite(
+    lengths: Sequence[int] = LENGTHS, rounds: int = 5, seconds: float = 240, progress: bool = True
+) -> dict[str, Any]:
+    """Forward, and forward with backward, of all contenders in turn at each length, and the largest tensor of each.
+
+    Args:
+        seconds: per length, side and pass, after which no further round begins.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results: list[dict[str, Any]] = []
+    for length in lengths:
+        point = Point(length, heads=HEADS, width=WIDTH, device=device)
+        *heads, gradient = point.tensors()
+        for side, is_causal in (("encoder", False), ("decoder", True)):
+            found = contenders(point, is_causal)
+            largest = {name: _largest(attention, heads) for name, attention in found.items()}
+            for kind in ("forward", "training"):
+                calls: dict[str, Callable[[Mark], None]] = {
+                    name: attempt(attention, kind, [*heads, gradient]) for name, attention in found.items()
+                }
+                times, failed = timed(calls, rounds, seconds, device, f"{side} {length}" if progress else None)
+                if failed:
+                    raise RuntimeError(f"{side}, {length} tokens: {failed}")
+                for name, taken in times.items():
+                    row: dict[str, Any] = {"contender": name, "side": side, "pass": kind, "length": length}
+                    row["seconds"] = statistics.median(time.total for time in taken)
+                    row["rounds"], row["largest_tensor"] = len(taken), largest[name]
+                    row["faster_than"] = {
+                        rival: speedups(times[rival], taken) for rival in (FULL, THEIRS) if rival != name
+                    }
+                    results.append(row)
+    return {
+        "suite": "content",
+        "settings": {
+            "heads": HEADS,
+            "width": WIDTH,
+            "batch": 1,
+            "dtype": "float32",
+            "device": device,
+            "seed": 0,
+            "options": {"encoder": ENCODERS, "decoder": DECODERS},
+        },
+        "results": results,
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and rows for people."""
+    header = ["contender", "side", "pass", "tokens", "ms", f"{FULL} takes ×", f"{THEIRS} takes ×", "largest tensor"]
+    rows = []
+    for row in document["results"]:
+        ratios = [row["faster_than"][name]["ratio"] if name in row["faster_than"] else None for name in (FULL, THEIRS)]
+        cells = ["–" if ratio is None else round(ratio, 2) for ratio in ratios]
+        place = [row["contender"], row["side"], row["pass"], row["length"]]
+        rows.append([*place, round(1000 * row["seconds"], 1), *cells, row["largest_tensor"]])
+    return header, rows

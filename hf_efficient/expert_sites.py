@@ -1,0 +1,253 @@
+"""How experts get into a model and out of it again, and how a call tells them which tokens are real.
+
+The mask travels as a keyword from the stack to the attention module beside the experts, as a checkpointed layer that is
+computed again meets the same keywords. Hooks are plain functions, and what they need to know lies beside them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .dispatch import CHILD, IMPLEMENTATION
+from .experts import ExpertLayer, ExpertsConfig, expert_layers, router_loss
+from .families import AttentionSite, Stack, family_of
+
+KEYWORD = "efficient_tokens"
+NOTE = "_efficient_experts"
+IN_FP32 = "DenseReluDense.down"  # T5's second product overflows in fp16
+_MISSING = object()
+
+
+@dataclass
+class _StackNote:
+    """What the hooks of one stack know: the parameters of its forward, and its sparse layers."""
+
+    parameters: list[str]
+    layers: list[ExpertLayer]
+
+
+def sparse_sites(stack: Stack, config: ExpertsConfig) -> list[AttentionSite]:
+    """The attention modules in whose layers the experts go.
+
+    Raises:
+        ValueError: layers that do not exist, or none at all.
+    """
+    number = len(stack.sites)
+    wanted = range(1, number, 2) if config.layers is None else config.layers
+    beyond = [i for i in wanted if i >= number]
+    if beyond:
+        raise ValueError(f"layers {beyond} do not exist: the {stack.side} has layers 0 to {number - 1}.")
+    if not wanted:
+        raise ValueError(
+            f"the {stack.side} has one layer, and every other one from the second on is none: give layers."
+        )
+    return [site for site in stack.sites if site.layer in wanted]
+
+
+def layer_of(stack: Stack, site: AttentionSite) -> nn.Module:
+    """The host's layer around a self-attention module."""
+    path = (site.name.removeprefix(f"{stack.name}.") if stack.name else site.name).split(".")
+    around = [stack.module.get_submodule(".".join(path[:end])) for end in range(1, len(path))]
+    return next(module for module in around if isinstance(module, GradientCheckpointingLayer))
+
+
+def install_experts(model: PreTrainedModel, config: ExpertsConfig) -> list[str]:
+    """Put experts into `model` in place, each a copy of the layer's feed-forward part. Returns their qualified names.
+
+    Raises:
+        ValueError: see `sparse_sites`, a family whose feed-forward parts are not known, or layers that cut them into chunks;
+            the model is unchanged then.
+    """
+    family = family_of(model)
+    stacks = family.stacks(model)
+    # refuse before anything changes
+    layers = {site.name: layer_of(stack, site) for stack in stacks for site in sparse_sites(stack, config)}
+    names = {name: family.feed_forward_name(layer) for name, layer in layers.items()}
+    if any(getattr(layer, "chunk_size_feed_forward", 0) for layer in layers.values()):
+        raise ValueError(
+            "chunk_size_feed_forward cuts rows into chunks, each with a capacity of its own; set it to 0."
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    for stack in stacks:
+        note = _StackNote(list(inspect.signature(type(stack.module).forward).parameters)[1:], [])
+        for site in stack.sites:
+            experts = None
+            if site.name in layers:
+                layer = layers[site.name]
+                experts = ExpertLayer(config, family.feed_forward(layer), generator)
+                experts.train(layer.training)
+                layer.set_submodule(names[site.name], experts)
+                family.clear_feed_forward(layer)
+                note.layers.append(experts)
+            site.module.__dict__[NOTE] = experts
+            site.module.register_forward_pre_hook(_take_tokens, with_kwargs=True)
+        stack.module.__dict__[NOTE] = note
+        stack.module.register_forward_pre_hook(_begin, with_kwargs=True)
+        stack.module.register_forward_hook(_end)
+        if "wo" in (stack.module._keep_in_fp32_modules or ()):
+            model._keep_in_fp32_modules = {*(model._keep_in_fp32_modules or ()), IN_FP32}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            mark_experts(module.config)
+    return list(expert_layers(model))
+
+
+def mark_experts(config: Any) -> None:
+    """Where a config has experts, name them in it so that loading fails without these classes, instead of losing them."""
+    if getattr(config, "efficient_experts", None):
+        config.experts_implementation = IMPLEMENTATION
+        # what transformers would choose between is not used
+        config._experts_implementation = None
+
+
+def uninstall_experts(model: PreTrainedModel) -> None:
+    """Put the dense feed-forward parts back, for experts that are still equal.
+
+    Raises:
+        ValueError: experts were trained apart, so no dense layer does what they do; the model is unchanged then.
+    """
+    for name, sparse in expert_layers(model).items():
+        if not sparse.are_equal():
+            raise ValueError(
+                f"the experts of {name} have been trained apart, so there is no dense layer to go back to; take the "
+                "checkpoint that was upcycled."
+            )
+    family = family_of(model)
+    for stack in family.stacks(model):
+        for site in stack.sites:
+            experts: ExpertLayer | None = site.module.__dict__[NOTE]
+            if experts is not None:
+                layer = layer_of(stack, site)
+                family.restore_feed_forward(layer, experts.dense(0), stack.module.config)
+                layer.train(layer.training)
+    _detach(model)
+
+
+@contextmanager
+def unchanged_on_error(model: Any) -> Iterator[None]:
+    """Experts that are installed inside are gone again after an exception: every module is the one that it was before."""
+    modules = [(module, dict(module._modules)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        _detach(model)
+        for module, children in modules:
+            module._modules.clear()
+            module._modules.update(children)
+        raise
+
+
+def _detach(model: Any) -> None:
+    """Take away everything that `install_experts` put beside the experts."""
+    for module in model.modules():
+        module.__dict__.pop(NOTE, None)
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook in (_begin, _take_tokens)]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key in [key for key, hook in module._forward_hooks.items() if hook is _end]:
+            del module._forward_hooks[key]
+    if IN_FP32 in (model._keep_in_fp32_modules or ()):
+        model._keep_in_fp32_modules = {*model._keep_in_fp32_modules} - {IN_FP32}
+
+
+# ---- hooks -------------------------------------------------------------------------------------------------------
+
+
+def _begin(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """In training, send the padding mask along and take routings down."""
+    note: _StackNote = stack.__dict__[NOTE]
+    if not stack.training:
+        return None
+    mask = (dict(zip(note.parameters, args, strict=False)) | kwargs).get("attention_mask")
+    # both stacks of an encoder-decoder model get the keyword, which is meant for the decoder
+    if mask is None and KEYWORD in kwargs and stack.config.is_decoder:
+        mask = kwargs[KEYWORD]
+    if isinstance(mask, Tensor) and mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)}: experts in training must know which tokens are real; give a "
+            "(batch, tokens) padding mask."
+        )
+    for layer in note.layers:
+        layer.recording = True
+    return args, kwargs | {KEYWORD: mask}
+
+
+def _end(stack: Any, args: Any, output: Any) -> None:
+    for layer in stack.__dict__[NOTE].layers:
+        layer.recording = False
+
+
+def _take_tokens(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hand the mask to the experts behind this attention module; where the layer runs on slots, the mask of slots."""
+    experts: ExpertLayer | None = attention.__dict__[NOTE]
+    kwargs = dict(kwargs)
+    tokens = kwargs.pop(KEYWORD, _MISSING)
+    if experts is None or not experts.training:
+        return args, kwargs
+    if tokens is _MISSING:
+        raise RuntimeError(
+            "experts were called in training without knowing which tokens are real: call the model itself, not its forward."
+        )
+    rows = kwargs.get("efficient_rows")
+    if rows is not None and tokens is None and rows.segments is not None:
+        tokens = torch.ones(rows.segments.shape, device=rows.segments.place.device)
+    if rows is not None and tokens is not None:
+        runs = attention._modules[CHILD].pooling.queries
+        tokens = rows.means(tokens.unsqueeze(-1).float(), runs).squeeze(-1) > 0
+    experts.tokens = tokens
+    return args, kwargs
+
+
+# ---- the loss ----------------------------------------------------------------------------------------------------
+
+
+def with_router_loss(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's forward whose training loss, where there is one, has the routers' part in it."""
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.training or not getattr(self.config, "efficient_experts", None):
+            return stock_forward(self, *args, **kwargs)
+        labels = kwargs.get("labels")
+        if labels is not None and hasattr(self, "prepare_decoder_input_ids_from_labels"):
+            # where labels are the decoder's tokens, collators mark its padding in them alone
+            kwargs[KEYWORD] = labels.ne(-100)
+        output = stock_forward(self, *args, **kwargs)
+        in_tuple = isinstance(output, tuple)
+        loss = output[0] if in_tuple else output.get("loss")
+        if loss is None or loss.dim():
+            return output  # no labels were given
+        loss = loss + _share(self, kwargs) * router_loss(self).to(loss.dtype)
+        for layer in expert_layers(self).values():
+            # what is left to report needs no gradient
+            if layer.routing is not None:
+                layer.routing = type(layer.routing)(*(figure.detach() for figure in layer.routing))
+        if in_tuple:
+            return (loss, *output[1:])
+        output["loss"] = loss
+        return output
+
+    return forward
+
+
+def _share(model: Any, kwargs: dict[str, Any]) -> Any:
+    """This call's part of the optimiser step: the Trainer sums losses that were divided by `num_items_in_batch`."""
+    total, labels, shifted = (kwargs.get(name) for name in ("num_items_in_batch", "labels", "shift_labels"))
+    if total is None or labels is None or not model.accepts_loss_kwargs:
+        return 1.0  # the rest of the loss is a mean over this call too
+    if shifted is not None:
+        return shifted.ne(-100).sum() / total
+    # the Trainer's own rule, by which GPT-2's first labels count
+    shifts = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss and not model.config.is_encoder_decoder
+    return (labels[..., 1:] if shifts else labels).ne(-100).sum() / total

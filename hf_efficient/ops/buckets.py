@@ -1,0 +1,382 @@
+"""Attention by content: tokens that share a label see each other, beside a local window; every pair once, in one softmax."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attend import Partial, additive_mask, attend, merge_attention
+from .block_sparse import block_sparse_attention
+from .patterns import Window
+from .windows import window_sides
+
+if TYPE_CHECKING:
+    from ..base import AttentionContext
+
+# far from every code: a hidden key differs from each query by more than any reach
+FAR = 2**29
+# the label of padding, behind all others
+PRIVATE = 2**31
+# log-weight of a query's own key where it comes last
+LEAST = -1e5
+# elements of one group of tiles' mask: bounds working memory, not results
+MASK_BUDGET = 2**23
+# new tokens that are computed at once while decoding
+CHUNK = 32
+
+
+def bucket_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    labels: Tensor,
+    *,
+    size: int,
+    near: int,
+    context: AttentionContext,
+    own_last: bool = False,
+) -> Tensor:
+    """`y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j` over the keys j that a round of labels or the window shows query i.
+
+    Round r shows i the real tokens j of its own label whose rank among these differs from that of i by at most `size // 2`;
+    causal: j ≤ i, and by less than `size`, so that these are the last `size` tokens of that label, i itself included. What
+    i sees then depends on no later token. The window shows `near // 2` keys on each side and i itself; causal: the last
+    `near` keys, i included; 0 = no window. A pair that several of them show counts once. Padding has no rank.
+
+    Args:
+        query: (B, H, N, D). key, value: (B, H, S, D); S > N while decoding, where the last N keys are the queries' own.
+        labels: (B, H, R, S) int64 ≥ 0, one label per token, head and round. They are constants: no gradient reaches them.
+        context: its `is_causal`, `scaling`, `key_padding_mask`, `relative_bias` and `dropout` are honoured.
+        own_last: a query sees its own key only where it sees no other.
+
+    Returns:
+        (B, H, N, D); 0 for a query that may see nothing. O(N log N + R · N · size · D) time, O(N · size) memory per round;
+        while decoding O(R · S + (R · size + near) · D) per new token.
+
+    Raises:
+        ValueError: labels of another shape, or fewer queries than keys where these are no past.
+
+    Source: Kitaev et al. 2020 (arXiv 2001.04451), §2; Roy et al. 2021 (arXiv 2003.05997), §4. Departure: a causal query sees
+    the last tokens of its label, in place of chunks or a cluster's best tokens, whose choice depends on later tokens.
+    """
+    n, s = query.shape[2], key.shape[2]
+    _check(query, labels, s)
+    rule = _rule(size, near, own_last, context, s)
+    if n < s:
+        if not context.is_causal:
+            raise ValueError(
+                f"{n} queries and {s} keys: only causal attention can decode; give as many keys as queries."
+            )
+        return _decode(query, key, value, labels, rule)
+    rounds = [_by_label(label, rule.size, context) for label in labels.unbind(2)]
+    return _over_rounds(query, key, value, rounds, rule)
+
+
+def paired_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_labels: Tensor,
+    key_labels: Tensor,
+    *,
+    size: int,
+    near: int,
+    context: AttentionContext,
+    own_last: bool = False,
+) -> Tensor:
+    """`bucket_attention` of encoders with labels of queries and of keys: equal chunks of both in the order of their labels.
+
+    Round r sorts the real queries by (label, position), the real keys by theirs, and shows a query in chunk c of `size`
+    queries the keys in chunk c of `size` keys. Padding comes behind and moves no chunk.
+
+    Args:
+        query, key, value: (B, H, N, D).
+        query_labels, key_labels: (B, H, R, N) int64 ≥ 0.
+
+    Raises:
+        ValueError: labels of another shape, or a causal context: chunks depend on later tokens.
+
+    Source: Daras et al. 2020 (arXiv 2010.05315), §3; with equal labels and one round the chunks of Kitaev et al. 2020.
+    """
+    if context.is_causal:
+        raise ValueError("paired chunks can't be causal, since they depend on later tokens: use bucket_attention.")
+    for labels in (query_labels, key_labels):
+        _check(query, labels, key.shape[2])
+    both = zip(query_labels.unbind(2), key_labels.unbind(2), strict=True)
+    rule = _rule(size, near, own_last, context, key.shape[2])
+    rounds = [_by_rank(*labels, rule.size, context) for labels in both]
+    return _over_rounds(query, key, value, rounds, rule)
+
+
+def _check(query: Tensor, labels: Tensor, length: int) -> None:
+    if labels.shape[:2] != query.shape[:2] or labels.shape[3] != length:
+        raise ValueError(f"labels {tuple(labels.shape)} must be {(*query.shape[:2], 'rounds', length)}, one per key.")
+
+
+class _Rule(NamedTuple):
+    """What a call asks for beside its labels."""
+
+    size: int
+    near: int
+    own_last: bool
+    context: AttentionContext
+
+
+def _rule(size: int, near: int, own_last: bool, context: AttentionContext, length: int) -> _Rule:
+    # no more than shows all of `length` keys: codes of 32 bits hold no reach without end
+    return _Rule(min(size, 2 * length), min(near, 2 * length), own_last, context)
+
+
+def _over_rounds(query: Tensor, key: Tensor, value: Tensor, rounds: list[_Round], rule: _Rule) -> Tensor:
+    """All rounds and the window, each without the pairs that came before it."""
+    n, context = query.shape[2], rule.context
+    token = torch.arange(n, device=query.device)
+    own = [_window(token, 1, context)] if rule.own_last else []
+    window = [_window(token, rule.near, context)] if rule.near else []
+    if window and own:
+        raise ValueError(f"near={rule.near} shows every query its own key: own_last needs near=0.")
+    # up to this length one dense tile computes no more scores than sorted ones
+    if n <= 2 * rule.size:
+        parts = [_one_tile(query, key, value, window + [found.codes for found in rounds], own, context)]
+    else:
+        parts = [_near(query, key, value, codes, context) for codes in window]
+        earlier = own + window
+        for found in rounds:
+            parts.append(_round(query, key, value, found, earlier, context))
+            earlier = [*earlier, found.codes]
+    if own:
+        parts.append(_last_resort(value, context))
+    return merge_attention(*parts)[0]
+
+
+class _Codes(NamedTuple):
+    """A set of visible pairs: query i sees key j iff `-right ≤ query_i - key_j ≤ left`.
+
+    Attributes:
+        query, key: (B or 1, H or 1, N) int32; hidden keys lie `FAR` off.
+    """
+
+    query: Tensor
+    key: Tensor
+    left: int
+    right: int
+
+    def visible(self) -> Tensor:
+        """(…, N, K) bool."""
+        distance = self.query[..., :, None] - self.key[..., None, :]
+        return (distance >= -self.right) & (distance <= self.left)
+
+    def at(self, queries: Tensor, keys: Tensor) -> _Codes:
+        """The same pairs with queries and keys in other orders, (B, H, N) each."""
+        both = ((self.query, queries), (self.key, keys))
+        query, key = (x.expand_as(order).gather(-1, order) for x, order in both)
+        return self._replace(query=query, key=key)
+
+    def padded(self, queries: tuple[int, int], keys: tuple[int, int]) -> _Codes:
+        """With more queries, and keys that none sees, before and behind."""
+        return self._replace(query=F.pad(self.query, queries), key=F.pad(self.key, keys, value=-FAR))
+
+
+class _Round(NamedTuple):
+    """Queries and keys of one round, each in the order of their labels, padding behind.
+
+    Attributes:
+        queries, keys: (order, place), each (B, H, N): the token at each place and the place of each token.
+        codes: whom the round shows whom.
+        block: queries of a tile, whose keys lie at the same places, and `codes.left` before and `codes.right` behind.
+    """
+
+    queries: tuple[Tensor, Tensor]
+    keys: tuple[Tensor, Tensor]
+    codes: _Codes
+    block: int
+
+
+def _hidden(key: Tensor, keep: Tensor | None) -> Tensor:
+    return key if keep is None else torch.where(keep[:, None], key, -FAR)
+
+
+def _window(token: Tensor, near: int, context: AttentionContext) -> _Codes:
+    code = token.to(torch.int32)[None, None]
+    return _Codes(code, _hidden(code, context.key_padding_mask), *window_sides(near, context.is_causal))
+
+
+def _sorted(labels: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(order, place, label at each place) of (B, H, N) labels, by label and position."""
+    n = labels.shape[-1]
+    token = torch.arange(n, device=labels.device)
+    labels = labels if keep is None else torch.where(keep[:, None], labels, PRIVATE)
+    # distinct, so that every sort is stable
+    order = (labels * n + token).argsort(dim=-1)
+    place = torch.empty_like(order).scatter_(-1, order, token.expand_as(order))
+    return order, place, labels.gather(-1, order)
+
+
+def _by_label(labels: Tensor, size: int, context: AttentionContext) -> _Round:
+    """Codes are places, with a gap between labels that no reach bridges."""
+    left, right = window_sides(size, context.is_causal)
+    order, place, ordered = _sorted(labels, context.key_padding_mask)
+    change = F.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0)).cumsum(-1)
+    code = (place + (max(left, right) + 1) * change.gather(-1, place)).to(torch.int32)
+    codes = _Codes(code, _hidden(code, context.key_padding_mask), left, right)
+    block = min(256, max(16, -(-(left + right) // 32) * 16))
+    return _Round((order, place), (order, place), codes, block)
+
+
+def _by_rank(query_labels: Tensor, key_labels: Tensor, size: int, context: AttentionContext) -> _Round:
+    """Codes are numbers of chunks."""
+    keep = context.key_padding_mask
+    queries, keys = (_sorted(labels, keep)[:2] for labels in (query_labels, key_labels))
+    query, key = ((place // size).to(torch.int32) for _, place in (queries, keys))
+    return _Round(queries, keys, _Codes(query, _hidden(key, keep), 0, 0), size)
+
+
+def _one_tile(
+    query: Tensor, key: Tensor, value: Tensor, parts: list[_Codes], without: list[_Codes], context: AttentionContext
+) -> Partial:
+    visible = parts[0].visible()
+    for part in parts[1:]:
+        visible = visible | part.visible()
+    for part in without:
+        visible = visible & ~part.visible()
+    logits = additive_mask(visible, query.dtype)
+    if context.relative_bias is not None:
+        logits = logits + context.relative_bias.dense(query.shape[2], key.shape[2], 0, query.device).to(query.dtype)
+    out, lse = attend(
+        query, key, value, logits, scaling=context.scaling, dropout=context.dropout, return_lse=bool(without)
+    )
+    return out, out.new_zeros(()) if lse is None else lse
+
+
+def _last_resort(value: Tensor, context: AttentionContext) -> Partial:
+    """Every token's own value, with a weight that only counts beside nothing."""
+    weight = value.new_full(value.shape[:3], LEAST, dtype=torch.promote_types(value.dtype, torch.float32))
+    if (keep := context.key_padding_mask) is None:
+        return value, weight
+    gone = ~keep[:, None]
+    return value.masked_fill(gone[..., None], 0.0), weight.masked_fill(gone, float("-inf"))
+
+
+def _near(query: Tensor, key: Tensor, value: Tensor, window: _Codes, context: AttentionContext) -> Partial:
+    part: Partial = block_sparse_attention(
+        query,
+        key,
+        value,
+        Window(left=window.left, right=window.right),
+        scaling=context.scaling,
+        is_causal=context.is_causal,
+        key_padding_mask=context.key_padding_mask,
+        relative_bias=context.relative_bias,
+        dropout=context.dropout,
+        return_lse=True,
+    )
+    return part
+
+
+def _round(
+    query: Tensor, key: Tensor, value: Tensor, found: _Round, earlier: list[_Codes], context: AttentionContext
+) -> Partial:
+    """Blocks of sorted queries against (overlapping) spans of sorted keys, without the pairs that `earlier` shows."""
+    (batch, heads, n), (left, right), block = query.shape[:3], found.codes[2:], found.block
+    rows, span = -(-n // block), left + block + right
+    behind, ends = (0, rows * block - n), (left, rows * block + right - n)
+
+    def spans(x: Tensor, first: int, last: int) -> Tensor:
+        """Of rows `first` … `last - 1`; cut before the overlapping view is made: its gradient has the size of the cut."""
+        return x[:, :, first * block : (last - 1) * block + span].unfold(2, span, block).transpose(1, 2)
+
+    def blocks(x: Tensor, first: int, last: int) -> Tensor:
+        return x[:, :, first * block : last * block].unflatten(2, (-1, block)).transpose(1, 2)
+
+    q = F.pad(_Permuted.apply(query, *found.queries), (0, 0, *behind))
+    k, v = (F.pad(_Permuted.apply(x, *found.keys), (0, 0, *ends)) for x in (key, value))
+    orders = found.queries[0], found.keys[0]
+    own, other = (F.pad(order, pad).to(torch.int32) for order, pad in zip(orders, (behind, ends), strict=True))
+    codes = [part.at(*orders).padded(behind, ends) for part in (found.codes, *earlier)]
+    group = max(1, MASK_BUDGET // (batch * heads * block * span))
+    outputs, sums = [], []
+    for first in range(0, rows, group):
+        here = (first, min(first + group, rows))
+        tiles = [part._replace(query=blocks(part.query, *here), key=spans(part.key, *here)) for part in codes]
+        visible = tiles[0].visible()
+        for part in tiles[1:]:
+            visible = visible & ~part.visible()
+        logits = additive_mask(visible, query.dtype)
+        if context.relative_bias is not None:
+            offset = spans(other, *here)[..., None, :] - blocks(own, *here)[..., None]
+            logits = logits + context.relative_bias.per_head(offset, 2).to(query.dtype)
+        keys, values = (spans(x, *here).transpose(-1, -2).flatten(0, 1) for x in (k, v))
+        facts: dict[str, Any] = dict(scaling=context.scaling, dropout=context.dropout)
+        out, lse = attend(blocks(q, *here).flatten(0, 1), keys, values, logits.flatten(0, 1), return_lse=True, **facts)
+        assert lse is not None
+        outputs.append(out.unflatten(0, (batch, -1)))
+        sums.append(lse.unflatten(0, (batch, -1)))
+    out, lse = (torch.cat(x, dim=1).transpose(1, 2).flatten(2, 3)[:, :, :n] for x in (outputs, sums))
+    return _Permuted.apply(out, *found.queries[::-1]), lse.gather(2, found.queries[1])
+
+
+class _Permuted(torch.autograd.Function):
+    """Entry j of the result along axis 2 is entry `order[j]`; the gradient goes the way back without adding anything up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.gather(2, order[..., None].expand_as(x))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.gather(2, inverse[..., None].expand_as(gradient)), None, None
+
+
+def _decode(query: Tensor, key: Tensor, value: Tensor, labels: Tensor, rule: _Rule) -> Tensor:
+    """New queries, a few at a time; where only few of all keys can be visible, these alone are looked at."""
+    s, context, most = key.shape[2], rule.context, labels.shape[2] * rule.size + rule.near
+    token = torch.arange(s, device=key.device)
+    keep = context.key_padding_mask
+    there = token >= 0 if keep is None else keep[:, None, None]
+    outputs, first = [], s - query.shape[2]
+    for part in query.split(CHUNK, dim=2):
+        own = token[first : first + part.shape[2], None]
+        first += part.shape[2]
+        past = (token <= own) & there
+        visible = past & (token > own - rule.near)
+        for label in labels.unbind(2):
+            same = (label[..., own] == label[:, :, None]) & past
+            count = same.cumsum(-1, dtype=torch.int32)
+            visible = visible | (same & (count > count[..., -1:] - rule.size))
+        if rule.own_last:
+            others = visible & (token != own)
+            visible = torch.where(others.any(-1, keepdim=True), others, visible)
+        logits = additive_mask(visible, query.dtype)
+        if context.relative_bias is not None:
+            logits = logits + context.relative_bias.at(token - own).to(query.dtype)
+        facts: dict[str, Any] = dict(scaling=context.scaling, dropout=context.dropout)
+        if s <= most:
+            outputs.append(attend(part, key, value, logits, **facts)[0])
+        else:
+            outputs.append(_attend_chosen(part, key, value, visible, logits, most, facts))
+    return torch.cat(outputs, dim=2)
+
+
+def _attend_chosen(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, logits: Tensor, most: int, facts: dict[str, Any]
+) -> Tensor:
+    """Attention over the visible keys, at most `most` of each query, copied out of all."""
+    index = torch.arange(key.shape[2], device=key.device).expand_as(logits)
+    slot = torch.where(visible, visible.cumsum(-1) - 1, most).expand_as(logits)
+    # entry `most` takes in all hidden keys; empty ones stand for key 0, and are hidden as well
+    chosen = torch.zeros(*logits.shape[:3], most + 1, dtype=torch.long, device=key.device)
+    chosen = chosen.scatter(-1, slot, index)[..., :most]
+    filled = torch.arange(most, device=key.device) < visible.sum(-1, keepdim=True)
+    logits = torch.where(filled, logits.gather(-1, chosen), float("-inf"))
+
+    def rows(x: Tensor) -> Tensor:
+        picked = x.gather(2, chosen.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1]))
+        return picked.unflatten(2, chosen.shape[2:]).flatten(1, 2)
+
+    out, _ = attend(query.flatten(1, 2)[:, :, None], rows(key), rows(value), logits.flatten(1, 2)[:, :, None], **facts)
+    return out[:, :, 0].unflatten(1, query.shape[1:3])

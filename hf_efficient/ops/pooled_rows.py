@@ -1,0 +1,162 @@
+"""Slots of neighbouring tokens, in rows of a batch or of packed sequences: each stands for its tokens by their mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .alignment import first_real_token, shift_rows
+from .relative_bias import RelativeBias
+from .segments import Segments
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Token i of a row is in slot `(i + lead) // size`.
+
+    Attributes:
+        size: tokens per slot; 1 = every token is a slot.
+        first_apart: the first token has a slot of its own (lead = size - 1); otherwise lead = 0.
+    """
+
+    size: int
+    first_apart: bool = False
+
+    @property
+    def lead(self) -> int:
+        return self.size - 1 if self.first_apart else 0
+
+    def number(self, n: int) -> int:
+        """Slots of a row of n tokens, the last one possibly not full."""
+        return -(-(n + self.lead) // self.size)
+
+    def _cut(self, rows: Tensor, dim: int) -> Tensor:
+        """Split the axis of n tokens in two, (slots, size); places without a token are 0."""
+        n = rows.shape[dim]
+        tail = self.number(n) * self.size - self.lead - n
+        rows = F.pad(rows, (0, 0) * (-1 - dim) + (self.lead, tail))
+        return rows.unflatten(dim, (self.number(n), self.size))
+
+    def counts(self, n: int, keep: Tensor | None, device: torch.device) -> Tensor | None:
+        """(B or 1, slots) how many of n tokens are in each slot, in fp32; `None` = as many in all.
+
+        Args:
+            keep: (B, n) bool, True = real token; `None` = all real.
+        """
+        if keep is None:
+            if not self.lead and n % self.size == 0:
+                return None
+            keep = torch.ones(1, n, dtype=torch.bool, device=device)
+        return self._cut(keep.float(), -1).sum(-1)
+
+    def means(self, rows: Tensor, keep: Tensor | None) -> Tensor:
+        """(B, …, slots, W) means of the real tokens of (B, …, n, W); 0 where a slot has none. O(B · n · W)."""
+        if self.size == 1:
+            return rows
+        n = rows.shape[-2]
+        shape = (-1, *(1,) * (rows.dim() - 3))
+        # sums of many tokens would round in half precision
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if keep is not None:
+            wide = wide.masked_fill(~keep.view(*shape, n, 1), 0.0)
+        counts = self.counts(n, keep, rows.device)
+        total = self._cut(wide, -2).sum(-2)
+        total = total / (self.size if counts is None else counts.clamp(min=1).view(*shape, counts.shape[-1], 1))
+        return total.to(rows.dtype)
+
+    def repeat(self, slots: Tensor, n: int) -> Tensor:
+        """(B, …, n, W): each of n tokens gets the entry of its slot in (B, …, slots, W)."""
+        if self.size == 1:
+            return slots
+        return slots.repeat_interleave(self.size, dim=-2)[..., self.lead : self.lead + n, :]
+
+
+def slot_bias(bias: RelativeBias, queries: Runs, keys: Runs, n: int, device: torch.device) -> Tensor:
+    """(1, H, query slots, key slots) relative bias between the slots of n tokens.
+
+    A query stands at the middle token of its slot (the left one of two), and the bias of a key is the mean over its slot:
+    `mean_a b(start_j + a - middle_i)`. Every slot counts as full here, also the first token's and the last one. The size of
+    key slots divides that of query slots. O(query slots · key slots) memory.
+    """
+    rows, columns, step = queries.number(n), keys.number(n), queries.size // keys.size
+    shift = queries.lead - keys.lead - (queries.size - 1) // 2
+    first = -step * (rows - 1)
+    offsets = torch.arange(keys.size * first + shift, keys.size * columns + shift, device=device)
+    means = bias.at(offsets).unflatten(-1, (-1, keys.size)).mean(-1)
+    # row i of the tile is the slice that starts step · (rows - 1 - i) into the vector of means
+    return means.unfold(-1, columns, step).flip(1)[None]
+
+
+class Pooling(NamedTuple):
+    """Slots of a layer's queries, which are those of its states, and of its keys, which may be finer."""
+
+    queries: Runs
+    keys: Runs
+
+
+class RowGroup(NamedTuple):
+    """Rows of one length: how many, their tokens, and (rows, tokens) which of these are real; `None` = all."""
+
+    rows: int
+    tokens: int
+    keep: Tensor | None
+
+
+class Rows:
+    """The rows of one call, each from its first real token on: those of the batch, or every packed sequence by itself.
+
+    Slots of all rows travel as one tensor: (B, slots, W) of a batch; of packed sequences, which come in groups of similar
+    length, (1, all slots of all groups, W).
+
+    Args:
+        states: (B, N, W) of the batch. keep: (B, N) bool, True = real token; `None` = all real.
+        segments: the packed sequences, where there are any.
+    """
+
+    def __init__(self, states: Tensor, keep: Tensor | None, segments: Segments | None):
+        self.segments = segments
+        self.start: Tensor | None = None
+        if segments is not None:
+            self.groups = [
+                RowGroup(len(tokens), tokens.shape[1], None if keep is None else keep.to(states.device))
+                for tokens, keep in segments.groups
+            ]
+            return
+        if keep is not None:
+            self.start = first_real_token(keep)
+            keep = shift_rows(keep, self.start, 1)
+        self.groups = [RowGroup(states.shape[0], states.shape[1], keep)]
+
+    def means(self, states: Tensor, runs: Runs) -> Tensor:
+        """(B, slots, W) or (1, all slots, W) means of (B, N, W) states."""
+        if self.segments is not None:
+            rows = [self.segments.split(states, group) for group in self.segments.groups]
+        else:
+            rows = [states if self.start is None else shift_rows(states, self.start, 1)]
+        return self.join([runs.means(x, group.keep) for x, group in zip(rows, self.groups, strict=True)])
+
+    def repeat(self, states: Tensor, runs: Runs) -> Tensor:
+        """(B, N, W): every token gets the entry of its slot; 0 at padding of packed rows."""
+        parts = zip(self.split(states, runs), self.groups, strict=True)
+        rows = [runs.repeat(x, group.tokens) for x, group in parts]
+        if self.segments is not None:
+            return self.segments.join(rows)
+        return rows[0] if self.start is None else shift_rows(rows[0], -self.start, 1)
+
+    def split(self, tensor: Tensor, runs: Runs) -> list[Tensor]:
+        """One tensor (rows, …, slots, W) per group, from (B, …, slots, W) or (1, …, all slots, W)."""
+        if self.segments is None:
+            return [tensor]
+        sizes = [(group.rows, runs.number(group.tokens)) for group in self.groups]
+        pieces = tensor[0].split([rows * number for rows, number in sizes], dim=-2)
+        return [piece.unflatten(-2, size).movedim(-3, 0) for piece, size in zip(pieces, sizes, strict=True)]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Undo `split`."""
+        if self.segments is None:
+            return parts[0]
+        return torch.cat([part.movedim(0, -3).flatten(-3, -2) for part in parts], dim=-2)[None]

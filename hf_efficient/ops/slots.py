@@ -1,0 +1,156 @@
+"""Slots: keys and values that stand for several tokens each, and softmax attention over them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .alignment import real_length
+
+if TYPE_CHECKING:
+    from ..base import AttentionContext
+
+
+class Slots(NamedTuple):
+    """Slots of one call.
+
+    Attributes:
+        keys, values: (B, H, R, D).
+        counts: (B or 1, H or 1, R) tokens that each slot stands for; 0 = it does not exist.
+        shares: (B or 1, H or 1, R, S) what each token has in a slot, for T5's bias; `None` = there is no bias.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: Tensor
+    shares: Tensor | None
+
+
+def log_count(counts: Tensor) -> Tensor:
+    """`log c` in fp32 at least; -inf where c = 0, without the NaN gradient that the logarithm itself has there."""
+    counts = counts.to(torch.promote_types(counts.dtype, torch.float32))
+    return torch.where(counts > 0, torch.where(counts > 0, counts, 1.0).log(), float("-inf"))
+
+
+def slot_attention(query: Tensor, slots: Slots, context: AttentionContext) -> Tensor:
+    """`y_i = Σ_r softmax_r(s · q_i·k̃_r + Σ_j a_rj b(j - i) + log c_r) ṽ_r`: each slot weighs what its tokens would weigh.
+
+    With equal keys in each slot this is softmax attention over all tokens; without `log c_r` a slot of one token would
+    weigh as much as one of many. c are the counts of the slots, a their shares.
+
+    Args:
+        query: (B, H, N, D).
+
+    Returns:
+        (B, H, N, D). O(N · R) time and memory.
+    """
+    logits = log_count(slots.counts).to(query.dtype)[:, :, None]
+    if context.relative_bias is not None:
+        assert slots.shares is not None
+        logits = context.relative_bias.pooled(slots.shares).to(query.dtype) + logits
+    return F.scaled_dot_product_attention(
+        query, slots.keys, slots.values, attn_mask=logits, dropout_p=context.dropout, scale=context.scaling
+    )
+
+
+def slot_mass(weights: Tensor, keep: Tensor) -> Tensor:
+    """(B or 1, H or 1, R) share of the absolute weights (H or 1, R, M) or (B, H or 1, R, M) that fell on real tokens."""
+    size = weights.abs()
+    form = "hrn,bn->bhr" if weights.dim() == 3 else "bhrn,bn->bhr"
+    real = torch.einsum(form, size[..., : keep.shape[-1]], keep.to(weights.dtype))
+    total = size.sum(-1)
+    return real / torch.where(total > 0, total, 1.0)
+
+
+def projected(weights: Tensor, mass: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+    """(B, H, R, D) slots of (B, H, S, D) tokens: weighted sums of the real ones, divided by the mass."""
+    slots = weights[..., : x.shape[2]] @ (x * keep[:, None, :, None])
+    return slots / torch.where(mass > 0, mass, 1.0)[..., None]
+
+
+def max_pooled(x: Tensor, keep: Tensor, index: Tensor, count: int) -> Tensor:
+    """(B, H, count, D) largest entries of real tokens by their slots (H or 1, S); 0 for a slot without any."""
+    lowest = torch.finfo(x.dtype).min
+    x = x.masked_fill(~keep[:, None, :, None], lowest)
+    start = x.new_full((*x.shape[:2], count, x.shape[3]), lowest)
+    best = start.scatter_reduce(2, index[None, :, :, None].expand_as(x), x, "amax")
+    return torch.where(best == lowest, 0.0, best)
+
+
+def segment_index(counts: Tensor, length: int) -> Tensor:
+    """(H, length) slot of each of `length` tokens where they fall into (H, 1) `counts` equal segments."""
+    return torch.arange(length, device=counts.device) * counts // length
+
+
+def segment_sizes(counts: Tensor, most: int, length: int) -> Tensor:
+    """(H, most) tokens of each segment; 0 = there is no such segment."""
+    edges = torch.minimum(torch.arange(most + 1, device=counts.device), counts) * length
+    return (-(-edges // counts)).diff()
+
+
+def segment_means(counts: Tensor, most: int, length: int) -> Tensor:
+    """(H, most, length): row r is 1 / size on segment r."""
+    own = segment_index(counts, length)[:, None] == torch.arange(most, device=counts.device)[:, None]
+    return own / segment_sizes(counts, most, length).clamp(min=1)[..., None]
+
+
+def segments_of_rows(keep: Tensor, count: int) -> Tensor:
+    """(B, S) segment of each token where every row's real tokens fall into `count` segments, shorter rows into one each.
+
+    Args:
+        keep: (B, S) bool of rows aligned to the left; behind a row's end the result is `count`.
+    """
+    length = real_length(keep)[:, None]
+    token = torch.arange(keep.shape[1], device=keep.device)
+    return torch.where(token < length, token * count // length.clamp(min=count), count)
+
+
+def strided_convolution(x: Tensor, keep: Tensor, weight: Tensor) -> Tensor:
+    """`x̃_t = c / |real u| · Σ_{u < c, real} W_u x_{tc + u}`: slots of c tokens, those at a row's end of fewer.
+
+    Args:
+        x: (B, H, S, D). keep: (B or 1, S) bool.
+        weight: (H or 1, c, D) per channel, or (H or 1, c, D, D) with `W_u[d, e]` from channel d to e. `1 / c` (times the
+            unit matrix) gives means.
+
+    Returns:
+        (B, H, ⌈S / c⌉, D); zeros for a slot without tokens. O(S · D) or O(S · D²) time.
+    """
+    size = weight.shape[1]
+    there = in_slots(keep, size)
+    tokens = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
+    tokens = tokens.masked_fill(~there[:, None, :, :, None], 0.0)
+    form = "bhtud,hud->bhtd" if weight.dim() == 3 else "bhtud,hude->bhte"
+    scale = size / there.sum(-1).clamp(min=1)
+    return torch.einsum(form, tokens, weight.to(x.dtype)) * scale[:, None, :, None].to(x.dtype)
+
+
+def in_slots(keep: Tensor, size: int) -> Tensor:
+    """(B, ⌈S / size⌉, size) of a (B, S) keep-mask; False behind its end."""
+    return F.pad(keep, (0, -keep.shape[1] % size)).unflatten(1, (-1, size))
+
+
+def slot_shares(keep: Tensor, size: int) -> Tensor:
+    """(B, ⌈S / size⌉, S): 1 / real tokens of a slot on each of them."""
+    there = in_slots(keep, size)
+    slot, token = (torch.arange(stop, device=keep.device) for stop in (there.shape[1], keep.shape[1]))
+    own = (token // size == slot[:, None]) & keep[:, None]
+    return own / there.sum(-1, keepdim=True).clamp(min=1)
+
+
+def stretched(weights: Tensor, keep: Tensor) -> Tensor:
+    """Weights over M positions for rows longer than that: (B, H, R, S) of (H, R, M), by linear interpolation.
+
+    A row of L > M tokens takes its weight at position j from `(j + ½) M / L - ½`; shorter rows keep theirs.
+    """
+    known, device = weights.shape[-1], weights.device
+    length = real_length(keep).clamp(min=known)[:, None]
+    token = torch.arange(keep.shape[1], device=device)
+    place = ((token + 0.5) * (known / length) - 0.5).clamp(0, known - 1)
+    low = place.floor().long()
+    part = (place - low).to(weights.dtype)
+    first, second = (weights[..., index].movedim(-2, 0) for index in (low, (low + 1).clamp(max=known - 1)))
+    return torch.lerp(first, second, part[:, None, None]) * (token < length)[:, None, None]

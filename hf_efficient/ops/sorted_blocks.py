@@ -1,0 +1,111 @@
+"""Blocks of queries that choose blocks of keys: scores of blocks, their balancing, the choice, and attention to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attend import merge_attention
+from .blocks import BlockPlan, block_list_attention
+from .slots import in_slots
+
+
+def block_means(x: Tensor, keep: Tensor, size: int) -> Tensor:
+    """(B, H, U, D) means of the real tokens of blocks of `size`, in fp32 at least, of (B, H, N, D) and a (B, N) mask; 0
+    for a block without any."""
+    there = in_slots(keep, size)
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~keep[:, None, :, None], 0.0)
+    total = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size)).sum(3)
+    return total / there.sum(-1).clamp(min=1)[:, None, :, None]
+
+
+def first_tokens(keep: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(B, U) index of the first real token of each block of `size` of a (B, N) mask, and which blocks have one."""
+    there = in_slots(keep, size)
+    blocks = torch.arange(there.shape[1], device=keep.device)
+    return blocks * size + there.int().argmax(-1), there.any(-1)
+
+
+def tokens_at(x: Tensor, index: Tensor) -> Tensor:
+    """(B, H, T, D) tokens of (B, H, N, D) at `index` (B, T)."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def other_blocks(target: Tensor, count: int, is_causal: bool) -> Tensor:
+    """(…, count) bool: blocks that the blocks `target` (…) may choose: not themselves, nor the one before; causal: earlier
+    ones only."""
+    block, target = torch.arange(count, device=target.device), target[..., None]
+    return block < target - 1 if is_causal else (block != target) & (block != target - 1)
+
+
+def log_shares(scores: Tensor, eligible: Tensor, iterations: int) -> Tensor:
+    """(…, T, U) logarithms of what each of U blocks has of target T, from scores of the same shape; -inf if not eligible.
+
+    `iterations` = 0: `log softmax_u`. Otherwise Sinkhorn's algorithm: so many times over, columns and then rows are divided
+    by their sums, which makes a doubly stochastic matrix of e^scores in the end. In logarithms; fp32 at least is needed.
+
+    Args:
+        eligible: (B or 1, 1, T, U) bool; targets that don't exist may choose nothing, or they would count in the columns.
+    """
+    out = scores.masked_fill(~eligible, float("-inf"))
+    for _ in range(iterations):
+        out = _divided(_divided(out, -2), -1)
+    return out if iterations else _divided(out, -1)
+
+
+def _divided(logs: Tensor, dim: int) -> Tensor:
+    # sums over nothing would be NaN in backward
+    empty = (logs == float("-inf")).all(dim, keepdim=True)
+    return logs - logs.masked_fill(empty, 0.0).logsumexp(dim, keepdim=True)
+
+
+def best_blocks(shares: Tensor, count: int) -> Tensor:
+    """(…, T, c) indices of the `count` largest of (…, T, U), best first, of equal ones the earlier, -1 = none left; a
+    constant."""
+    # `topk` picks among equal ones by their number, which later blocks change
+    best, index = (x[..., :count] for x in shares.detach().sort(dim=-1, descending=True, stable=True))
+    return torch.where(best == float("-inf"), -1, index)
+
+
+def near_and_sorted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chosen: Tensor,
+    shares: Tensor | None,
+    *,
+    block_size: int,
+    **options: Any,
+) -> Tensor:
+    """Softmax attention of each block to itself, the block before and the `chosen` ones, in one softmax.
+
+    Args:
+        query, key, value: (B, H, N, D). chosen: (B, H, U, c), -1 = none, all different and none of the former two.
+        shares: (B, H, U, c) logarithms of shares S of the chosen blocks: their keys' weights are multiplied by S divided by
+            its own value, which is 1, so that S gets the gradient of a factor on what is chosen (straight through). `None`
+            = no gradient.
+        options: further ones of `block_list_attention`.
+
+    O(N · (c + 2) · block_size · D) time.
+    """
+    rows = torch.arange(chosen.shape[2], device=query.device)
+    # the first block has none before it: 0 - 1 says so
+    near = torch.stack([rows, rows - 1], dim=-1)[None, None]
+    none = torch.zeros(0, block_size, block_size, dtype=torch.bool, device=query.device)
+
+    def attention(columns: Tensor, **more: Any) -> Any:
+        plan = BlockPlan([(rows, columns, None)], none, None)
+        return block_list_attention(query, key, value, plan, block_size=block_size, **options, **more)
+
+    if shares is None:
+        return attention(torch.cat([near.expand(*chosen.shape[:2], -1, -1), chosen], dim=-1))
+    parts = [attention(near, return_lse=True)]
+    for columns, log_share in zip(chosen.split(1, -1), shares.unbind(-1), strict=True):
+        log_share = torch.where(columns[..., 0] < 0, 0.0, log_share)
+        factor = (log_share - log_share.detach()).repeat_interleave(block_size, -1)[..., : query.shape[2]]
+        out, lse = attention(columns, return_lse=True)
+        parts.append((out, lse + factor))
+    return merge_attention(*parts)[0]
