@@ -4,12 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test suite lint bench docs clean
 
 demo: $(INSTALLED)  ## convert a real checkpoint, prove it, and show what it is for
 	$(BIN)/python recipes/demo.py
 
-test: lint  ## lint and the whole suite, on the CPU, offline
+test: $(INSTALLED)  ## lint beside the whole suite, on the CPU, offline
+	$(MAKE) --jobs=2 lint suite
+
+suite: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(INSTALLED)

@@ -6,14 +6,13 @@ import copy
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from fresh import python
 from safetensors.torch import load_file, save_file
 from tiny import converted, save_source, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
@@ -423,9 +422,7 @@ print("OUTCOMES" + json.dumps(outcomes))
 
 
 def fresh(first: str, attempts: list[tuple[str, str]]) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH.format(first=first), json.dumps(attempts)], capture_output=True, text=True
-    )
+    done = python("-c", FRESH.format(first=first), json.dumps(attempts))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.split("OUTCOMES")[1])
 

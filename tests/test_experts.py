@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -486,30 +490,64 @@ def test_training_lowers_the_loss_and_tells_experts_apart(family: str, options: 
         assert not torch.equal(part.up[0], part.up[1])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_data_parallel_training_misses_no_parameter(checkpointing: bool, tmp_path):
-    # DDP stops at the second step if some parameter got no gradient in the first
-    model = upcycled("bert", experts=16).train()
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    inputs = inputs_for(model, batch=1, length=3)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+def _end(rank: int, folder: str, result: Any) -> None:
+    """Ends a process of a data-parallel test, whose group cannot be taken down: that can wait for a thread of gloo which
+    waits for Python.
+    """
+    torch.save(result, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def _in_processes(count: int, one: Callable[..., None], folder: Path, *more: Any) -> list[Any]:
+    """What `one(rank, folder, *more)` gave to `_end` in each of `count` new processes."""
+    running = torch.multiprocessing.spawn(one, (str(folder), *more), nprocs=count, join=False)
     try:
+        deadline = time.monotonic() + 200
+        while not running.join(timeout=10):
+            assert time.monotonic() < deadline, f"{one.__name__} has not ended after 200 s"
+    finally:
+        for process in running.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+def _join(rank: int, folder: str, count: int) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+
+
+def _three_steps(rank: int, folder: str) -> None:
+    """Smallest load of an expert, smallest and largest gradient, without and with checkpointing of activations."""
+    _join(rank, folder, 1)
+    figures = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = upcycled("bert", experts=16).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        inputs = inputs_for(model, batch=1, length=3)
         wrapped = nn.parallel.DistributedDataParallel(model)
         for _ in range(3):
             wrapped.zero_grad()
             wrapped(**inputs, labels=labels_for(model, inputs)).loss.backward()
         sparse = expert_layers(model)["bert.encoder.layer.1.intermediate"]
-        assert (sparse.routing.load == 0).any() and (sparse.up.grad.flatten(1).abs().amax(1) == 0).any()
-        assert sparse.router.weight.grad.abs().max() > 0
-    finally:
-        torch.distributed.destroy_process_group()
+        loads, gradients = sparse.routing.load, sparse.up.grad.flatten(1).abs().amax(1)
+        figures.append((loads.min(), gradients.min(), sparse.router.weight.grad.abs().max()))
+    _end(rank, folder, figures)
+
+
+def test_data_parallel_training_misses_no_parameter(tmp_path):
+    # DDP stops at the second step if some parameter got no gradient in the first
+    [figures] = _in_processes(1, _three_steps, tmp_path)
+    assert len(figures) == 2
+    for smallest_load, smallest_gradient, of_router in figures:
+        assert smallest_load == 0 and smallest_gradient == 0 and of_router > 0
 
 
 def _one_of_two(rank: int, folder: str) -> None:
     """A process of the test below: half of the batch, the whole of `num_items_in_batch`, gradients averaged by DDP."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    _join(rank, folder, 2)
     model, inputs = _shared_batch()
     wrapped = nn.parallel.DistributedDataParallel(model)
     for half in (0, 2):  # two accumulated calls of one row each
@@ -519,9 +557,7 @@ def _one_of_two(rank: int, folder: str) -> None:
             (2 * wrapped(**part, labels=part["input_ids"], num_items_in_batch=torch.tensor(4 * 16)).loss).backward()
     # the second call ran on other experts in each process
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    loads = [part.routing.load for part in expert_layers(model).values()]
-    torch.save((gradients, loads), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    _end(rank, folder, (gradients, [part.routing.load for part in expert_layers(model).values()]))
 
 
 def _shared_batch() -> tuple[Any, dict[str, Tensor]]:
@@ -533,8 +569,7 @@ def _shared_batch() -> tuple[Any, dict[str, Tensor]]:
 
 
 def test_two_processes_make_the_gradient_of_one(tmp_path):
-    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
-    (first, loads), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (first, loads), (second, others) = _in_processes(2, _one_of_two, tmp_path)
     model, inputs = _shared_batch()
     model(**inputs, labels=inputs["input_ids"], num_items_in_batch=torch.tensor(4 * 16)).loss.backward()
     assert any((load == 0).any() and not torch.equal(load, other) for load, other in zip(loads, others, strict=True))

@@ -6,11 +6,11 @@ import importlib.util
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -171,7 +171,7 @@ def test_command(name: str, number: int, command: str, sources, datasets_of, tmp
     assert {name for name, _, _ in COMMANDS} == set(AUTO) and len(COMMANDS) == 2 * len(AUTO)
     arguments = _tiny(name, command, sources, datasets_of, tmp_path / "out")
     if number == 0:
-        done = subprocess.run([sys.executable, RECIPES / f"{name}.py", *arguments], capture_output=True, text=True)
+        done = fresh.python(RECIPES / f"{name}.py", *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "Model: " in done.stdout
     else:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import transformers
@@ -409,7 +408,7 @@ for cls in (transformers.AutoModelForMaskedLM, transformers.BertForMaskedLM):
     else:
         print("loaded")
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    run = fresh.python("-c", script)
     auto, stock = run.stdout.splitlines()
     assert auto.startswith("refused") and "efficient_bert" in auto
     assert stock.startswith("refused") and IMPLEMENTATION in stock

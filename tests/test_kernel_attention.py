@@ -192,7 +192,7 @@ def test_random_features_estimate_the_softmax_of_unit_vectors():
     """The error to softmax attention of q̂ and k̂ falls with the root of the number of features."""
     q, k, v = heads(2, HEADS, 40, WIDTH)
     context, errors = AttentionContext(is_causal=False, scaling=SCALING), []
-    for size in (32, 512, 8192):
+    for size in (32, 256, 2048):
         mechanisms = [mechanism_of("random_feature", num_features=size, seed=seed) for seed in range(16)]
         for mechanism in mechanisms:  # where vectors are long, the law holds only for very many features
             mechanism.log_sigma.data -= 0.7
@@ -201,7 +201,7 @@ def test_random_features_estimate_the_softmax_of_unit_vectors():
         truth = (unit_q @ unit_k.transpose(-1, -2)).softmax(-1) @ v
         outputs = torch.stack([mechanism(q, k, v, context) for mechanism in mechanisms])
         errors.append((outputs - truth).square().mean().sqrt().item())
-    slopes = [math.log(b / a) / math.log(16) for a, b in pairwise(errors)]
+    slopes = [math.log(b / a) / math.log(8) for a, b in pairwise(errors)]
     assert all(-0.7 < slope < -0.3 for slope in slopes), (errors, slopes)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from torch import Tensor
@@ -183,7 +182,7 @@ def test_patterns_travel_as_text(name: str):
 def test_text_is_read_where_no_pattern_was_made_before():
     spec = BigBirdBlocks(**BIGBIRD, num_random_blocks=2, is_causal=True).spec()
     code = f"from hf_efficient.ops.patterns import parse_pattern; assert parse_pattern({spec!r}).spec() == {spec!r}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh.python("-c", code).check_returncode()
     with pytest.raises(ValueError, match=r"no pattern of kind 'Diagonal' is known; import .* Known are BigBirdBlocks"):
         parse_pattern('{"kind":"Diagonal"}')
 

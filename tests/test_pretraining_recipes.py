@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from pretraining import DROPOUT, JOBS, RECIPES, WINDOW, arguments, dataset, losses, recipe, result, source
@@ -92,13 +91,7 @@ def test_readme_command(name, folder, tmp_path, monkeypatch, capsys):
     more = [f"--dataset={folder / 'data'}", "--max_steps=2", "--batch_size=2", "--block_length=64"]
     words = [f"recipes/{name}.py", *given, *more]
     if name == "mlm":
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=RECIPES.parent,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
+        done = fresh.python(*words, cwd=RECIPES.parent)
         assert done.returncode == 0, done.stderr
         printed = done.stdout
     else:
@@ -343,7 +336,7 @@ def test_compiled(folder, tmp_path):
         go(name, folder, tmp_path / f"plain-{name}", model=model, **settings)
         words = arguments(model, folder / "data", tmp_path / name, **settings)
         commands.append(" ".join([*words, "--compile", "--save_steps=1"]))
-    done = subprocess.run([sys.executable, "-c", COMPILED, str(RECIPES), *commands], capture_output=True, text=True)
+    done = fresh.python("-c", COMPILED, RECIPES, *commands)
     assert done.returncode == 0, done.stderr
     # the evaluations are not compiled, and every batch has the same shape
     graphs = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("graphs")]

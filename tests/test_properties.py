@@ -174,7 +174,7 @@ def test_attention_dropout_reaches_the_mechanism(pair: Pair):
 @each(MAIN)
 def test_attention_dropout_keeps_the_mean(pair: Pair):
     bench = Bench(pair)
-    samples, length = 1024, 40
+    samples, length = 512, 40
     tokens = bench.tokens(1, length)
     keep = torch.ones(1, length, dtype=torch.bool)
     keep[:, 35:] = False

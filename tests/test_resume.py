@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from pretraining import JOBS, RECIPES, WINDOW, arguments, dataset, losses, recipe, result, source
@@ -96,9 +95,7 @@ def killed(runs, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("killed")
     moments = ",".join(f"{moment}:{at}:{root / moment}" for moment, (at, _) in KILLED.items())
     words = [word for word in command(runs, "mlm", root) if not word.startswith("--output_dir")]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(RECIPES), moments, *words], capture_output=True, text=True
-    )
+    done = fresh.python("-c", DRIVER, RECIPES, moments, *words)
     assert [line for line in done.stdout.splitlines() if line == "killed"] == ["killed"] * 2, done.stderr
     return {moment: root / moment for moment in KILLED}
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from tiny import save_source
@@ -88,10 +88,7 @@ def run_here(monkeypatch, script: str, *arguments: str | Path) -> None:
 
 
 def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
+    return fresh.python(SCRIPTS / script, *arguments)
 
 
 def test_every_script_is_run_and_listed():

@@ -307,7 +307,7 @@ def test_end_to_end_gradients_with_checkpointing_and_without(label: str):
 def test_classifiers_and_bare_encoders():
     from transformers import BertForSequenceClassification, BertModel
 
-    config = tiny_model("bert").config
+    config = tiny_model("bert", initializer_range=0.25).config
     for cls, losses in (
         (BertForSequenceClassification, ("logits", "hidden_states")),
         (BertModel, ("hidden_states", "embedding")),

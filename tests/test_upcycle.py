@@ -7,12 +7,11 @@ import dataclasses
 import inspect
 import json
 import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import transformers
@@ -188,8 +187,9 @@ def test_fresh_process(sources, tmp_path):
         "model = transformers.AutoModelForCausalLM.from_pretrained('out');"
     )
     program = "import hf_efficient;" + common + "assert torch.equal(model(**saved['inputs']).logits, saved['logits'])"
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
-    failed = subprocess.run([sys.executable, "-c", common], cwd=tmp_path, capture_output=True, text=True)
+    done = fresh.python("-c", program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    failed = fresh.python("-c", common, cwd=tmp_path)
     assert failed.returncode != 0 and "efficient_gpt2" in failed.stderr
 
 

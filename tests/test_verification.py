@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import fresh
 import pytest
 import torch
 from tiny import tiny_tokenizer, words
@@ -24,6 +25,12 @@ TEXTS = [words(90), words(60, start=30), words(40, start=11)]
 def pair(model_type: str = "bert", mechanism: str = "local", **options):
     source = tiny_model(model_type)
     return he.convert(copy.deepcopy(source), mechanism, tokenizer=tiny_tokenizer(model_type), **options).model, source
+
+
+@pytest.fixture(autouse=True)
+def quick_process(monkeypatch):
+    """Of the rung that needs a fresh one; tests/test_scripts.py waits for a new Python instead."""
+    monkeypatch.setattr(verification, "fresh_python", fresh.python)
 
 
 def check(model, source, **options):

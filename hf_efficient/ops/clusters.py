@@ -16,6 +16,8 @@ from .windows import window_sides
 if TYPE_CHECKING:
     from ..base import AttentionContext
 
+# cosines that differ by less count as equal in `best_members`
+CLOSE = 2.0**-14
 
 # ---- finding clusters --------------------------------------------------------------------------------------------
 
@@ -125,13 +127,17 @@ class Members(NamedTuple):
 def best_members(x: Tensor, centroids: Tensor, size: int, keep: Tensor | None) -> Members:
     """The `size` real tokens whose directions are closest to each centroid; the earlier one of two that are as close.
 
+    Cosines are rounded to multiples of `CLOSE`: where a model has no position table, repeats of a token are equal up to
+    rounding, which differs with the batch and the processor and would choose among them.
+
     Args:
         x: (B, H, N, D). centroids: (H, k, D). keep: (B, N) bool; `None` = all real.
 
     O(N · k · D) time, O(N · k) memory. No gradient.
     """
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        score = (F.normalize(wide(x), dim=-1) @ wide(centroids).transpose(-1, -2)).transpose(-1, -2)
+        cosine = (F.normalize(wide(x), dim=-1) @ wide(centroids).transpose(-1, -2)).transpose(-1, -2)
+        score = (cosine / CLOSE).round()
         if keep is None:
             keep = torch.ones_like(score[:, 0, 0], dtype=torch.bool)
         there = keep[:, None, None].expand(score.shape)
