@@ -25,6 +25,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 import hf_efficient as he
+from hf_efficient.corpus import offline_texts
 from hf_efficient.training.recipe import run
 from hf_efficient.training.results import RESULT_NAME, write_json
 from hf_efficient.training.settings import parse_settings
@@ -51,23 +52,28 @@ class Settings:
     seed: int = 0
 
 
-# {family: {name: attention}}; a mechanism that learns stands beside the same window without it
+# {name: attention}; a mechanism that learns stands beside the same window without it
+PATTERNS: dict[str, dict[str, Any]] = {
+    "local": dict(mechanism="local", attention_window=16),
+    "longformer": dict(mechanism="longformer", attention_window=16, global_tokens="first"),
+    "bigbird": dict(mechanism="bigbird", block_size=8, num_random_blocks=2),
+    "sparse_transformer": dict(mechanism="sparse_transformer", stride=16),
+    "blockwise": dict(mechanism="blockwise", block_size=32),
+    "image_local": dict(mechanism="image_local", block_size=16, memory_size=16),
+    "axial": dict(mechanism="axial", row_length=16),
+}
+FIXED = dict(mechanism="sparse_transformer", pattern="fixed", stride=16, summary_size=2)
 ROADS: dict[str, dict[str, dict[str, Any]]] = {
-    "gpt2": {
-        "local": dict(mechanism="local", attention_window=16),
-        "longformer": dict(mechanism="longformer", attention_window=16, global_tokens="first"),
-        "bigbird": dict(mechanism="bigbird", block_size=8, num_random_blocks=2),
-        "sparse_transformer": dict(mechanism="sparse_transformer", stride=16),
-        "blockwise": dict(mechanism="blockwise", block_size=32),
-        "image_local": dict(mechanism="image_local", block_size=16, memory_size=16),
-        "axial": dict(mechanism="axial", row_length=16),
-        "combined": dict(
-            mechanism="combined",
-            patterns=[
-                dict(mechanism="local", attention_window=16),
-                dict(mechanism="sparse_transformer", pattern="fixed", stride=16, summary_size=2),
-            ],
-        ),
+    "gpt2": PATTERNS
+    | {
+        "combined": dict(mechanism="combined", patterns=[PATTERNS["local"], FIXED]),
+        "reformer": dict(mechanism="reformer", num_buckets=8, bucket_size=16, num_hashes=2, attention_window=16),
+        "routing_transformer": dict(mechanism="routing_transformer", cluster_size=16, attention_window=16),
+        "sinkhorn": dict(mechanism="sinkhorn", block_size=16, num_sorted_blocks=2),
+        "transformer_xl": dict(mechanism="transformer_xl", segment_length=16, memory_length=16, relative=True),
+        "compressive": dict(mechanism="compressive", segment_length=16, memory_length=16, compressed_memory_length=16),
+        "memory_compressed": dict(mechanism="memory_compressed", compression_rate=4, block_size=32),
+        "synthesizer": dict(mechanism="synthesizer", max_length=256),
         "performer": dict(mechanism="performer", num_features=64),
         "linear_transformer": dict(mechanism="linear_transformer"),
         "cosformer": dict(mechanism="cosformer"),
@@ -76,17 +82,11 @@ ROADS: dict[str, dict[str, dict[str, Any]]] = {
         "hedgehog": dict(mechanism="hedgehog", attention_window=0),
         "hedgehog + window": dict(mechanism="hedgehog", attention_window=16),
     },
-    "t5": {
-        "local": dict(mechanism="local", attention_window=16),
+    "t5": PATTERNS
+    | {
         "local, wide": dict(mechanism="local", attention_window=184),
-        "longformer": dict(mechanism="longformer", attention_window=16, global_tokens="first"),
-        "bigbird": dict(mechanism="bigbird", block_size=8, num_random_blocks=2),
         "etc": dict(mechanism="etc", attention_window=16, num_global_tokens=8),
         "longt5": dict(mechanism="longt5", attention_window=16, global_block_size=8),
-        "sparse_transformer": dict(mechanism="sparse_transformer", stride=16),
-        "blockwise": dict(mechanism="blockwise", block_size=32),
-        "image_local": dict(mechanism="image_local", block_size=16, memory_size=16),
-        "axial": dict(mechanism="axial", row_length=16),
         "linformer": dict(mechanism="linformer", rank=32, max_length=256),
         "hedgehog + window, wide": dict(mechanism="hedgehog", attention_window=184),
     },
@@ -158,7 +158,9 @@ def travel(settings: Settings, folder: Path, name: str, attention: dict[str, Any
     """One mechanism all the way; figures of what is already there are read, not computed again."""
     place = folder / name.replace(" ", "-").replace(",", "")
     converted = place / "converted"
-    result = he.convert(folder / "dense/model", attention)
+    # what starts from data starts from some of the texts that the dense model was trained on
+    texts = offline_texts("train")[:16] if hasattr(he.get_mechanism(attention["mechanism"]), "calibrate") else None
+    result = he.convert(folder / "dense/model", attention, calibration=texts)
     if not converted.exists():
         result.save(converted)
     kind = "efficient_attention"
@@ -212,10 +214,8 @@ def distill(settings: Settings, converted: Path, out: Path) -> None:
 
 
 def finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
-    """What is recorded of a run in `out` that is whole; `None` where there is none, or it is to be gone on with.
-
-    Raises:
-        ValueError: it was made with other settings than `options`.
+    """What is recorded of a run in `out` that is whole; `None` where there is none, or it is to be gone on with. Refused
+    if it was made with other settings than `options`.
     """
     file = out / RESULT_NAME
     if not file.is_file():
