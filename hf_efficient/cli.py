@@ -343,8 +343,8 @@ def bench_command(
     suite: Annotated[
         str,
         typer.Argument(
-            help="attention (alone), encoder (time), memory, fidelity and recovery (all-MiniLM-L6-v2, before and after "
-            "transfer), or gpu (its tests and times)."
+            help="attention, content or linear (attention alone: patterns, keys chosen by content, linear), encoder (time), "
+            "memory, fidelity and recovery (all-MiniLM-L6-v2, before and after transfer), or gpu (its tests and times)."
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,

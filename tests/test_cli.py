@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import hf_efficient as he
+from hf_efficient.benchmark import SUITES
 from hf_efficient.cli import app
 from hf_efficient.cli_options import as_text, parse_layers, parse_option, read_texts
 from hf_efficient.conversion import load_converted, load_stock
@@ -546,5 +548,7 @@ def test_help_names_commands_and_options():
     shown = run("--help").stdout
     for command in ("convert", "verify", "revert", "list", "inspect"):
         assert command in shown
+    shown = run("bench", "--help").stdout
+    assert all(re.search(rf"\b{suite}\b", shown) for suite in SUITES)
     shown = run("convert", "--help").stdout
     assert "--attention-window" in shown and "longformer: 512" in shown
