@@ -499,9 +499,9 @@ def _end(rank: int, folder: str, result: Any) -> None:
     os._exit(0)
 
 
-def _in_processes(count: int, one: Callable[..., None], folder: Path, *more: Any) -> list[Any]:
-    """What `one(rank, folder, *more)` gave to `_end` in each of `count` new processes."""
-    running = torch.multiprocessing.spawn(one, (str(folder), *more), nprocs=count, join=False)
+def _in_processes(count: int, one: Callable[[int, str], None], folder: Path) -> list[Any]:
+    """What `one(rank, folder)` gave to `_end` in each of `count` new processes."""
+    running = torch.multiprocessing.spawn(one, (str(folder),), nprocs=count, join=False)
     try:
         deadline = time.monotonic() + 200
         while not running.join(timeout=10):
