@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
 from .checkpoints import EXACT, inspect_checkpoint
-from .conversion import REPORT_NAME, UPCYCLING_NAME
 from .experts import ExpertsConfig
+from .saving import REPORT_NAME, UPCYCLING_NAME
 from .training.data import BUILDERS
 from .training.results import RESULT_NAME, RunRecord
 

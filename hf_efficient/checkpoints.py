@@ -11,11 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from .base import get_mechanism, list_mechanisms
-from .conversion import REPORT_NAME, UPCYCLING_NAME, copy_reports, load_converted, load_tokenizer, revert
+from .conversion import load_converted, load_tokenizer, revert
 from .dispatch import CHILD
 from .families import ModelFamily, Stack, family_of
 from .models import MODELS
-from .saving import atomic_folder
+from .saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
 from .side_files import copy_side_files
 
 EXACT = "full attention"

@@ -170,7 +170,7 @@ app.command("convert", context_settings={"allow_extra_args": True, "ignore_unkno
 
 def _record(folder: Path, fidelity: dict[str, Any]) -> None:
     """Put the figures into the checkpoint's report, whole or not at all."""
-    from .conversion import REPORT_NAME, UPCYCLING_NAME
+    from .saving import REPORT_NAME, UPCYCLING_NAME
 
     # experts alone have no conversion behind them
     path = next((folder / name for name in (REPORT_NAME, UPCYCLING_NAME) if (folder / name).is_file()), None)

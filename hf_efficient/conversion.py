@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,11 +25,8 @@ from .families import family_of
 from .families.base import POSITION_METHODS
 from .models import CONFIGS, MODELS, EfficientModelMixin
 from .patching import install, is_installed, plan, resolve_side, uninstall
-from .saving import atomic_folder
-from .side_files import checkpoint_folder, copy_side_files, max_seq_length
-
-REPORT_NAME = "conversion_report.json"
-UPCYCLING_NAME = "upcycling_report.json"
+from .saving import REPORT_NAME, Result
+from .side_files import checkpoint_folder, max_seq_length
 
 
 @dataclass
@@ -69,39 +64,16 @@ class ConversionReport:
         return asdict(self)
 
 
-@dataclass
-class ConversionResult:
+class ConversionResult(Result):
     """A converted model with its tokenizer (`None` if the source had none) and the report; `save(path)` writes all."""
 
-    model: PreTrainedModel
-    tokenizer: Any
     report: ConversionReport
-    source_folder: Path | None = None
+    report_name = REPORT_NAME
 
-    def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write a checkpoint folder, all of it or nothing.
-
-        Raises:
-            FileExistsError: `path` exists and `overwrite` is False.
-        """
-        with atomic_folder(path, overwrite) as folder:
-            self.model.save_pretrained(folder)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-            if self.source_folder is not None:
-                # only where the caller asked for another length: what cuts texts at 256 tokens goes on doing so
-                asked = "model_max_length" in getattr(self.model.config, "efficient_source", {})
-                copy_side_files(self.source_folder, folder, self.report.max_positions if asked else None)
-                copy_reports(self.source_folder, folder, UPCYCLING_NAME)  # its experts are still those
-            (folder / REPORT_NAME).write_text(json.dumps(self.report.to_dict(), indent=2) + "\n")
-        return Path(path)
-
-
-def copy_reports(source: Path, folder: Path, *names: str) -> None:
-    """Copy the reports of these names that a checkpoint folder has to another one."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copy(source / name, folder / name)
+    def _text_length(self) -> int | None:
+        # only where the caller asked for another length: what cuts texts at 256 tokens goes on doing so
+        asked = "model_max_length" in getattr(self.model.config, "efficient_source", {})
+        return self.report.max_positions if asked else None
 
 
 def versions() -> dict[str, str]:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from .side_files import copy_side_files
+
+REPORT_NAME = "conversion_report.json"
+UPCYCLING_NAME = "upcycling_report.json"
 
 
 def require_free(path: str | Path, overwrite: bool = False) -> None:
@@ -64,3 +74,42 @@ def _swap(new: Path, path: Path) -> None:
         aside.rmdir()
         raise
     shutil.rmtree(aside)
+
+
+@dataclass
+class Result:
+    """A model made from a checkpoint, with its tokenizer (`None` if the source had none) and the report of its making."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    report: Any
+    source_folder: Path | None = None
+    report_name: ClassVar[str]
+
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write a checkpoint folder, all of it or nothing.
+
+        Raises:
+            FileExistsError: `path` exists and `overwrite` is False.
+        """
+        with atomic_folder(path, overwrite) as folder:
+            self.model.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            if self.source_folder is not None:
+                copy_side_files(self.source_folder, folder, self._text_length())
+                # what was done to the source before still holds
+                copy_reports(self.source_folder, folder, *({REPORT_NAME, UPCYCLING_NAME} - {self.report_name}))
+            (folder / self.report_name).write_text(json.dumps(self.report.to_dict(), indent=2) + "\n")
+        return Path(path)
+
+    def _text_length(self) -> int | None:
+        """Tokens after which sentence-transformers is to cut texts; `None` = as before."""
+        return None
+
+
+def copy_reports(source: Path, folder: Path, *names: str) -> None:
+    """Copy the reports of these names that a checkpoint folder has to another one."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,14 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .class_change import change_class, replace_config, stock_class
-from .conversion import REPORT_NAME, UPCYCLING_NAME, copy_reports, load_as_it_is, load_tokenizer, versions
+from .conversion import load_as_it_is, load_tokenizer, versions
 from .exact import eval_mode
 from .expert_sites import install_experts, mark_experts, unchanged_on_error
 from .experts import ExpertsConfig, expert_layers
 from .families import family_of
 from .models import CONFIGS, MODELS
-from .saving import atomic_folder
-from .side_files import checkpoint_folder, copy_side_files
+from .saving import UPCYCLING_NAME, Result
+from .side_files import checkpoint_folder
 
 TOLERANCE = 1e-5
 
@@ -63,30 +62,11 @@ class UpcyclingReport:
         return asdict(self)
 
 
-@dataclass
-class UpcyclingResult:
+class UpcyclingResult(Result):
     """An upcycled model with its tokenizer (`None` if the source had none) and the report; `save(path)` writes all."""
 
-    model: PreTrainedModel
-    tokenizer: Any
     report: UpcyclingReport
-    source_folder: Path | None = None
-
-    def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write a checkpoint folder, all of it or nothing.
-
-        Raises:
-            FileExistsError: `path` exists and `overwrite` is False.
-        """
-        with atomic_folder(path, overwrite) as folder:
-            self.model.save_pretrained(folder)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-            if self.source_folder is not None:
-                copy_side_files(self.source_folder, folder, None)
-                copy_reports(self.source_folder, folder, REPORT_NAME)  # its attention is still that of this conversion
-            (folder / UPCYCLING_NAME).write_text(json.dumps(self.report.to_dict(), indent=2) + "\n")
-        return Path(path)
+    report_name = UPCYCLING_NAME
 
 
 def upcycle(

@@ -27,10 +27,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from hf_efficient.conversion import REPORT_NAME, UPCYCLING_NAME, copy_reports
 from hf_efficient.exact import Teacher, converted_layers, eval_mode, mechanism_of
 from hf_efficient.fidelity import compare, text_batches
-from hf_efficient.saving import atomic_folder
+from hf_efficient.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
 from hf_efficient.training import AttentionTransfer, KeepBest, layer_errors, trainable
 from hf_efficient.training.callbacks import NonFiniteLoss, RedrawFeatures
 from hf_efficient.training.checkpoints import load_state, save_state

@@ -16,11 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from ..conversion import REPORT_NAME, UPCYCLING_NAME, copy_reports
 from ..exact import Teacher, converted_layers, eval_mode, mechanism_of, substituted
 from ..fidelity import MeanOfValues, MeanOfValuesConfig, compare, text_batches
 from ..models import EfficientModelMixin
-from ..saving import atomic_folder
+from ..saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
 from ..side_files import copy_side_files
 from .callbacks import FirstStep, NothingLeft, RedrawFeatures, StopOnNonFiniteLoss
 from .checkpoints import CompleteCheckpoints, is_first_process, last_complete_checkpoint

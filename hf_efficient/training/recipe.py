@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from ..conversion import REPORT_NAME, UPCYCLING_NAME, copy_reports
 from ..exact import converted_layers, exact_attention, substituted
 from ..fidelity import MeanOfValues, MeanOfValuesConfig
-from ..saving import atomic_folder
+from ..saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
 from .callbacks import (
     FirstStep,
     KeepRandomState,
