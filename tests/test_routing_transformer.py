@@ -170,10 +170,10 @@ def test_clusters_of_equal_tokens_or_few_take_the_earlier():
 
 def test_rounding_does_not_choose_among_repeats_of_a_token():
     """Repeats that differ in the last digits, as other batches and processors leave them: the earliest ones are taken."""
-    tokens, centroids = heads(1, 2, 5, 8)[0].float(), F.normalize(heads(2, 6, 8)[0].float(), dim=-1)
+    tokens, centroids = heads(1, 2, 5, 8)[0], F.normalize(heads(2, 6, 8)[0], dim=-1)
     x = tokens[:, :, torch.arange(60) % 5]
     generator = torch.Generator().manual_seed(0)
-    noise = [1 + 1e-7 * torch.randn(x.shape, generator=generator) for _ in range(20)]
+    noise = [1 + 1e-14 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(20)]
     found = [clusters.best_members(x * near, centroids, 16, None).tokens for near in noise]
     assert all(torch.equal(other, found[0]) for other in found)
     for chosen in found[0].flatten(0, 2):
