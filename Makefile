@@ -22,14 +22,14 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)  ## record time and memory under model_cards/results/
 	$(BIN)/hf-efficient bench attention --out model_cards/results/attention.json
-	$(BIN)/python -m hf_efficient.benchmark_attention model_cards/results/attention.json
+	$(BIN)/python -m hf_efficient.benchmarks.attention model_cards/results/attention.json
 	$(BIN)/hf-efficient bench content --out model_cards/results/content.json
 	$(BIN)/hf-efficient bench encoder --out model_cards/results/encoder.json
 	$(BIN)/hf-efficient bench memory --out model_cards/results/memory.json
 	$(BIN)/hf-efficient bench fidelity --out model_cards/results/fidelity.json
 
 docs: $(INSTALLED)  ## rewrite the generated tables of README.md and the model cards
-	$(BIN)/python -m hf_efficient.cards
+	$(BIN)/python model_cards/generate.py
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'

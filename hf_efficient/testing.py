@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 VOCABULARY = 99
 BERT_LIKE: dict[str, Any] = dict(
@@ -123,31 +120,3 @@ def assert_close(
     scale = expected.abs().max().clamp(min=1e-30)
     difference = ((actual - expected).abs().max() / scale).item()
     assert difference <= tolerance, f"{what}: relative difference {difference:.2e} > {tolerance:.0e}"
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the elements of the largest tensor that any operation makes: `with LargestTensor() as r: …; r.numel`.
-
-    Views count as what they show, except broadcast ones (stride 0), which take no memory.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-        self.shape: tuple[int, ...] = ()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                held = min(leaf.numel(), leaf.untyped_storage().nbytes() // leaf.element_size())
-                if held > self.numel:
-                    self.numel, self.shape = held, tuple(leaf.shape)
-        return out
-
-
-def flops(function: Any, *args: Any, **kwargs: Any) -> int:
-    """Floating-point operations of matrix products and attention in one call."""
-    with FlopCounterMode(display=False) as counter:
-        function(*args, **kwargs)
-    return counter.get_total_flops()

@@ -1,7 +1,7 @@
 """Generated parts of README.md and the model cards: tables from the registry and from recorded measurements.
 
-    python -m hf_efficient.cards           # rewrite them            (make docs)
-    python -m hf_efficient.cards --check   # fail if one is not what the registry and the records say
+    python model_cards/generate.py           # rewrite them            (make docs)
+    python model_cards/generate.py --check   # fail if one is not what the registry and the records say
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. A figure that no record holds reads
 "not measured".
@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .base import AttentionGeometry, describe, get_mechanism, list_mechanisms
+from hf_efficient.attention.base.geometry import AttentionGeometry
+from hf_efficient.attention.base.registry import describe, get_mechanism, list_mechanisms
+from hf_efficient.cards.markdown import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "model_cards" / "results"
@@ -46,12 +48,6 @@ def refusals(mechanism: str) -> dict[str, list[str]]:
         if found[place] and (wide := cls.exact_config(config, geometry, 1024)) is not None:
             found[place] = cls.unsupported(wide, geometry)
     return found
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def support_table() -> str:

@@ -17,7 +17,8 @@ from typing import Any
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction, Trainer
 
-from hf_efficient.training.data import load_rows
+from hf_efficient.training.data.offline_tasks import offline_task
+from hf_efficient.training.data.texts import load_rows
 from hf_efficient.training.finetuning import (
     ensure_padding,
     first_rows,
@@ -28,9 +29,9 @@ from hf_efficient.training.finetuning import (
     with_baseline,
     with_label_ids,
 )
+from hf_efficient.training.loading import load_model
 from hf_efficient.training.metrics import metric
-from hf_efficient.training.offline_tasks import offline_task
-from hf_efficient.training.recipe import load_model, run, start, train, training_arguments
+from hf_efficient.training.recipe import run, start, train, training_arguments
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
 

@@ -16,15 +16,9 @@ from dataclasses import dataclass
 
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_efficient.training.collators import LanguageModelCollator
-from hf_efficient.training.data import load_texts, token_blocks
-from hf_efficient.training.pretraining import (
-    TokenScores,
-    block_length,
-    load_or_start,
-    refuse_packing,
-    text_size,
-)
+from hf_efficient.training.data.collators import LanguageModelCollator
+from hf_efficient.training.data.texts import load_texts, token_blocks
+from hf_efficient.training.pretraining import TokenScores, block_length, load_or_start, refuse_packing, text_size
 from hf_efficient.training.recipe import run, start, train, training_arguments
 from hf_efficient.training.settings import parse_settings
 

@@ -28,11 +28,15 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 import hf_efficient as he
-from hf_efficient.benchmark import forward_call, hardware, interleaved, peak_memory, random_inputs, ratios
-from hf_efficient.conversion import load_stock, versions
+from hf_efficient.conversion.loading import load_stock
 from hf_efficient.corpus import minilm_checkpoint, offline_documents
+from hf_efficient.evaluation.controls import control_figures
+from hf_efficient.evaluation.cost import peak_memory
+from hf_efficient.evaluation.fidelity import compare, mean_pool
 from hf_efficient.families import family_of
-from hf_efficient.fidelity import compare, control_figures, mean_pool
+from hf_efficient.profiling.environment import hardware, versions
+from hf_efficient.profiling.forward import forward_call, random_inputs
+from hf_efficient.profiling.timing import interleaved, ratios
 
 # ---- settings ----
 MAX_POSITIONS = 4096

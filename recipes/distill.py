@@ -27,17 +27,20 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from hf_efficient.exact import Teacher, converted_layers, eval_mode, mechanism_of
-from hf_efficient.fidelity import compare, text_batches
-from hf_efficient.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
+from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
+from hf_efficient.corpus import text_batches
+from hf_efficient.evaluation.fidelity import compare
+from hf_efficient.patching.exact import Teacher, converted_layers, eval_mode, mechanism_of
+from hf_efficient.profiling.memory import peak_memory
 from hf_efficient.training import AttentionTransfer, KeepBest, layer_errors, trainable
 from hf_efficient.training.callbacks import NonFiniteLoss, RedrawFeatures
 from hf_efficient.training.checkpoints import load_state, save_state
-from hf_efficient.training.data import load_texts
+from hf_efficient.training.data.texts import load_texts
 from hf_efficient.training.distill import DistillSettings
-from hf_efficient.training.distill_parts import Clock, collate, optimizer_of, training_figures, training_rows
-from hf_efficient.training.recipe import load_model, run, start
-from hf_efficient.training.results import RESULT_NAME, RunRecord, peak_memory
+from hf_efficient.training.distill_loop import Clock, collate, optimizer_of, training_figures, training_rows
+from hf_efficient.training.loading import load_model
+from hf_efficient.training.recipe import run, start
+from hf_efficient.training.results import RESULT_NAME, RunRecord
 from hf_efficient.training.settings import parse_settings
 
 

@@ -29,13 +29,13 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import AutoModel
 
-from hf_efficient.exact import exact_attention
-from hf_efficient.training.data import load_rows
+from hf_efficient.patching.exact import exact_attention
+from hf_efficient.training.data.offline_tasks import offline_task
+from hf_efficient.training.data.texts import load_rows
 from hf_efficient.training.finetuning import input_length, require_filled
-from hf_efficient.training.loading import prepared
-from hf_efficient.training.offline_tasks import offline_task
+from hf_efficient.training.loading import load_model, prepared
 from hf_efficient.training.pooling import pool_by_attention
-from hf_efficient.training.recipe import load_model, run, start, train, training_arguments
+from hf_efficient.training.recipe import run, start, train, training_arguments
 from hf_efficient.training.results import RESULT_NAME, RunRecord
 from hf_efficient.training.settings import parse_settings
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from transformers import AutoModelForMaskedLM, Trainer
 
-from hf_efficient.training.collators import LanguageModelCollator, SeededCollator, fixed_rows
-from hf_efficient.training.data import load_texts, token_blocks
+from hf_efficient.training.data.collators import LanguageModelCollator, SeededCollator, fixed_rows
+from hf_efficient.training.data.texts import load_texts, token_blocks
 from hf_efficient.training.pretraining import (
     TokenScores,
     block_length,

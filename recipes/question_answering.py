@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, EvalPrediction, Trainer
 
-from hf_efficient.base import attention_configs
-from hf_efficient.exact import converted_layers, mechanism_of
-from hf_efficient.training.data import load_rows
+from hf_efficient.attention.base.registry import attention_configs
+from hf_efficient.patching.exact import converted_layers, mechanism_of
+from hf_efficient.training.data.offline_tasks import offline_task
+from hf_efficient.training.data.texts import load_rows
 from hf_efficient.training.finetuning import ensure_padding, input_length, require_filled, with_baseline
+from hf_efficient.training.loading import load_model
 from hf_efficient.training.metrics import metric
-from hf_efficient.training.offline_tasks import offline_task
-from hf_efficient.training.recipe import load_model, run, start, train, training_arguments
+from hf_efficient.training.recipe import run, start, train, training_arguments
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
 

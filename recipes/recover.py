@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 
 import hf_efficient as he
 from hf_efficient.corpus import offline_texts
+from hf_efficient.profiling.json_files import write_json
 from hf_efficient.training.recipe import run
-from hf_efficient.training.results import RESULT_NAME, write_json
+from hf_efficient.training.results import RESULT_NAME
 from hf_efficient.training.settings import parse_settings
 
 

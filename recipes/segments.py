@@ -24,12 +24,13 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_efficient.exact import converted_layers, mechanism_of
-from hf_efficient.training.data import load_texts, token_blocks
-from hf_efficient.training.memory import SegmentCollator, SegmentMemory, segment_rows
+from hf_efficient.patching.exact import converted_layers, mechanism_of
+from hf_efficient.profiling.json_files import write_json
+from hf_efficient.training.data.segments import SegmentCollator, SegmentMemory, segment_rows
+from hf_efficient.training.data.texts import load_texts, token_blocks
 from hf_efficient.training.pretraining import TokenScores, block_length, load_or_start, text_size
 from hf_efficient.training.recipe import run, start, train, training_arguments
-from hf_efficient.training.results import RESULT_NAME, write_json
+from hf_efficient.training.results import RESULT_NAME
 from hf_efficient.training.settings import parse_settings
 
 MEMORY = '{"mechanism": "transformer_xl", "segment_length": 128, "memory_length": 384}'

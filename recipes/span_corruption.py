@@ -18,14 +18,9 @@ from dataclasses import dataclass
 
 from transformers import AutoModelForSeq2SeqLM, Trainer
 
-from hf_efficient.training.collators import SeededCollator, SpanCorruptionCollator, fixed_rows
-from hf_efficient.training.data import load_texts, token_blocks
-from hf_efficient.training.pretraining import (
-    TokenScores,
-    block_length,
-    load_or_start,
-    target_size,
-)
+from hf_efficient.training.data.collators import SeededCollator, SpanCorruptionCollator, fixed_rows
+from hf_efficient.training.data.texts import load_texts, token_blocks
+from hf_efficient.training.pretraining import TokenScores, block_length, load_or_start, target_size
 from hf_efficient.training.recipe import run, start, train, training_arguments
 from hf_efficient.training.settings import parse_settings
 

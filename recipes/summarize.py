@@ -24,11 +24,12 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
-from hf_efficient.training.data import load_rows
+from hf_efficient.training.data.offline_tasks import offline_task
+from hf_efficient.training.data.texts import load_rows
 from hf_efficient.training.finetuning import input_length, require_filled, token_loss, with_baseline
+from hf_efficient.training.loading import load_model
 from hf_efficient.training.metrics import metric
-from hf_efficient.training.offline_tasks import offline_task
-from hf_efficient.training.recipe import load_model, run, start, train, training_arguments
+from hf_efficient.training.recipe import run, start, train, training_arguments
 from hf_efficient.training.results import RESULT_NAME, RunRecord
 from hf_efficient.training.settings import parse_settings
 

@@ -6,9 +6,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
-from ..ops.patterns import BlockWindow, Pattern, Strided
-from ..pattern_attention import PatternAttention, PatternAttentionConfig, two_part_pattern, two_part_refusals
+from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
+from hf_efficient.attention.base.pattern import (
+    PatternAttention,
+    PatternAttentionConfig,
+    two_part_pattern,
+    two_part_refusals,
+)
+from hf_efficient.patterns.kinds import BlockWindow, Strided
+from hf_efficient.patterns.pattern import Pattern
 
 FORMS = ("union", "split", "interleaved")
 

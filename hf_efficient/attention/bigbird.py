@@ -10,19 +10,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttentionConfig,
     MechanismFacts,
     SourceAttention,
     register_mechanism,
 )
-from ..ops.attend import attend
-from ..ops.patterns import Pattern
-from ..ops.random_blocks import BigBirdBlocks
-from ..ops.windows import ExtraKeys
-from ..pattern_attention import PatternAttention, PatternAttentionConfig
+from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig
+from hf_efficient.ops.block_sparse.windows import ExtraKeys
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.softmax import attend
+from hf_efficient.patterns.pattern import Pattern
+from hf_efficient.patterns.random_blocks import BigBirdBlocks
 
 FORMS = ("itc", "etc")
 # all extra tokens together start with e⁻⁵ of the weight of one key of equal logit

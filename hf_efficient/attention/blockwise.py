@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
-from ..ops.pattern_sets import PerHead
-from ..ops.patterns import BlockList, Pattern, ShiftedBlock
-from ..pattern_attention import PatternAttention, PatternAttentionConfig
+from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
+from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig
+from hf_efficient.patterns.kinds import BlockList, ShiftedBlock
+from hf_efficient.patterns.pattern import Pattern
+from hf_efficient.patterns.sets import PerHead
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttention,
     EfficientAttentionConfig,
     MechanismFacts,
     register_mechanism,
 )
-from ..ops.query_clusters import cluster_queries, memberships, rows_at, tile_attention, tiles_of_groups
-from ..ops.relative_bias import RelativeBias
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.query_clusters import cluster_queries, memberships, rows_at, tile_attention, tiles_of_groups
+from hf_efficient.ops.relative_bias import RelativeBias
 
 # queries of one cluster that share a copy of its keys: more of them leave more slots empty
 TILE = 16

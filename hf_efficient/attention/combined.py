@@ -9,7 +9,7 @@ from functools import reduce
 from operator import or_
 from typing import Any, ClassVar
 
-from ..base import (
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttentionConfig,
     MechanismFacts,
@@ -18,9 +18,9 @@ from ..base import (
     list_mechanisms,
     register_mechanism,
 )
-from ..ops.pattern_sets import PerHead
-from ..ops.patterns import Pattern
-from ..pattern_attention import OF_THE_WHOLE, PatternAttention, PatternAttentionConfig
+from hf_efficient.attention.base.pattern import OF_THE_WHOLE, PatternAttention, PatternAttentionConfig
+from hf_efficient.patterns.pattern import Pattern
+from hf_efficient.patterns.sets import PerHead
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,23 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..base import AttentionContext, AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
-from ..compressed_memory import MemorySlots, SegmentLayer, joined_slots, mean_slot_bias
-from ..ops.alignment import shift_rows
-from ..ops.memory_slots import (
-    DILATION,
-    Span,
-    attention_received,
-    compressed,
-    cut,
-    most_used,
-    reconstruction_error,
-    span_of_cache,
-    span_of_rows,
-    with_loss,
-)
-from ..ops.slots import log_count
-from ..segment_attention import CHUNK, Far, SegmentAttention, SegmentAttentionConfig, pieces
+from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
+from hf_efficient.attention.base.segment import CHUNK, Far, SegmentAttention, SegmentAttentionConfig, pieces
+from hf_efficient.cache.segments import SegmentLayer
+from hf_efficient.ops import compression as ops
+from hf_efficient.ops.compression import DILATION, MemorySlots, Span
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.padding import shift_rows
+from hf_efficient.ops.pooled_keys import log_count
 
 COMPRESSIONS = ("mean", "max", "conv", "dilated", "most_used")
 
@@ -150,16 +141,16 @@ class CompressiveAttention(SegmentAttention):
         key, value = (x.detach() if config.stop_gradient else x for x in (span.key, span.value))
         if config.compression == "most_used":
             assert span.query is not None
-            used = attention_received(span.query, key, span.there, span.read, config.segment_length, scaling)
-            parts = most_used(key, value, span.there, used, config.segment_length, self._per_block)
+            used = ops.attention_received(span.query, key, span.there, span.read, config.segment_length, scaling)
+            parts = ops.most_used(key, value, span.there, used, config.segment_length, self._per_block)
         else:
             weights = [getattr(self, f"{name}_convolution", None) for name in ("key", "value")]
-            parts = compressed(key, value, span.there, config.compression_rate, config.compression, weights)
+            parts = ops.compressed(key, value, span.there, config.compression_rate, config.compression, weights)
         keys, values, real, index = parts
         if self._learns and span.query is not None:
-            loss = reconstruction_error(span, (keys, values, real), config.segment_length, scaling)
+            loss = ops.reconstruction_error(span, (keys, values, real), config.segment_length, scaling)
             self.reconstruction_loss = loss.detach()
-            keys = with_loss(keys, loss, config.reconstruction_weight)
+            keys = ops.with_loss(keys, loss, config.reconstruction_weight)
         number = torch.arange(keys.shape[2], device=key.device) + span.first[:, None] * self._per_block
         tokens = index + (span.first * config.segment_length - config.memory_length)[:, None, None, None]
         return MemorySlots(keys, values, real, tokens, number)
@@ -172,13 +163,13 @@ class CompressiveAttention(SegmentAttention):
         visible = visible & (number >= limit - self.config.compressed_memory_length)
         logits = log_count(slots.there.sum(-1))[:, :, None].masked_fill(~visible, float("-inf"))
         if context.relative_bias is not None:
-            logits = logits + mean_slot_bias(context.relative_bias, slots, rows)
+            logits = logits + ops.mean_slot_bias(context.relative_bias, slots, rows)
         return Far(slots.keys, slots.values, logits.to(slots.keys.dtype))
 
     def _far_of_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Any:
         size, per_block = self.config.segment_length, self._per_block
         first = self.config.memory_length // size  # the block of the first token
-        span = span_of_rows(query, key, value, context.key_padding_mask, size, self.config.memory_length)
+        span = ops.span_of_rows(query, key, value, context.key_padding_mask, size, self.config.memory_length)
         slots = self._slots(span, context.scaling)
         layer = context.recurrent
         if isinstance(layer, SegmentLayer):
@@ -187,7 +178,7 @@ class CompressiveAttention(SegmentAttention):
                 layer.keep_queries(shift_rows(query, -layer.row_start, 2))
             if layer.dropped is not None:
                 dropped = shift_rows(layer.dropped, layer.row_start, 1)
-                self._append(layer, slots, span.there & cut(dropped, 1, span.start, span.key.shape[2]))
+                self._append(layer, slots, span.there & ops.cut(dropped, 1, span.start, span.key.shape[2]))
         parts = [x.split(per_block, dim=2) for x in slots[:2]]
 
         def far_of(u: int, count: int) -> Far | None:
@@ -211,13 +202,13 @@ class CompressiveAttention(SegmentAttention):
         layer = context.recurrent if isinstance(context.recurrent, SegmentLayer) else None
         queries, read = self._queries_of_cache(query, there, layer)
         sizes = self.config.segment_length, self.config.memory_length
-        span, local = span_of_cache(queries, key, value, token.expand(batch, -1), there, read, *sizes)
+        span, local = ops.span_of_cache(queries, key, value, token.expand(batch, -1), there, read, *sizes)
         slots = self._slots(span, context.scaling).expanded(batch)
         before = None if layer is None else layer.state
         if layer is not None and layer.dropped is not None:
             self._append(layer, slots, span.there & local(layer.dropped, 1))
         if before is not None:
-            slots = joined_slots(before, slots)
+            slots = ops.joined_slots(before, slots)
         return lambda rows: self._far(self._in_reach(slots, rows), rows, context)
 
     def _in_reach(self, slots: MemorySlots, rows: Tensor) -> MemorySlots:
@@ -242,7 +233,7 @@ class CompressiveAttention(SegmentAttention):
             )
         unknown = there.shape[1] - query.shape[2]
         known = torch.arange(there.shape[1], device=there.device) >= unknown
-        return cut(query, 2, -unknown, there.shape[1]), there & known
+        return ops.cut(query, 2, -unknown, there.shape[1]), there & known
 
     def _append(self, layer: SegmentLayer, slots: MemorySlots, dropped: Tensor) -> None:
         """Keep what the cache forgot, (B, L) bool `dropped` real tokens: always whole blocks."""

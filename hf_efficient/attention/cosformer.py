@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..base import AttentionContext, AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
-from ..kernel_attention import KernelAttention
+from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
+from hf_efficient.attention.base.kernel import KernelAttention
+from hf_efficient.ops.context import AttentionContext
 
 EPSILON = 1e-3
 

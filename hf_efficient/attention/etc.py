@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttention,
     EfficientAttentionConfig,
@@ -19,11 +18,12 @@ from ..base import (
     SourceAttention,
     register_mechanism,
 )
-from ..ops.attend import merge_attention
-from ..ops.block_sparse import block_sparse_attention
-from ..ops.labelled_window import labelled_window_attention
-from ..ops.patterns import Window
-from ..ops.windows import ExtraKeys, extra_attention
+from hf_efficient.ops.block_sparse.attention import block_sparse_attention
+from hf_efficient.ops.block_sparse.relative_window import labelled_window_attention
+from hf_efficient.ops.block_sparse.windows import ExtraKeys, extra_attention
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.softmax import merge_attention
+from hf_efficient.patterns.kinds import Window
 
 # new projections by `sharing`: name → the pretrained one that it is copied from
 GLOBAL_QUERY = {"query_global": "query", "key_global": "key", "value_global": "value"}

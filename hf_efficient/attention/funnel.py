@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttention,
     EfficientAttentionConfig,
     MechanismFacts,
     register_mechanism,
 )
-from ..ops.pooled_rows import Pooling, Runs, slot_bias
-from ..ops.slots import log_count
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.pooled_keys import log_count
+from hf_efficient.ops.pooling import Pooling, Runs, slot_bias
 
 NUM_BLOCKS = 3
 DECODER_SHARE = 6

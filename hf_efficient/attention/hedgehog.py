@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..base import MechanismFacts, register_mechanism
-from ..hybrid_attention import HybridAttention, HybridAttentionConfig
+from hf_efficient.attention.base import MechanismFacts, register_mechanism
+from hf_efficient.attention.base.hybrid import HybridAttention, HybridAttentionConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
-from ..ops.patterns import BlockWindow, Pattern
-from ..pattern_attention import PatternAttention, PatternAttentionConfig
+from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
+from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig
+from hf_efficient.patterns.kinds import BlockWindow
+from hf_efficient.patterns.pattern import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)

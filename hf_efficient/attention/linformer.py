@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttention,
     EfficientAttentionConfig,
     MechanismFacts,
     register_mechanism,
 )
-from ..ops.alignment import real_length
-from ..ops.slots import (
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.padding import real_length
+from hf_efficient.ops.pooled_keys import (
     Slots,
     in_slots,
     max_pooled,

@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
-from ..ops.patterns import Columns, Pattern, Window
-from ..ops.windows import window_sides
-from ..pattern_attention import PatternAttention, PatternAttentionConfig
+from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
+from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig
+from hf_efficient.ops.block_sparse.windows import window_sides
+from hf_efficient.patterns.kinds import Columns, Window
+from hf_efficient.patterns.pattern import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)

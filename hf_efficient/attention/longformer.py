@@ -9,29 +9,29 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttentionConfig,
     MechanismFacts,
     SourceAttention,
     register_mechanism,
 )
-from ..decoding import attend_kept
-from ..ops.alignment import first_real_token
-from ..ops.global_tokens import (
+from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig, attend_kept
+from hf_efficient.ops.block_sparse.windows import window_sides
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.global_tokens import (
     GlobalTokens,
     chosen_tokens,
     global_columns,
     kept_tokens,
+    projected_rows,
     up_to_separator,
     without_tokens,
 )
-from ..ops.pattern_sets import PerHead
-from ..ops.patterns import Columns, Pattern, Rows, Window
-from ..ops.projected_rows import projected_rows
-from ..ops.windows import window_sides
-from ..pattern_attention import PatternAttention, PatternAttentionConfig
+from hf_efficient.ops.padding import first_real_token
+from hf_efficient.patterns.kinds import Columns, Rows, Window
+from hf_efficient.patterns.pattern import Pattern
+from hf_efficient.patterns.sets import PerHead
 
 GLOBAL_RULES = ("none", "first", "question")
 

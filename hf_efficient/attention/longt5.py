@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttention,
     EfficientAttentionConfig,
@@ -18,11 +17,12 @@ from ..base import (
     SourceAttention,
     register_mechanism,
 )
-from ..ops.alignment import real_length
-from ..ops.block_sparse import block_sparse_attention
-from ..ops.patterns import Window
-from ..ops.relative_bias import RelativeBias
-from ..ops.windows import ExtraKeys
+from hf_efficient.ops.block_sparse.attention import block_sparse_attention
+from hf_efficient.ops.block_sparse.windows import ExtraKeys
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.padding import real_length
+from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.patterns.kinds import Window
 
 POOLING = ("mean", "rms")
 RMS_EPSILON = 1e-6

@@ -10,21 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttention,
     EfficientAttentionConfig,
     MechanismFacts,
     register_mechanism,
 )
-from ..compressed_memory import CompressedLayer, CompressedMemory, joined, mean_bias, slot_bias
-from ..ops.alignment import first_real_token, shift_rows
-from ..ops.block_sparse import block_sparse_attention
-from ..ops.patterns import BlockWindow
-from ..ops.relative_bias import RelativeBias
-from ..ops.slots import in_slots, log_count, strided_convolution
-from ..ops.windows import ExtraKeys
+from hf_efficient.cache.pooled import CompressedLayer
+from hf_efficient.ops.block_sparse.attention import block_sparse_attention
+from hf_efficient.ops.block_sparse.windows import ExtraKeys
+from hf_efficient.ops.compression import CompressedMemory, joined, mean_bias
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.padding import first_real_token, shift_rows
+from hf_efficient.ops.pooled_keys import in_slots, log_count, strided_convolution
+from hf_efficient.ops.relative_bias import RelativeBias, slot_bias
+from hf_efficient.patterns.kinds import BlockWindow
 
 # new tokens that are computed at once while decoding
 CHUNK = 32

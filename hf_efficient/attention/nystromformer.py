@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttention,
     EfficientAttentionConfig,
     MechanismFacts,
     register_mechanism,
 )
-from ..ops.alignment import real_length
-from ..ops.attend import additive_mask
-from ..ops.slots import segments_of_rows
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.padding import real_length
+from hf_efficient.ops.pooled_keys import segments_of_rows
+from hf_efficient.ops.softmax import additive_mask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
-from ..kernel_attention import KernelAttention
-from ..ops.random_features import drawn_features
+from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
+from hf_efficient.attention.base.kernel import KernelAttention
+from hf_efficient.ops.random_features import drawn_features
 
 KERNELS = ("softmax", "relu")
 RELU_EPSILON = 1e-3

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttentionConfig,
     MechanismFacts,
     SourceAttention,
     register_mechanism,
 )
-from ..kernel_attention import KernelAttention
-from ..ops.random_features import drawn_features
+from hf_efficient.attention.base.kernel import KernelAttention
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.random_features import drawn_features
 
 # at a gate of 1 - e^-10 the oldest of 1000 tokens keeps 0.96 of its weight
 OPEN_GATE = 10.0

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttention,
     EfficientAttentionConfig,
@@ -19,9 +18,10 @@ from ..base import (
     attention_config,
     register_mechanism,
 )
-from ..bucket_memory import BucketLayer, labels_of_all
-from ..ops.buckets import bucket_attention, paired_attention
-from ..ops.random_features import drawn_features
+from hf_efficient.cache.buckets import BucketLayer, labels_of_all
+from hf_efficient.ops.bucket_attention import bucket_attention, paired_attention
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.random_features import drawn_features
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttention,
     EfficientAttentionConfig,
     MechanismFacts,
     register_mechanism,
 )
-from ..ops.slots import Slots, segments_of_rows, slot_attention
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.pooled_keys import Slots, segments_of_rows, slot_attention
 
 
 @dataclass(frozen=True, kw_only=True)

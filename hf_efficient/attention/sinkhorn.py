@@ -9,18 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttention,
     EfficientAttentionConfig,
     MechanismFacts,
     register_mechanism,
 )
-from ..block_starts import BlockStartLayer
-from ..ops.alignment import shift_rows
-from ..ops.decode_rows import rows_attention
-from ..ops.sorted_blocks import (
+from hf_efficient.cache.block_queries import BlockStartLayer
+from hf_efficient.ops.block_sorting import (
     best_blocks,
     block_means,
     first_tokens,
@@ -29,6 +26,9 @@ from ..ops.sorted_blocks import (
     other_blocks,
     tokens_at,
 )
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.decoding import rows_attention
+from hf_efficient.ops.padding import shift_rows
 
 SORTNETS = ("none", "bilinear")
 

@@ -6,9 +6,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
-from ..ops.patterns import BlockWindow, Pattern, Strided, Summary, Window
-from ..pattern_attention import PatternAttention, PatternAttentionConfig, two_part_pattern, two_part_refusals
+from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
+from hf_efficient.attention.base.pattern import (
+    PatternAttention,
+    PatternAttentionConfig,
+    two_part_pattern,
+    two_part_refusals,
+)
+from hf_efficient.patterns.kinds import BlockWindow, Strided, Summary, Window
+from hf_efficient.patterns.pattern import Pattern
 
 PATTERNS = ("strided", "fixed")
 HEAD_POLICIES = ("merged", "split", "interleaved")

@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import (
-    AttentionContext,
+from hf_efficient.attention.base import (
     AttentionGeometry,
     EfficientAttention,
     EfficientAttentionConfig,
     MechanismFacts,
     register_mechanism,
 )
-from ..kernel_attention import normalised
-from ..ops.synthetic_logits import (
+from hf_efficient.attention.base.kernel import normalised
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.synthetic_logits import (
     SLIGHT,
     DenseLogits,
     FactorizedDenseLogits,

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..base import AttentionGeometry, MechanismFacts, register_mechanism
-from ..hybrid_attention import HybridAttention, HybridAttentionConfig
+from hf_efficient.attention.base import AttentionGeometry, MechanismFacts, register_mechanism
+from hf_efficient.attention.base.hybrid import HybridAttention, HybridAttentionConfig
 
 EPSILON = 1e-3
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import AttentionGeometry, MechanismFacts, register_mechanism
-from ..segment_attention import SegmentAttention, SegmentAttentionConfig
+from hf_efficient.attention.base import AttentionGeometry, MechanismFacts, register_mechanism
+from hf_efficient.attention.base.segment import SegmentAttention, SegmentAttentionConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,12 +23,26 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import contenders
-from .base import EfficientAttention
-from .benchmark import forward_call, hardware, interleaved, ratios, versions, wide_model
-from .contenders import BIASED, DENSE, MASKED, SAME, THEIRS, WINDOW, Point, build, our_names, settings_of, work_of
-from .memory import growth_of, peaks
-from .timing import attempt, ceilings, cuda_peak, reason_of, speedups, timed
+from hf_efficient.attention.base.mechanism import EfficientAttention
+from hf_efficient.benchmarks import baselines as contenders
+from hf_efficient.benchmarks.baselines import (
+    BIASED,
+    DENSE,
+    MASKED,
+    SAME,
+    THEIRS,
+    WINDOW,
+    Point,
+    build,
+    our_names,
+    settings_of,
+)
+from hf_efficient.benchmarks.models import wide_model
+from hf_efficient.benchmarks.work import ceilings, work_of
+from hf_efficient.profiling.environment import hardware, versions
+from hf_efficient.profiling.forward import forward_call
+from hf_efficient.profiling.memory import growth_of, peaks
+from hf_efficient.profiling.timing import attempt, cuda_peak, interleaved, ratios, reason_of, speedups, timed
 
 PRODUCTS = {"forward": 2, "training": 7}
 # query, key, value, output; backward reads them and the output's gradient again, and writes three gradients

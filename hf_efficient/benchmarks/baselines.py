@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import AttentionContext, AttentionGeometry, EfficientAttention, get_mechanism, list_mechanisms
-from .ops.patterns import Columns, Pattern, Rows, Window
-from .ops.pieces import stride_of
-from .ops.relative_bias import RelativeBias
-from .ops.tile_table import tile_table
-from .pattern_attention import PatternAttention, PatternAttentionConfig
+from hf_efficient.attention.base.geometry import AttentionGeometry
+from hf_efficient.attention.base.mechanism import EfficientAttention
+from hf_efficient.attention.base.pattern import PatternAttention
+from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.patterns.kinds import Window
+from hf_efficient.patterns.pattern import Pattern
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -347,54 +349,3 @@ def build(name: str, point: Point) -> Attention:
 
 
 # ---- the least there is to do ------------------------------------------------------------------------------------
-
-
-class Work(NamedTuple):
-    """Visible pairs over all heads and batch entries; pairs of the 64×64 tiles that hold them, `None` where tiles are not
-    what is computed (strides are regrouped); bytes of query, key, value and output, each once; head width."""
-
-    pairs: int
-    tile_pairs: int | None
-    bytes: int
-    width: int
-
-    def flops(self, products: int) -> float:
-        """Operations of so many matrix products over the visible pairs: 2 forward, 5 backward."""
-        return 2.0 * self.width * products * self.pairs
-
-    def tile_flops(self, products: int) -> float | None:
-        return None if self.tile_pairs is None else 2.0 * self.width * products * self.tile_pairs
-
-
-def count_pairs(pattern: Pattern, length: int, heads: int) -> tuple[int, int]:
-    """(visible pairs, pairs of the tiles that hold any) of all heads, O(tiles)."""
-    table = tile_table(pattern.at_length(length), length, length, TILE, TILE)
-    area, shared = TILE * TILE, heads if table.heads == 1 else 1
-    partial = table.class_mask[table.class_mask >= 0].long()
-    pairs = int(table.masks.flatten(1).sum(1, dtype=torch.long)[partial].sum())
-    pairs += area * int((table.class_mask < 0).sum())
-    return pairs * shared, table.num_tiles * area * shared
-
-
-def pattern_of(name: str, point: Point) -> Pattern:
-    """The keys that one of our mechanisms shows every query, global rows included."""
-    config: Any = get_mechanism(name).Config.from_dict(settings_of(name))
-    if isinstance(config, PatternAttentionConfig):
-        return config.visible_keys(geometry_of(point))
-    window = Window(left=config.attention_window // 2, right=config.attention_window // 2)
-    if name == "longt5":
-        return window
-    first = tuple(range(config.num_global_tokens))
-    return window | Columns(positions=first) | Rows(positions=first)
-
-
-def work_of(name: str, point: Point) -> Work:
-    """The least work of one of our mechanisms at a point."""
-    pattern, n = pattern_of(name, point), point.length
-    pairs, tiles = count_pairs(pattern, n, point.heads)
-    regrouped = any(stride_of(pattern.head(h)) is not None for h in range(pattern.num_heads))
-    if name == "longt5":
-        # slots are no tokens, hence in no tile
-        pairs, regrouped = pairs + point.heads * n * (n // SLOT), True
-    moved = 4 * point.batch * point.heads * n * point.width * torch.finfo(point.kind).bits // 8
-    return Work(pairs * point.batch, None if regrouped else tiles * point.batch, moved, point.width)

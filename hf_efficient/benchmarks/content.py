@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .benchmark import hardware
-from .contenders import Attention, Ours, Point
-from .conversion import versions
-from .testing import LargestTensor
-from .timing import Mark, attempt, speedups, timed
+from hf_efficient.benchmarks.baselines import Attention, Ours, Point
+from hf_efficient.profiling.counters import LargestTensor
+from hf_efficient.profiling.environment import hardware, versions
+from hf_efficient.profiling.timing import Mark, attempt, speedups, timed
 
 LENGTHS = (1024, 4096, 16384)
 HEADS, WIDTH = 4, 64

@@ -10,12 +10,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from .base import attention_configs, get_mechanism
-from .benchmark import hardware
-from .calibration import calibrate, calibration_batches
-from .conversion import convert_in_place, load_stock, versions
-from .corpus import HUB_ID, minilm_checkpoint, offline_texts
-from .fidelity import compare, control_figures
+from hf_efficient.attention.base.registry import attention_configs, get_mechanism
+from hf_efficient.conversion.calibrate import calibrate, calibration_batches
+from hf_efficient.conversion.loading import load_stock
+from hf_efficient.corpus import HUB_ID, minilm_checkpoint, offline_texts
+from hf_efficient.evaluation.controls import control_figures
+from hf_efficient.evaluation.fidelity import compare
+from hf_efficient.models.in_place import convert_in_place
+from hf_efficient.profiling.environment import hardware, versions
 
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *(("local", dict(attention_window=w)) for w in (128, 256, 512)),

@@ -26,15 +26,17 @@ from typing import Any
 
 import torch
 
-from .benchmark import hardware, versions
-from .benchmark_attention import Stage, attention_suite, cuda_stages
-from .benchmark_attention import as_rows as attention_rows
-from .contenders import THEIRS, Point, build
-from .memory import fresh_python
-from .ops.linear_attention import linear_attention
-from .timing import attempt, timed
+from hf_efficient.benchmarks.attention import Stage, attention_suite, cuda_stages
+from hf_efficient.benchmarks.attention import as_rows as attention_rows
+from hf_efficient.benchmarks.baselines import THEIRS, Point, build
+from hf_efficient.ops.linear_attention import linear_attention
+from hf_efficient.profiling.environment import hardware, versions
+from hf_efficient.profiling.memory import fresh_python
+from hf_efficient.profiling.timing import attempt, timed
 
-TESTS = tuple(Path(__file__).parents[1] / "tests" / name for name in ("test_gpu.py", "test_kernels_gpu.py"))
+TESTS = tuple(
+    Path(__file__).parents[2] / "tests" / "kernels" / name for name in ("test_gpu.py", "test_kernels_gpu.py")
+)
 SHARD = "HF_EFFICIENT_SHARD"
 OUTCOME = re.compile(r"^(\S+\.py::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 REASON = re.compile(r"^(?:FAILED|ERROR) (\S+\.py::.*)$", re.MULTILINE)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .benchmark import hardware
-from .conversion import versions
-from .ops.linear_attention import linear_attention
-from .timing import Mark, attempt, timed
+from hf_efficient.ops.linear_attention import linear_attention
+from hf_efficient.profiling.environment import hardware, versions
+from hf_efficient.profiling.timing import Mark, attempt, timed
 
 LENGTHS = (1024, 4096, 16384, 65536)
 HEADS, FEATURES, WIDTH = 4, 64, 64

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
-import os
-import platform
-import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
-from transformers import AutoConfig
 
-from .base import attention_configs, get_mechanism, list_mechanisms
-from .conversion import convert_in_place, load_converted, load_stock, versions
-from .families import PREFIX, family_of
-from .memory import growth_of, peaks
-from .patching import plan
+from hf_efficient.attention.base.registry import attention_configs, get_mechanism, list_mechanisms
+from hf_efficient.evaluation.cost import _forward_peak
+from hf_efficient.families import family_of
+from hf_efficient.models.in_place import convert_in_place
+from hf_efficient.patching.install import plan
+from hf_efficient.profiling.environment import hardware, versions
+from hf_efficient.profiling.forward import forward_call, random_inputs
+from hf_efficient.profiling.memory import peaks
+from hf_efficient.profiling.timing import interleaved, ratios
 
 BASE_WIDTH = 768
 # options of the encoder benchmark; what transformers' own classes are compared at
@@ -37,141 +30,8 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def hardware() -> dict[str, Any]:
-    """What a time depends on beside versions: processor, threads, accelerator."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": model, "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def interleaved(
-    calls: dict[str, Callable[[], Any]], repeats: int, progress: str | None = None
-) -> dict[str, list[float]]:
-    """Seconds of each call, all calls in turn, `repeats` times after one warm-up: drifting speed hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in tqdm(range(repeats + 1), desc=progress, disable=progress is None, leave=False, file=sys.stderr):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
-    """Per call: median seconds, and median, minimum and maximum over rounds of its time divided by the baseline's."""
-    table = {}
-    for name, times in seconds.items():
-        shares = [a / b for a, b in zip(times, seconds[baseline], strict=True)]
-        table[name] = {
-            "seconds": statistics.median(times),
-            "ratio": statistics.median(shares),
-            "ratio_min": min(shares),
-            "ratio_max": max(shares),
-        }
-    return table
-
-
-def random_inputs(config: Any, length: int) -> dict[str, torch.Tensor]:
-    """One row of random tokens; encoder-decoder models get 16 decoder tokens."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = {"input_ids": torch.randint(5, config.vocab_size, (1, length), generator=generator)}
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = inputs["input_ids"][:, :16]
-    return inputs
-
-
-def forward_call(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """A forward pass without gradients and without a cache, to be timed."""
-
-    inputs = {k: v.to(model.device) for k, v in inputs.items()}
-    options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-
-    def call() -> None:
-        with torch.no_grad():
-            model(**inputs, **options)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
-
-    return call
-
-
-def compare_with_full_attention(
-    model: Any, source: Any, lengths: Sequence[int], repeats: int = 3, progress: bool = False
-) -> dict[str, Any]:
-    """Time and peak memory of `model` and of `source` with full SDPA attention, batch 1, over lengths.
-
-    Returns:
-        {"rows": one dict per length, "crossover": the first length from which on `model` is faster, or None}.
-    """
-    full = copy.deepcopy(source)
-    family = family_of(full)
-    limit = family.max_positions(full.config)
-    rows: list[dict[str, Any]] = []
-    available = family.max_positions(model.config)
-    lengths = [length for length in lengths if available is None or length <= available]
-    if limit is not None and max(lengths, default=0) > limit:
-        family.resize_positions(full, max(lengths))
-    with tempfile.TemporaryDirectory() as scratch:
-        paths = {"full": f"{scratch}/full", "efficient": f"{scratch}/efficient"}
-        full.save_pretrained(paths["full"])
-        model.save_pretrained(paths["efficient"])
-        for length in lengths:
-            inputs = random_inputs(full.config, length)
-            calls = {"full": forward_call(full, inputs), "efficient": forward_call(model, inputs)}
-            figures = ratios(interleaved(calls, repeats, f"{length} tokens" if progress else None), "full")
-            rows.append(
-                {
-                    "length": length,
-                    "full_seconds": figures["full"]["seconds"],
-                    "efficient_seconds": figures["efficient"]["seconds"],
-                    "time_ratio": figures["efficient"]["ratio"],
-                }
-            )
-        points = [(path, length) for length in lengths for path in paths.values()]
-        found = iter(peak_memory(points, "memory" if progress else None))
-        for row in rows:
-            row |= {"full_peak_mb": next(found), "efficient_peak_mb": next(found)}
-    faster = [row["time_ratio"] < 1 for row in rows]
-    crossover = next((row["length"] for i, row in enumerate(rows) if all(faster[i:])), None)
-    return {"rows": rows, "crossover": crossover, "repeats": repeats, "hardware": hardware()}
-
-
-# ---- memory ------------------------------------------------------------------------------------------------------
-
-
-def peak_memory(points: Sequence[tuple[str | Path, int]], progress: str | None = None) -> list[float | None]:
-    """Megabytes by which one forward pass of a saved checkpoint raises the resident memory of a fresh process.
-
-    Args:
-        points: (checkpoint, length) of each pass. progress: text of the bar; `None` = no bar.
-
-    Returns:
-        `None` for each where the operating system does not tell (anything but Linux).
-    """
-    return peaks(_checkpoint_peak, [(str(path), length) for path, length in points], progress)
-
-
-def _checkpoint_peak(path: str, length: int) -> float:
-    converted = AutoConfig.from_pretrained(path).model_type.startswith(PREFIX)
-    model: Any = load_converted(path) if converted else load_stock(path)[0]
-    return _forward_peak(model, random_inputs(model.config, length))
-
-
 def _wide_peak(model_type: str, attention: dict[str, Any], length: int, side: str) -> float:
     return _forward_peak(*wide_model(model_type, attention, length, side))
-
-
-def _forward_peak(model: Any, inputs: dict[str, torch.Tensor]) -> float:
-    # what is made once and kept is no part of a pass
-    forward_call(model, {k: v[:, :16] for k, v in inputs.items()})()
-    return growth_of(forward_call(model, inputs))
 
 
 # ---- suites ------------------------------------------------------------------------------------------------------
@@ -297,33 +157,3 @@ def memory_suite(lengths: Sequence[int] = (8192, 16384), progress: bool = True) 
         "hardware": hardware(),
         "versions": versions(),
     }
-
-
-def _elsewhere(suite: str) -> Any:
-    """The module of a suite that has one of its own."""
-    return importlib.import_module(f".benchmark_{suite}", __package__)
-
-
-def _run_elsewhere(suite: str, **options: Any) -> dict[str, Any]:
-    return getattr(_elsewhere(suite), f"{suite}_suite")(**options)
-
-
-def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Headings and rows of a suite's results, for people."""
-    if document["suite"] in OWN_MODULE:
-        return _elsewhere(document["suite"]).as_rows(document)
-    results = document["results"]
-    if document["suite"] == "memory":
-        flat = results
-    else:
-        flat = [{"model": name, "tokens": n} | row for n, table in results.items() for name, row in table.items()]
-    rows = [[round(v, 3) if isinstance(v, float) else v for v in row.values()] for row in flat]
-    return list(flat[0]), rows
-
-
-OWN_MODULE = ("attention", "content", "fidelity", "gpu", "linear", "recovery")
-SUITES: dict[str, Callable[..., dict[str, Any]]] = {
-    "encoder": encoder_suite,
-    "memory": memory_suite,
-    **{suite: partial(_run_elsewhere, suite) for suite in OWN_MODULE},
-}

@@ -10,10 +10,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .benchmark import hardware
-from .conversion import convert, load_tokenizer, versions
-from .corpus import HUB_ID, minilm_checkpoint, offline_texts
-from .training.distill import distill
+from hf_efficient.conversion.convert import convert
+from hf_efficient.conversion.loading import load_tokenizer
+from hf_efficient.corpus import HUB_ID, minilm_checkpoint, offline_texts
+from hf_efficient.profiling.environment import hardware, versions
+from hf_efficient.training.distill import distill
 
 LENGTH, TEXTS = 512, 16
 FOLDER = Path("outputs/recovery")

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.patterns import Full
-from .ops.sorted_blocks import tokens_at
-from .recurrent import RecurrentLayer
+from hf_efficient.cache.recurrent import RecurrentLayer
+from hf_efficient.ops.block_sorting import tokens_at
+from hf_efficient.patterns.kinds import Full
 
 
 class BlockStarts(NamedTuple):

@@ -6,20 +6,15 @@ the host such a layer looks as long as all tokens seen; only the dispatcher lear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
 
-from .ops.block_sparse import DECODING
-from .ops.decode_rows import entries_at, rows_attention
-from .ops.implementation import require_torch
-from .ops.patterns import Pattern
-
-if TYPE_CHECKING:
-    from .base import AttentionContext, EfficientAttention
+from hf_efficient.ops.decoding import entries_at
+from hf_efficient.patterns.pattern import Pattern
 
 SLACK = 64
 """Tokens by which a store may outgrow what is needed before it is pruned, and by which `crop` can always go back."""
@@ -163,95 +158,3 @@ class BoundedLayer(DynamicLayer):
             self.positions = rows(self.positions)
         if self.row_start is not None:
             self.row_start = rows(self.row_start)
-
-
-def attend_kept(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: Pattern,
-    context: AttentionContext,
-    columns: Tensor | None = None,
-    implementation: str = "auto",
-) -> Tensor:
-    """Causal attention of `pattern` over the keys that a `BoundedLayer` kept: see `ops.decode_rows.rows_attention`.
-
-    Raises:
-        ValueError: an explicit `implementation` that does not decode.
-    """
-    require_torch(implementation, DECODING)
-    return rows_attention(
-        query,
-        key,
-        value,
-        pattern.visible_per_head,
-        scaling=context.scaling,
-        key_padding_mask=context.key_padding_mask,
-        relative_bias=context.relative_bias,
-        dropout=context.dropout,
-        query_offset=context.query_offset,
-        row_start=context.row_start,
-        key_positions=context.key_positions,
-        columns=columns,
-    )
-
-
-def bounded_cache(
-    cache: Cache | None, mechanisms: Mapping[int, EfficientAttention], config: Any, has_cross_attention: bool
-) -> tuple[Cache, Cache]:
-    """A cache whose layers at the indices of `mechanisms` are the mechanisms' own; all others stay what they are.
-
-    Args:
-        cache: the call's; `None` makes the one that the host would make. Only an empty dynamic cache gets other layers.
-
-    Returns:
-        The cache for the host, and the part of it that serves self-attention.
-    """
-    if cache is None:
-        cache = DynamicCache(config=config)
-        if has_cross_attention:
-            cache = EncoderDecoderCache(cache, DynamicCache(config=config))
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    plain = isinstance(own, DynamicCache) and all(
-        type(layer) is DynamicLayer or isinstance(layer, BoundedLayer) for layer in own.layers
-    )
-    if plain and own.get_seq_length() == 0 and not torch.compiler.is_compiling():
-        own.layers.extend(DynamicLayer() for _ in range(max(mechanisms) + 1 - len(own.layers)))
-        for index, mechanism in mechanisms.items():
-            own.layers[index] = mechanism.cache_layer()  # type: ignore[assignment]
-    return cache, own
-
-
-def prepare_layers(
-    cache: Cache,
-    mechanisms: Mapping[int, EfficientAttention],
-    tokens: Tensor,
-    mask: Tensor | None,
-    marked: Tensor | None,
-) -> bool:
-    """Tell the bounded layers of `cache` about a call; False if it has none.
-
-    Args:
-        tokens: (B, N, …) what comes in. mask: (B, S) its `attention_mask`. marked: (B, ≤ S) its `global_attention_mask`.
-
-    Raises:
-        ValueError: rows start elsewhere than when keys were forgotten.
-    """
-    layers = {index: layer for index, layer in enumerate(cache.layers) if isinstance(layer, BoundedLayer)}
-    if mask is None:
-        start = torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device)
-    else:
-        # the number of leading zeros, also of a row of zeros
-        start = (mask.bool().cumsum(-1) == 0).sum(-1)
-    anchored = [x for x in layers.values() if x.positions is not None and x.is_anchored]
-    for layer in anchored[:1]:  # all layers of a stack have had the same masks
-        before = layer.row_start
-        if before is not None and bool(((start != before) & (torch.minimum(start, before) < layer.seen)).any()):
-            raise ValueError(
-                "attention_mask says that rows start at other tokens than when the cache was filled: give the mask of all "
-                "tokens seen so far with every call."
-            )
-    for index, layer in layers.items():
-        takes_marks = getattr(mechanisms.get(index), "uses_global_attention_mask", False)
-        layer.prepare(start, marked if takes_marks else None)
-    return bool(layers)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import AttentionContext
-from .ops.patterns import Window
-from .recurrent import RecurrentLayer
+from hf_efficient.cache.recurrent import RecurrentLayer
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.patterns.kinds import Window
 
 
 class BucketMemory(NamedTuple):

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .decoding import BoundedLayer
-from .ops.linear_attention import FeatureState, absorb
+from hf_efficient.cache.bounded import BoundedLayer
+from hf_efficient.ops.linear_attention import FeatureState, absorb
 
 
 class RecurrentLayer(BoundedLayer):

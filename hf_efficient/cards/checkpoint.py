@@ -14,10 +14,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .base import describe, get_mechanism
-from .card_experts import PAPERS, TAG, experts_limits, experts_section, experts_words, upcycle_commands
-from .card_facts import README, CardFacts, gather, is_hub_id
-from .cards import table
+from hf_efficient.attention.base.registry import describe, get_mechanism
+from hf_efficient.cards.experts import PAPERS, TAG, experts_limits, experts_section, experts_words, upcycle_commands
+from hf_efficient.cards.facts import README, CardFacts, gather, is_hub_id
+from hf_efficient.cards.markdown import table
 
 NOT_MEASURED = "not measured"
 NOT_RECORDED = "not recorded"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from .cards import table
+from hf_efficient.cards.markdown import table
 
 TAG = "sparse-experts"
 PAPERS = {

@@ -11,11 +11,11 @@ from typing import Any
 
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
-from .checkpoints import EXACT, inspect_checkpoint
-from .experts import ExpertsConfig
-from .saving import REPORT_NAME, UPCYCLING_NAME
-from .training.data import BUILDERS
-from .training.results import RESULT_NAME, RunRecord
+from hf_efficient.conversion.inspect import EXACT, inspect_checkpoint
+from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME
+from hf_efficient.experts.layer import ExpertsConfig
+from hf_efficient.training.data.texts import BUILDERS
+from hf_efficient.training.results import RESULT_NAME, RunRecord
 
 README = "README.md"
 # what a report must have for a card

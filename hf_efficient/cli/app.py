@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .base import describe, list_mechanisms
-from .cli_options import as_text, chosen_configs, read_texts, refuse_strays, with_mechanism_options
-from .cli_training import card, distill
-from .cli_upcycle import upcycle
-from .pattern_attention import OF_THE_WHOLE
-from .picture import drawable_mechanisms, require_drawable
-from .picture import show as draw
+from hf_efficient.attention.base.pattern import OF_THE_WHOLE
+from hf_efficient.attention.base.registry import describe, list_mechanisms
+from hf_efficient.cli.common import Checkpoint, Json, Out, Overwrite, _emit, _require_free, _require_source, _running
+from hf_efficient.cli.options import as_text, chosen_configs, read_texts, refuse_strays, with_mechanism_options
+from hf_efficient.cli.training import card, distill
+from hf_efficient.cli.upcycle import upcycle
+from hf_efficient.visualize.visibility import drawable_mechanisms, require_drawable
+from hf_efficient.visualize.visibility import show as draw
 
 app = typer.Typer(
     name="hf-efficient",
@@ -29,63 +27,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT, if there is one.")]
-Checkpoint = Annotated[str, typer.Argument(help="Hub id or folder of a checkpoint.")]
-Out = Annotated[Path, typer.Argument(help="Folder to write.")]
-
-
-# ---- what all commands share -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _running() -> Iterator[None]:
-    """Errors become one message on stderr and exit code 1; stdout stays free for the result."""
-
-    def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        typer.echo(f"warning: {message}", err=True)
-
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-        warnings.showwarning = show
-        try:
-            yield
-        except (ValueError, OSError, ImportError) as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from None
-
-
-def _emit(document: Any, as_json: bool, title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """The result on stdout: as one JSON document or as a table."""
-    if as_json:
-        typer.echo(json.dumps(document, indent=2, default=str))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*map(as_text, row))
-    # in a file or a pipe there is no window to fit into
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
-    Console(markup=False, highlight=False, emoji=False, width=width).print(table)
-
-
-def _require_source(name: str) -> None:
-    """A mistyped folder is refused before the Hub is asked for a repository of that name."""
-    if (name.startswith((".", "~", os.sep)) or name.count("/") > 1) and not Path(name).exists():
-        raise FileNotFoundError(f"{name} does not exist.")
-
-
-def _require_free(out: Path, overwrite: bool, source: str) -> None:
-    """Refuse what saving would refuse, before minutes of work; and never replace the source itself."""
-    from .saving import require_free
-
-    require_free(out, overwrite)
-    if out.exists() and out.resolve() == Path(source).resolve():
-        raise ValueError(f"{out} is the source itself; choose another folder.")
 
 
 # ---- convert -----------------------------------------------------------------------------------------------------
@@ -127,7 +68,7 @@ def convert(
         configs = chosen_configs(attention, config, {"layers": layers, "side": side, **given}, option or [])
         _require_source(source)
         _require_free(out, overwrite, source)
-        from .conversion import convert as convert_checkpoint
+        from hf_efficient.conversion.convert import convert as convert_checkpoint
 
         places: dict[str, Any] = dict(max_positions=max_positions, positions=positions, revision=revision)
         result = convert_checkpoint(source, configs, **places, calibration=_calibration_texts(calibration))
@@ -141,7 +82,7 @@ def convert(
 def _calibration_texts(given: str | None) -> list[str] | None:
     if given is None:
         return None
-    from .corpus import offline_texts
+    from hf_efficient.corpus import offline_texts
 
     return offline_texts("train") if given == "corpus" else read_texts(Path(given))
 
@@ -170,7 +111,7 @@ app.command("convert", context_settings={"allow_extra_args": True, "ignore_unkno
 
 def _record(folder: Path, fidelity: dict[str, Any]) -> None:
     """Put the figures into the checkpoint's report, whole or not at all."""
-    from .saving import REPORT_NAME, UPCYCLING_NAME
+    from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME
 
     # experts alone have no conversion behind them
     path = next((folder / name for name in (REPORT_NAME, UPCYCLING_NAME) if (folder / name).is_file()), None)
@@ -209,8 +150,8 @@ def verify(
             raise ValueError(f"--speed {speed!r} can't be read; write lengths as 512,1024.") from None
         if max_length is not None and max_length < 2:
             raise ValueError(f"--max-length {max_length} leaves no text; give at least 2.")
-        from .corpus import offline_texts
-        from .verification import verify as climb
+        from hf_efficient.corpus import offline_texts
+        from hf_efficient.evaluation.verify import verify as climb
 
         documents = offline_texts() if texts is None else read_texts(texts)
         report = climb(
@@ -247,7 +188,7 @@ def revert(
     with _running():
         _require_source(converted)
         _require_free(out, overwrite, converted)
-        from .checkpoints import revert_checkpoint
+        from hf_efficient.conversion.revert import revert_checkpoint
 
         document = revert_checkpoint(converted, out, overwrite)
     _emit(document, as_json, f"{converted} → {out}", ["what", "value"], [list(item) for item in document.items()])
@@ -278,7 +219,7 @@ def inspect_command(checkpoint: Checkpoint, as_json: Json = False) -> None:
     """Show what a checkpoint uses layer by layer, and what an original could take; no weights are loaded."""
     with _running():
         _require_source(checkpoint)
-        from .checkpoints import inspect_checkpoint
+        from hf_efficient.conversion.inspect import inspect_checkpoint
 
         facts = inspect_checkpoint(checkpoint)
     layers, possible = facts["layers"], facts["mechanisms"]
@@ -352,7 +293,7 @@ def bench_command(
 ) -> None:
     """Measure: time and memory against full attention, or fidelity to it; minutes each."""
     with _running():
-        from .benchmark import SUITES, as_rows
+        from hf_efficient.benchmarks.suites import SUITES, as_rows
 
         if suite not in SUITES:
             raise ValueError(f"no suite {suite!r}; there are {', '.join(SUITES)}.")

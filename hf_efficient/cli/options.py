@@ -13,13 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import (
-    EfficientAttentionConfig,
-    attention_config,
-    attention_configs,
-    get_mechanism,
-    list_mechanisms,
-)
+from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
+from hf_efficient.attention.base.registry import attention_config, attention_configs, get_mechanism, list_mechanisms
 
 WORDS: dict[Any, dict[str, Any]] = {types.NoneType: {"none": None}, bool: {"true": True, "false": False}}
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import as_text, read_texts
+from hf_efficient.cli.options import as_text, read_texts
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of a checkpoint.")]
@@ -31,11 +31,11 @@ def card(
     as_json: Json = False,
 ) -> None:
     """Write the model card of a checkpoint from what was recorded: conversion, fidelity, runs. Nothing is measured."""
-    from .cli import _emit, _running
+    from hf_efficient.cli.common import _emit, _running
 
     with _running():
         _require_folder(checkpoint)
-        from .checkpoint_card import write_card
+        from hf_efficient.cards.checkpoint import write_card
 
         document = write_card(checkpoint, out, results, overwrite)
     rows = [[name, value] for name, value in document["metadata"].items() if name != "model-index"]
@@ -63,7 +63,7 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Teach a converted checkpoint's mechanisms what full attention does; the result is OUT/model."""
-    from .cli import _emit, _running
+    from hf_efficient.cli.common import _emit, _running
 
     settings = dict(
         steps=steps,
@@ -95,10 +95,11 @@ def _require_folder(checkpoint: Path) -> None:
 def _distill(
     checkpoint: Path, out: Path, texts: Path | None, resume: bool, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    from .conversion import load_converted, load_tokenizer
-    from .corpus import offline_texts
-    from .training.distill import distill
-    from .training.results import RESULT_NAME, write_json
+    from hf_efficient.conversion.loading import load_converted, load_tokenizer
+    from hf_efficient.corpus import offline_texts
+    from hf_efficient.profiling.json_files import write_json
+    from hf_efficient.training.distill import distill
+    from hf_efficient.training.results import RESULT_NAME
 
     documents, held_out = (offline_texts("train"), offline_texts()) if texts is None else (read_texts(texts), None)
     model, tokenizer = load_converted(checkpoint), load_tokenizer(str(checkpoint), None)

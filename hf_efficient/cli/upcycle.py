@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import parse_layers
+from hf_efficient.cli.options import parse_layers
 
 
 def upcycle(
@@ -38,12 +38,12 @@ def upcycle(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
     """Turn feed-forward layers into sparse experts, each a copy, and write the checkpoint with a report to OUT."""
-    from .cli import _emit, _require_free, _require_source, _running
+    from hf_efficient.cli.common import _emit, _require_free, _require_source, _running
 
     with _running():
         _require_source(source)
         _require_free(out, overwrite, source)
-        from .upcycling import upcycle as upcycle_checkpoint
+        from hf_efficient.conversion.upcycle import upcycle as upcycle_checkpoint
 
         result = upcycle_checkpoint(
             source,

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import AttentionContext, EfficientAttention
-from .dispatch import CHILD, _exact_attention
-from .exact import converted_layers, eval_mode, mechanism_of, substituted
-from .fidelity import text_batches
+from hf_efficient.attention.base.mechanism import EfficientAttention
+from hf_efficient.corpus import text_batches
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.dense import _exact_attention
+from hf_efficient.patching.exact import converted_layers, eval_mode, mechanism_of, substituted
+from hf_efficient.patching.names import CHILD
 
 # enough for dozens of clusters per head; bounds memory to 2 · TOKENS · H · D numbers per layer
 TOKENS = 8192

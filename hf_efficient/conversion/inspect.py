@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel
 
-from .base import get_mechanism, list_mechanisms
-from .conversion import load_converted, load_tokenizer, revert
-from .dispatch import CHILD
-from .families import ModelFamily, Stack, family_of
-from .models import MODELS
-from .saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
-from .side_files import copy_side_files
+from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
+from hf_efficient.conversion.saving import REPORT_NAME
+from hf_efficient.families import ModelFamily, Stack, family_of
+from hf_efficient.models.registry import MODELS
+from hf_efficient.patching.names import CHILD
 
 EXACT = "full attention"
 
@@ -82,38 +79,4 @@ def _fit(mechanism: str, family: ModelFamily, stack: Stack) -> dict[str, Any]:
         "side": stack.side,
         "possible": not reasons,
         "reasons": list(dict.fromkeys(reasons)),
-    }
-
-
-def revert_checkpoint(converted: str, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
-    """Write the original of a converted checkpoint, with its tokenizer, to a folder: all of it or nothing.
-
-    Returns:
-        `checkpoint`, `out`, `model_class`, `max_positions` and the number of `tensors`.
-
-    Raises:
-        FileExistsError: `out` exists and `overwrite` is False. ValueError: the checkpoint is not converted.
-    """
-    model = load_converted(converted)
-    before = getattr(model.config, "efficient_source", {})
-    model = revert(model)
-    tokenizer = load_tokenizer(converted, None)
-    if tokenizer is None:
-        warnings.warn(f"{converted} has no tokenizer: only the model is reverted.", stacklevel=2)
-    elif "model_max_length" in before:
-        tokenizer.model_max_length = before["model_max_length"]
-    with atomic_folder(out, overwrite) as folder:
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if Path(converted).is_dir():
-            copy_side_files(Path(converted), folder, before.get("max_seq_length"))
-            if getattr(model.config, "efficient_experts", None):
-                copy_reports(Path(converted), folder, UPCYCLING_NAME)
-    return {
-        "checkpoint": converted,
-        "out": str(out),
-        "model_class": type(model).__name__,
-        "max_positions": family_of(model).max_positions(model.config),
-        "tensors": len(model.state_dict()),
     }

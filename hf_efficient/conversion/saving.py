@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from .side_files import copy_side_files
+from hf_efficient.conversion.sentence_transformers import copy_side_files
 
 REPORT_NAME = "conversion_report.json"
 UPCYCLING_NAME = "upcycling_report.json"

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .class_change import change_class, replace_config, stock_class
-from .conversion import load_as_it_is, load_tokenizer, versions
-from .exact import eval_mode
-from .expert_sites import install_experts, mark_experts, unchanged_on_error
-from .experts import ExpertsConfig, expert_layers
-from .families import family_of
-from .models import CONFIGS, MODELS
-from .saving import UPCYCLING_NAME, Result
-from .side_files import checkpoint_folder
+from hf_efficient.conversion.loading import load_as_it_is, load_tokenizer
+from hf_efficient.conversion.saving import UPCYCLING_NAME, Result
+from hf_efficient.conversion.sentence_transformers import checkpoint_folder
+from hf_efficient.experts.install import install_experts, mark_experts, unchanged_on_error
+from hf_efficient.experts.layer import ExpertsConfig, expert_layers
+from hf_efficient.families import family_of
+from hf_efficient.models.in_place import change_class, replace_config, stock_class
+from hf_efficient.models.registry import CONFIGS, MODELS
+from hf_efficient.patching.exact import eval_mode
+from hf_efficient.profiling.environment import versions
 
 TOLERANCE = 1e-5
 

@@ -16,17 +16,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .base import attention_configs
-from .benchmark import compare_with_full_attention
-from .conversion import load_converted, load_stock, versions
-from .dispatch import CHILD
-from .expert_sites import uninstall_experts
-from .experts import expert_layers
-from .families import family_of
-from .fidelity import compare, control_figures, controls, output_mask, ragged, relative_difference, run, text_batches
-from .memory import fresh_python
-from .models import EfficientModelMixin
-from .patching import patch_attention
+from hf_efficient.attention.base.registry import attention_configs
+from hf_efficient.conversion.loading import load_converted, load_stock
+from hf_efficient.corpus import ragged, text_batches
+from hf_efficient.evaluation.controls import control_figures, controls
+from hf_efficient.evaluation.cost import compare_with_full_attention
+from hf_efficient.evaluation.fidelity import compare, output_mask, relative_difference, run
+from hf_efficient.experts.install import uninstall_experts
+from hf_efficient.experts.layer import expert_layers
+from hf_efficient.families import family_of
+from hf_efficient.models import EfficientModelMixin
+from hf_efficient.patching.install import patch_attention
+from hf_efficient.patching.names import CHILD
+from hf_efficient.profiling.environment import versions
+from hf_efficient.profiling.memory import fresh_python
 
 EXACT_TOLERANCE = 1e-5
 DOUBLE_TOLERANCE = 1e-8
@@ -249,8 +252,8 @@ def _padding(model: PreTrainedModel, batch: dict[str, Tensor]) -> Rung:
 FRESH = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-from hf_efficient.conversion import load_converted
-from hf_efficient.fidelity import run
+from hf_efficient.conversion.loading import load_converted
+from hf_efficient.evaluation.fidelity import run
 torch.set_num_threads(int(sys.argv[3]))
 model = load_converted(sys.argv[1]).eval()
 output = run(model, load_file(sys.argv[2] + "/batch.safetensors"))["output"]

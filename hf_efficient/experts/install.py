@@ -6,9 +6,8 @@ computed again meets the same keywords. Hooks are plain functions, and what they
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .dispatch import CHILD, IMPLEMENTATION
-from .experts import ExpertLayer, ExpertsConfig, expert_layers, router_loss
-from .families import AttentionSite, Stack, family_of
+from hf_efficient.experts.layer import ExpertLayer, ExpertsConfig, expert_layers
+from hf_efficient.families import AttentionSite, Stack, family_of
+from hf_efficient.patching.names import CHILD, IMPLEMENTATION
 
 KEYWORD = "efficient_tokens"
 NOTE = "_efficient_experts"
@@ -207,47 +205,3 @@ def _take_tokens(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         tokens = rows.means(tokens.unsqueeze(-1).float(), runs).squeeze(-1) > 0
     experts.tokens = tokens
     return args, kwargs
-
-
-# ---- the loss ----------------------------------------------------------------------------------------------------
-
-
-def with_router_loss(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's forward whose training loss, where there is one, has the routers' part in it."""
-
-    @functools.wraps(stock_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.training or not getattr(self.config, "efficient_experts", None):
-            return stock_forward(self, *args, **kwargs)
-        labels = kwargs.get("labels")
-        if labels is not None and hasattr(self, "prepare_decoder_input_ids_from_labels"):
-            # where labels are the decoder's tokens, collators mark its padding in them alone
-            kwargs[KEYWORD] = labels.ne(-100)
-        output = stock_forward(self, *args, **kwargs)
-        in_tuple = isinstance(output, tuple)
-        loss = output[0] if in_tuple else output.get("loss")
-        if loss is None or loss.dim():
-            return output  # no labels were given
-        loss = loss + _share(self, kwargs) * router_loss(self).to(loss.dtype)
-        for layer in expert_layers(self).values():
-            # what is left to report needs no gradient
-            if layer.routing is not None:
-                layer.routing = type(layer.routing)(*(figure.detach() for figure in layer.routing))
-        if in_tuple:
-            return (loss, *output[1:])
-        output["loss"] = loss
-        return output
-
-    return forward
-
-
-def _share(model: Any, kwargs: dict[str, Any]) -> Any:
-    """This call's part of the optimiser step: the Trainer sums losses that were divided by `num_items_in_batch`."""
-    total, labels, shifted = (kwargs.get(name) for name in ("num_items_in_batch", "labels", "shift_labels"))
-    if total is None or labels is None or not model.accepts_loss_kwargs:
-        return 1.0  # the rest of the loss is a mean over this call too
-    if shifted is not None:
-        return shifted.ne(-100).sum() / total
-    # the Trainer's own rule, by which GPT-2's first labels count
-    shifts = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss and not model.config.is_encoder_decoder
-    return (labels[..., 1:] if shifts else labels).ne(-100).sum() / total

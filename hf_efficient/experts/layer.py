@@ -14,7 +14,6 @@ Komatsuzaki et al. 2023, §3 (copies of a trained layer, router from N(0, 0.02²
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -22,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_mm
+
+from hf_efficient.families.feed_forward import Dense
 
 ROUTER_STD = 0.02
 
@@ -87,22 +88,6 @@ class ExpertsConfig:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
-
-
-class Dense(NamedTuple):
-    """A feed-forward part as the input × output matrices of its two products.
-
-    `up` is (hidden, inner), or (hidden, 2 · inner) = [gate, up] where `is_gated`; `down` is (inner, hidden).
-    """
-
-    up: Tensor
-    down: Tensor
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-    activation: Callable[[Tensor], Tensor]
-    is_gated: bool = False
-    inner_dropout: float = 0.0
-    dropout: float = 0.0
 
 
 class Routing(NamedTuple):
@@ -285,28 +270,3 @@ def describe_routing(logits: Tensor, probs: Tensor, chosen: Tensor, kept: Tensor
 def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
     """{qualified name: layer} of every sparse layer, in order of the modules."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ExpertLayer)}
-
-
-def router_loss(model: nn.Module) -> Tensor:
-    """Load balance and z-loss of the last training call, each with its coefficient: means over the sparse layers.
-
-    Heads add it to their `loss` by themselves; this is for losses that are computed outside the model, such as those of the
-    Trainer's `compute_loss_func` and label smoothing.
-
-    Raises:
-        ValueError: no sparse layer has been called in training, or there is no gradient: a loss of the model has it already,
-            or it is lost.
-    """
-    layers = expert_layers(model).values()
-    routings = [layer.routing for layer in layers if layer.routing is not None]
-    if not routings:
-        raise ValueError("there is no router loss: no sparse layer was called in training mode since the last one.")
-    trained = any(layer.router.weight.requires_grad for layer in layers)
-    if trained and torch.is_grad_enabled() and not all(r.balance.requires_grad for r in routings):
-        raise ValueError(
-            "the routers' loss has no gradient: it is in the model's loss already, or reentrant activation checkpointing "
-            "computed the layers without one; enable that with use_reentrant=False."
-        )
-    config = next(iter(layers)).config
-    balance, z = (torch.stack([getattr(r, name) for r in routings]).mean() for name in ("balance", "z"))
-    return config.router_aux_loss_coef * balance + config.router_z_loss_coef * z

@@ -8,7 +8,7 @@ from functools import cache
 
 from torch import nn
 
-from .base import AttentionSite, ModelFamily, Stack
+from hf_efficient.families.base import AttentionSite, ModelFamily, Stack
 
 __all__ = ["AttentionSite", "ModelFamily", "Stack", "efficient_type", "families", "family_of"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..base import AttentionGeometry, LinearWeights, SourceAttention
-from ..experts import Dense
-from ..ops.relative_bias import RelativeBias
+from hf_efficient.attention.base.geometry import AttentionGeometry, LinearWeights, SourceAttention
+from hf_efficient.families.feed_forward import Dense
+from hf_efficient.ops.relative_bias import RelativeBias
 
 POSITION_METHODS = ("tile", "interpolate")
 

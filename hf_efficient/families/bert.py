@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..experts import Dense
-from .base import ModelFamily, Stack, fill_linear
+from hf_efficient.families.base import ModelFamily, Stack, fill_linear
+from hf_efficient.families.feed_forward import Dense
 
 POSITION_BUFFERS = (("position_ids", "arange"), ("token_type_ids", "zeros"))
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..base import LinearWeights, SourceAttention
-from ..experts import Dense
-from .base import ModelFamily, fill_linear
+from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
+from hf_efficient.families.base import ModelFamily, fill_linear
+from hf_efficient.families.feed_forward import Dense
 
 
 class GPT2Family(ModelFamily):

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from .bert import POSITION_BUFFERS, BertFamily
+from hf_efficient.families.bert import POSITION_BUFFERS, BertFamily
 
 
 class RobertaFamily(BertFamily):

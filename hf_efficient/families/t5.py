@@ -13,10 +13,10 @@ from transformers.models.mt5.modeling_mt5 import MT5Attention
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
-from ..base import LinearWeights, SourceAttention
-from ..experts import Dense
-from ..ops.relative_bias import RelativeBias
-from .base import AttentionSite, ModelFamily, Stack, fill_linear
+from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
+from hf_efficient.families.base import AttentionSite, ModelFamily, Stack, fill_linear
+from hf_efficient.families.feed_forward import Dense
+from hf_efficient.ops.relative_bias import RelativeBias
 
 
 class _LazyBias:

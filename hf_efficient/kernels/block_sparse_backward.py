@@ -15,7 +15,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .block_sparse import LOG2E, load_tile, load_vector, locate, logits, row_tile, store_tile, store_vector
+from hf_efficient.kernels.block_sparse import (
+    LOG2E,
+    load_tile,
+    load_vector,
+    locate,
+    logits,
+    row_tile,
+    store_tile,
+    store_vector,
+)
 
 
 @triton.jit

@@ -13,10 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..ops.patterns import Pattern, parse_pattern
-from ..ops.tile_table import TileTable, tile_table
-from .configs import Config, Tile, dot_precision, padded_width, select
-from .operators import (
+from hf_efficient.kernels.common import (
     DTYPES,
     refuse_second_derivatives,
     require_interpreter,
@@ -24,6 +21,10 @@ from .operators import (
     token_major,
     unsupported_device,
 )
+from hf_efficient.kernels.configs import Config, Tile, dot_precision, padded_width, select
+from hf_efficient.patterns.parse import parse_pattern
+from hf_efficient.patterns.pattern import Pattern
+from hf_efficient.patterns.tile_table import TileTable, tile_table
 
 LOG2E = math.log2(math.e)
 # tile steps of one program of the bias gradient, and the most programs that share a class
@@ -106,7 +107,7 @@ def unsupported(
     With `is_linear`, query and key are log-features of `linear_attention`.
     """
     if is_linear:
-        from . import linear_attention_library
+        from hf_efficient.kernels import linear_attention_op as linear_attention_library
 
         return linear_attention_library.unsupported(query, key, value)
     device, dtype, width = query.device, query.dtype, query.shape[-1]
@@ -262,7 +263,7 @@ def _with_own_keys(call: Call) -> Call:
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    from . import block_sparse as kernels
+    from hf_efficient.kernels import block_sparse as kernels
 
     call = _with_own_keys(Call(*args))
     query, tile = call.query, call.config.forward
@@ -303,7 +304,7 @@ def _backward(
 
 
 def _row_delta(call: Call, gradient: dict[str, Any], out: Tensor, grad_lse: Tensor | None) -> None:
-    from . import block_sparse_backward as kernels
+    from hf_efficient.kernels import block_sparse_backward as kernels
 
     batch, heads, n, _ = call.query.shape
     tile = call.config.query_gradient
@@ -316,7 +317,7 @@ def _row_delta(call: Call, gradient: dict[str, Any], out: Tensor, grad_lse: Tens
 
 
 def _query_gradient(call: Call, gradient: dict[str, Any]) -> Tensor:
-    from . import block_sparse_backward as kernels
+    from hf_efficient.kernels import block_sparse_backward as kernels
 
     tile = call.config.query_gradient
     table = call.table(tile)
@@ -332,7 +333,7 @@ def _query_gradient(call: Call, gradient: dict[str, Any]) -> Tensor:
 
 
 def _key_gradient(call: Call, gradient: dict[str, Any]) -> Pair:
-    from . import block_sparse_backward as kernels
+    from hf_efficient.kernels import block_sparse_backward as kernels
 
     tile = call.config.key_gradient
     table = call.table(tile)
@@ -350,7 +351,7 @@ def _key_gradient(call: Call, gradient: dict[str, Any]) -> Pair:
 
 def _sum_slots(call: Call, table: TileTable, x: Tensor, part: Tensor | None, transposed: bool) -> None:
     """Fill the split blocks of gradient `x` from their slots."""
-    from . import block_sparse_backward as kernels
+    from hf_efficient.kernels import block_sparse_backward as kernels
 
     if part is None:
         return
@@ -365,7 +366,7 @@ def _sum_slots(call: Call, table: TileTable, x: Tensor, part: Tensor | None, tra
 
 def _bias_gradient(call: Call, gradient: dict[str, Any]) -> Tensor:
     """(H, 2R + 1) gradient of the bias."""
-    from . import block_sparse_backward as kernels
+    from hf_efficient.kernels import block_sparse_backward as kernels
 
     assert call.bias is not None
     tile = call.config.bias_gradient

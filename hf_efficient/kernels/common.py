@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configs import interpreting
+from hf_efficient.kernels.configs import interpreting
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

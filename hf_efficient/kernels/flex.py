@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from ..ops.patterns import Pattern
-from ..ops.tile_table import tile_table
+from hf_efficient.patterns.pattern import Pattern
+from hf_efficient.patterns.tile_table import tile_table
 
 BLOCK = 128
 

@@ -15,7 +15,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .linear_attention import LENGTHS, NEVER, TILE, finite, load_features, load_lse, load_rows, locate, store_rows
+from hf_efficient.kernels.linear_attention import (
+    LENGTHS,
+    NEVER,
+    TILE,
+    finite,
+    load_features,
+    load_lse,
+    load_rows,
+    locate,
+    store_rows,
+)
 
 
 @triton.jit

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .configs import LinearConfig, LinearTile, linear_precision, padded_width, select_linear
-from .operators import (
+from hf_efficient.kernels.common import (
     DTYPES,
     refuse_second_derivatives,
     require_interpreter,
@@ -16,6 +15,7 @@ from .operators import (
     token_major,
     unsupported_device,
 )
+from hf_efficient.kernels.configs import LinearConfig, LinearTile, linear_precision, padded_width, select_linear
 
 
 def linear_attention(
@@ -159,7 +159,7 @@ class Call(NamedTuple):
 
     def _summed(self, tile: LinearTile, states: States, count: int, facts: dict[str, Any]) -> States:
         """Fill the slots after the first with sums over the first `count` chunks from one end."""
-        from . import linear_attention as kernels
+        from hf_efficient.kernels import linear_attention as kernels
 
         if count == 0:
             return states
@@ -181,7 +181,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    from . import linear_attention as kernels
+    from hf_efficient.kernels import linear_attention as kernels
 
     call = _call(*inputs)
     tile = call.config.forward
@@ -202,7 +202,7 @@ def _empty_results(value: Tensor) -> tuple[Tensor, Tensor]:
 def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from . import linear_attention_backward as kernels
+    from hf_efficient.kernels import linear_attention_backward as kernels
 
     call, dout = _call(*inputs), _dense(grad_out)
     dx, da, dv, dsums = _empty_gradients(*inputs)

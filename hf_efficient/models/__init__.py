@@ -9,18 +9,14 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from ..expert_sites import with_router_loss
-from ..families import efficient_type, families
-from .mixin import EfficientModelMixin, honours_loss_kwargs, stock_heads
-
-CONFIGS: dict[str, type[PreTrainedConfig]] = {}
-"""Efficient config classes by stock `model_type`."""
-MODELS: dict[Any, Any] = {}
-"""Efficient model classes by stock class."""
+from hf_efficient.experts.loss import with_router_loss
+from hf_efficient.families import efficient_type, families
+from hf_efficient.models.mixin import EfficientModelMixin, honours_loss_kwargs, stock_heads
+from hf_efficient.models.registry import CONFIGS, MODELS
 
 
 def _define(name: str, bases: tuple[type, ...], **namespace: Any) -> Any:

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..base import ConfigLike, EfficientAttentionConfig, attention_configs
-from ..dispatch import CHILD, IMPLEMENTATION
-from ..expert_sites import install_experts
-from ..experts import ExpertsConfig, expert_layers
-from ..families import PREFIX, family_of
-from ..patching import install
+from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
+from hf_efficient.attention.base.registry import ConfigLike, attention_configs
+from hf_efficient.experts.install import install_experts
+from hf_efficient.experts.layer import ExpertsConfig, expert_layers
+from hf_efficient.families import PREFIX, family_of
+from hf_efficient.patching.install import install
+from hf_efficient.patching.names import CHILD, IMPLEMENTATION
 
 LOCATION_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -136,7 +137,7 @@ class EfficientModelMixin:
                     f"attn_implementation={kwargs['attn_implementation']!r} contradicts efficient_attention; give one of "
                     "them."
                 )
-            from ..conversion import convert_in_place
+            from hf_efficient.models.in_place import convert_in_place
 
             loaded = cls.stock_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             model = loaded[0] if kwargs.get("output_loading_info") else loaded

@@ -57,7 +57,7 @@ def resolve(implementation: str, query: Tensor, key: Tensor, value: Tensor, **fa
     wanted = _chosen if wanted == "auto" else wanted
     if wanted == "torch" or (wanted == "auto" and query.device.type != "cuda"):
         return "torch"
-    from ..kernels.library import unsupported
+    from hf_efficient.kernels.block_sparse_op import unsupported
 
     reason = unsupported(query, key, value, **facts) if wanted != "flex" else None
     if reason is None:

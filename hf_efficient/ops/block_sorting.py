@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attend import merge_attention
-from .blocks import BlockPlan, block_list_attention
-from .slots import in_slots
+from hf_efficient.ops.block_sparse.gather import BlockPlan, block_list_attention
+from hf_efficient.ops.pooled_keys import in_slots
+from hf_efficient.ops.softmax import merge_attention
 
 
 def block_means(x: Tensor, keep: Tensor, size: int) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attend import Partial, additive_mask, attend, merge_attention
-from .block_sparse import block_sparse_attention
-from .patterns import Window
-from .windows import window_sides
+from hf_efficient.ops.block_sparse.attention import block_sparse_attention
+from hf_efficient.ops.block_sparse.windows import window_sides
+from hf_efficient.ops.softmax import Partial, additive_mask, attend, merge_attention
+from hf_efficient.patterns.kinds import Window
 
 if TYPE_CHECKING:
-    from ..base import AttentionContext
+    from hf_efficient.ops.context import AttentionContext
 
 # far from every code: a hidden key differs from each query by more than any reach
 FAR = 2**29

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attend import additive_mask, attend
-from .block_sparse import block_sparse_attention
-from .patterns import Window
-from .windows import window_sides
+from hf_efficient.ops.block_sparse.attention import block_sparse_attention
+from hf_efficient.ops.block_sparse.windows import window_sides
+from hf_efficient.ops.softmax import additive_mask, attend
+from hf_efficient.patterns.kinds import Window
 
 if TYPE_CHECKING:
-    from ..base import AttentionContext
+    from hf_efficient.ops.context import AttentionContext
 
 # cosines that differ by less count as equal in `best_members`
 CLOSE = 2.0**-14

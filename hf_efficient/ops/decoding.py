@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .relative_bias import RelativeBias
+from hf_efficient.ops.relative_bias import RelativeBias
 
 
 def rows_attention(

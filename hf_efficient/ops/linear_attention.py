@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .implementation import require_torch, resolve
+from hf_efficient.ops.backend import require_torch, resolve
 
 CHUNK = 64
 # chunks that are computed at once; without gradients this bounds what is held
@@ -135,7 +135,7 @@ def _fused(
             f"implementation={backend!r} can't take this call: FlexAttention computes softmax attention, not linear "
             "attention; use 'auto', 'torch' or 'triton'."
         )
-    from ..kernels.linear_attention_library import linear_attention as fused
+    from hf_efficient.kernels.linear_attention_op import linear_attention as fused
 
     return fused(log_query, log_key, value, *(state or (None, None)))
 

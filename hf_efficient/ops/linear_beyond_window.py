@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attend import Partial
-from .linear_attention import FeatureState, kernel, linear_attention
+from hf_efficient.ops.linear_attention import FeatureState, kernel, linear_attention
+from hf_efficient.ops.softmax import Partial
 
 
 def far_past(

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ..base import AttentionContext
 
 # facts of a call with one entry per token, (B, N, …)
 PER_TOKEN = ("hidden_states", "input_ids", "global_attention_mask")
@@ -121,31 +117,3 @@ class Segments:
             real = self.real.to(entries.device)
             tokens = torch.where(real.view(-1, *(1,) * (tokens.dim() - 1)), tokens, 0.0)
         return tokens.unflatten(0, self.shape)
-
-
-def attend_segments(
-    mix: Callable[[Tensor, Tensor, Tensor, AttentionContext], Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    context: AttentionContext,
-    segments: Segments,
-) -> Tensor:
-    """Attention of each segment within itself: `mix` on rows that hold one segment each, padded on the right.
-
-    Args:
-        mix: (M, H, L, D) queries, keys and values and their context to (M, H, L, D); called once per group.
-        query, key, value: (B, H, N, D) packed rows.
-
-    Returns:
-        (B, H, N, D); zeros at padding. Less than 2 × the tokens are mixed, in at most 1 + log₂(longest segment) calls.
-    """
-    outputs = []
-    for group in segments.groups:
-        q, k, v = (segments.split(x.transpose(1, 2), group).transpose(1, 2) for x in (query, key, value))
-        facts: dict[str, Any] = {
-            name: segments.split(tensor, group) for name in PER_TOKEN if (tensor := getattr(context, name)) is not None
-        }
-        keep = None if group.keep is None else group.keep.to(query.device)
-        outputs.append(mix(q, k, v, dataclasses.replace(context, key_padding_mask=keep, **facts)).transpose(1, 2))
-    return segments.join(outputs).transpose(1, 2)

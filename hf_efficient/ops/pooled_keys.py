@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .alignment import real_length
+from hf_efficient.ops.padding import real_length
 
 if TYPE_CHECKING:
-    from ..base import AttentionContext
+    from hf_efficient.ops.context import AttentionContext
 
 
 class Slots(NamedTuple):

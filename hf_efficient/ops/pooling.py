@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .alignment import first_real_token, shift_rows
-from .relative_bias import RelativeBias
-from .segments import Segments
+from hf_efficient.ops.packing import Segments
+from hf_efficient.ops.padding import first_real_token, shift_rows
+from hf_efficient.ops.relative_bias import RelativeBias
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attend import additive_mask
+from hf_efficient.ops.softmax import additive_mask
 
 if TYPE_CHECKING:
-    from ..base import AttentionContext
+    from hf_efficient.ops.context import AttentionContext
 
 
 @torch.no_grad()

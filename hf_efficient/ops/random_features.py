@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..base import AttentionGeometry
+    from hf_efficient.attention.base.geometry import AttentionGeometry
 
 
 def drawn_features(count: int, seed: int, geometry: AttentionGeometry, redraws: int = 0) -> Tensor:

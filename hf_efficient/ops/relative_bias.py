@@ -92,3 +92,40 @@ class RelativeBias:
             -1, -2
         )
         return near + far
+
+
+def slot_bias(bias: RelativeBias, there: Tensor, n: int) -> Tensor:
+    """(B or 1, H, N, G) mean bias of the real tokens of slots, at n queries; rows and slots begin at the same token.
+
+    Args:
+        there: (B, G, c) bool, which of a slot's tokens are real.
+
+    O(N · G) time and memory, and O(N · c) time for each slot that is real in part.
+    """
+    count, size = there.shape[1:]
+    real = there.sum(-1)
+    # of whole slots the mean depends on the offset of the first token alone
+    offsets = torch.arange(1 - n, count * size + (1 - n) % size, device=there.device)
+    means = bias.at(torch.arange(1 - n, offsets.shape[0] - n + size, device=there.device)).unfold(-1, size, 1).mean(-1)
+    # offsets of one remainder by c at a time: there steps of c are steps of 1, and no tensor has N² elements
+    steps = means.unflatten(-1, (-1, size)).transpose(-1, -2).unfold(-1, count, 1)
+    whole = steps.transpose(1, 2).flatten(1, 2)[:, :n].flip(1)[None]
+    in_part = (real > 0) & (real < size)
+    most = count if torch.compiler.is_compiling() else int(in_part.sum(-1).max())
+    if not most:
+        return whole
+    slot = in_part.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
+    shares = _shares(there, bias).gather(1, slot[..., None].expand(-1, -1, size))
+    first = slot[:, None] * size - torch.arange(n, device=there.device)[:, None]
+    parts = (bias.at(first + r) * shares[:, None, :, r] for r in range(size))
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    whole = whole.to(total.dtype).expand(there.shape[0], -1, -1, -1)
+    return whole.scatter(-1, slot[:, None, None].expand(-1, *whole.shape[1:3], -1), total.transpose(0, 1))
+
+
+def _shares(there: Tensor, bias: RelativeBias) -> Tensor:
+    """(…, c) one over the real tokens of a slot at each of them, in fp32 at least."""
+    kind = torch.promote_types(bias.table.dtype, torch.float32)
+    return there.to(kind) / there.sum(-1, keepdim=True).clamp(min=1)

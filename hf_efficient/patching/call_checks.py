@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .decoding import bounded_cache, prepare_layers
-from .dispatch import CHILD, IMPLEMENTATION
-from .families import ModelFamily, Stack
-from .ops.segments import Segments, Steps, position_steps
+from hf_efficient.families import ModelFamily, Stack
+from hf_efficient.ops.packing import Segments, Steps, position_steps
+from hf_efficient.patching.caches import bounded_cache, prepare_layers
+from hf_efficient.patching.names import CHILD, IMPLEMENTATION
 
 # keywords that reach the attention function without being in any forward's signature
 KNOWN_KEYWORDS = {

@@ -11,22 +11,22 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from .base import AttentionContext
-from .decoding import BoundedLayer
-from .ops.alignment import first_real_token, shift_rows
-from .ops.decode_rows import entries_at
-from .ops.pooled_rows import Rows
-from .ops.relative_bias import RelativeBias
-from .ops.segments import Segments, attend_segments
-from .recurrent import RecurrentLayer
+from hf_efficient.cache.bounded import BoundedLayer
+from hf_efficient.cache.recurrent import RecurrentLayer
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.decoding import entries_at
+from hf_efficient.ops.dense import _exact_attention
+from hf_efficient.ops.packing import Segments
+from hf_efficient.ops.padding import first_real_token, shift_rows
+from hf_efficient.ops.pooling import Rows
+from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.patching.names import CHILD, IMPLEMENTATION
+from hf_efficient.patching.packing import attend_segments
 
-IMPLEMENTATION = "hf_efficient"
-CHILD = "efficient"
 _MISSING = object()
 
 
@@ -169,22 +169,6 @@ def aligned_call(mechanism: Any, query: Tensor, key: Tensor, value: Tensor, cont
     # queries before a row's first real token have no past, but the shift put them behind all its keys
     started = torch.arange(n, device=start.device) >= start[:, None]
     return out.where(started[:, None, :, None], 0.0) if context.is_causal else out
-
-
-def _exact_attention(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-    """Full softmax attention, for cross-attention and for layers that no config names."""
-    n, s = query.shape[2], key.shape[2]
-    mask = None if context.key_padding_mask is None else context.key_padding_mask[:, None, None, :]
-    is_causal = context.is_causal and n > 1
-    if is_causal and (mask is not None or context.relative_bias is not None or n != s):
-        past = torch.ones(n, s, dtype=torch.bool, device=query.device).tril(s - n)
-        mask, is_causal = past if mask is None else mask & past, False
-    if context.relative_bias is not None:
-        bias = context.relative_bias.dense(n, s, context.query_offset, query.device).to(query.dtype)
-        mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=context.dropout, is_causal=is_causal, scale=context.scaling
-    )
 
 
 AttentionInterface.register(IMPLEMENTATION, efficient_attention_forward)

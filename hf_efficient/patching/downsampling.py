@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .dispatch import CHILD
-from .families import ModelFamily, Stack
-from .ops.pooled_rows import Pooling, Rows
+from hf_efficient.families import ModelFamily, Stack
+from hf_efficient.ops.pooling import Pooling, Rows
+from hf_efficient.patching.names import CHILD
 
 NOTE = "_efficient_length_change"
 FULL_LENGTH = "_efficient_full_length"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import EfficientAttention
-from .dispatch import CHILD
-from .extra_tokens import NOTE
+from hf_efficient.attention.base.mechanism import EfficientAttention
+from hf_efficient.patching.extra_tokens import NOTE
+from hf_efficient.patching.names import CHILD
 
 
 def converted_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import EfficientAttentionConfig
-from .dispatch import CHILD
-from .families import ModelFamily, Stack
+from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
+from hf_efficient.families import ModelFamily, Stack
+from hf_efficient.patching.names import CHILD
 
 NOTE = "_efficient_extra_tokens"
 

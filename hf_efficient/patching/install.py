@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import extra_tokens, length_change
-from .base import ConfigLike, EfficientAttentionConfig, attention_configs
-from .call_checks import StackInfo, check_call, pass_hidden_states
-from .dispatch import CHILD, IMPLEMENTATION
-from .families import family_of
+from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
+from hf_efficient.attention.base.registry import ConfigLike, attention_configs
+from hf_efficient.families import family_of
+from hf_efficient.patching import downsampling as length_change
+from hf_efficient.patching import extra_tokens
+from hf_efficient.patching.call_checks import StackInfo, check_call, pass_hidden_states
+from hf_efficient.patching.names import CHILD, IMPLEMENTATION
 
 
 def is_installed(model: nn.Module) -> bool:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .patterns import BlockList, Pattern
+from hf_efficient.patterns.kinds import BlockList
+from hf_efficient.patterns.pattern import Pattern
 
 MASK31 = 2**31 - 1
 # block rows whose priorities over all blocks are drawn at once: bounds working memory, not results

@@ -7,58 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .patterns import Pattern, parts_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Union(Pattern):
-    """A key is visible if one of the parts shows it; a pair that several parts show counts once."""
-
-    is_union = True
-    parts: tuple[Pattern, ...]
-
-    def __post_init__(self) -> None:
-        heads = {part.num_heads for part in self.parts} - {1}
-        if not self.parts or len(heads) > 1:
-            raise ValueError(f"a union needs parts made for one number of heads, not {sorted(heads)} of {self.parts}.")
-
-    @property
-    def shift_invariant(self) -> bool:  # type: ignore[override]
-        return all(part.shift_invariant for part in self.parts)
-
-    @property
-    def depends_on_length(self) -> bool:  # type: ignore[override]
-        return any(part.depends_on_length for part in self.parts)
-
-    @property
-    def num_heads(self) -> int:
-        return max(part.num_heads for part in self.parts)
-
-    def head(self, index: int) -> Pattern:
-        return Union(parts=tuple(p for part in self.parts for p in parts_of(part.head(index))))
-
-    def at_length(self, length: int) -> Pattern:
-        return Union(parts=tuple(part.at_length(length) for part in self.parts))
-
-    def visible(self, query: Tensor, key: Tensor) -> Tensor:
-        seen = self.parts[0].visible(query, key)
-        for part in self.parts[1:]:
-            seen = seen | part.visible(query, key)
-        return seen
-
-    def tiles(self, num_queries: int, num_keys: int, block_q: int, block_k: int, offset: int) -> tuple[Tensor, Tensor]:
-        found = [part.tiles(num_queries, num_keys, block_q, block_k, offset) for part in self.parts]
-        return torch.cat([row for row, _ in found]), torch.cat([column for _, column in found])
-
-    def tile_key(self, query: Tensor, key: Tensor, block_q: int, block_k: int) -> list[Tensor] | None:
-        keys = [part.tile_key(query, key, block_q, block_k) for part in self.parts]
-        return None if any(k is None for k in keys) else [entry for k in keys if k is not None for entry in k]
-
-    def needed(self, key: Tensor, following: Tensor | int) -> Tensor:
-        kept = self.parts[0].needed(key, following)
-        for part in self.parts[1:]:
-            kept = kept | part.needed(key, following)
-        return kept
+from hf_efficient.patterns.pattern import Pattern, Union
 
 
 @dataclass(frozen=True, kw_only=True)

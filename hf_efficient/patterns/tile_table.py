@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .patterns import Pattern
+from hf_efficient.patterns.pattern import Pattern
 
 # elements evaluated at a time while building, and tiles per work item of a kernel
 EVALUATION_BUDGET = 2**24

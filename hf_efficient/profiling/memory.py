@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -73,7 +74,7 @@ def peaks(
 
 
 def _python(arguments: Sequence[Any], variables: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join(paths)}
     return [sys.executable, *map(str, arguments)], environment
 
@@ -107,3 +108,16 @@ def _send(sender: Any, measure: Callable[..., float], threads: int, entry: list[
 if __name__ == "__main__":
     for value in _forked(*json.loads(sys.argv[1])):
         print(json.dumps(value), flush=True)
+
+
+def peak_memory() -> dict[str, Any]:
+    """Peak memory of this process in MB (10⁶ bytes).
+
+    On the GPU what PyTorch held since `torch.cuda.reset_peak_memory_stats`; else the resident set, which nothing resets:
+    whatever was evaluated, with full attention too, is part of it.
+    """
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return {"peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6, "peak_memory_of": "gpu"}
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    return {"peak_memory_mb": peak, "peak_memory_of": "process, evaluations included"}

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .contenders import Point
-
 Mark = Callable[[], None]
 
 
@@ -104,18 +102,6 @@ def speedups(theirs: list[Times], ours: list[Times]) -> dict[str, float]:
     return figures
 
 
-def ceilings(point: Point) -> dict[str, float]:
-    """What the hardware reaches at best: operations per second of a matrix product, bytes per second of a copy."""
-    on_gpu = point.device.startswith("cuda")
-    size = 8192 if on_gpu else 1024
-    a, b = (torch.randn(size, size, device=point.device, dtype=point.kind) for _ in range(2))
-    source = torch.empty(2**30 if on_gpu else 2**26, dtype=torch.uint8, device=point.device)
-    target = torch.empty_like(source)
-    calls = {"product": lambda mark: torch.mm(a, b), "copy": lambda mark: target.copy_(source)}
-    best = {name: min(t.total for t in times) for name, times in timed(calls, 5, 10, point.device)[0].items()}  # type: ignore[arg-type]
-    return {"flops": 2 * size**3 / best["product"], "bytes": 2 * len(source) / best["copy"]}
-
-
 def cuda_peak(call: Callable[[Mark], None]) -> float:
     """Megabytes that a call allocates at most beside what is there already."""
     before = torch.cuda.memory_allocated()
@@ -130,3 +116,31 @@ def reason_of(error: Exception) -> str:
     gc.collect()
     torch.cuda.empty_cache()
     return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def interleaved(
+    calls: dict[str, Callable[[], Any]], repeats: int, progress: str | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each call, all calls in turn, `repeats` times after one warm-up: drifting speed hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in tqdm(range(repeats + 1), desc=progress, disable=progress is None, leave=False, file=sys.stderr):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
+    """Per call: median seconds, and median, minimum and maximum over rounds of its time divided by the baseline's."""
+    table = {}
+    for name, times in seconds.items():
+        shares = [a / b for a, b in zip(times, seconds[baseline], strict=True)]
+        table[name] = {
+            "seconds": statistics.median(times),
+            "ratio": statistics.median(shares),
+            "ratio_min": min(shares),
+            "ratio_max": max(shares),
+        }
+    return table

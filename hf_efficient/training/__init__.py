@@ -1,6 +1,6 @@
 """What training a converted model needs beside the stock Trainer: callbacks, checkpoints, collators, attention transfer."""
 
-from .callbacks import (
+from hf_efficient.training.callbacks import (
     KeepRandomState,
     LogReconstruction,
     LogRouting,
@@ -9,10 +9,12 @@ from .callbacks import (
     StopOnNonFiniteLoss,
     UpdateCentroids,
 )
-from .checkpoints import CompleteCheckpoints, last_complete_checkpoint, load_state, save_state
-from .collators import LanguageModelCollator, SeededCollator, SpanCorruptionCollator
-from .memory import SegmentCollator, SegmentMemory, segment_rows
-from .transfer import AttentionTransfer, KeepBest, TransferOutput, blocks, layer_errors, trainable
+from hf_efficient.training.checkpoints import CompleteCheckpoints, last_complete_checkpoint, load_state, save_state
+from hf_efficient.training.data.collators import LanguageModelCollator, SeededCollator, SpanCorruptionCollator
+from hf_efficient.training.data.segments import SegmentCollator, SegmentMemory, segment_rows
+from hf_efficient.training.transfer.attention_transfer import AttentionTransfer, TransferOutput, blocks, trainable
+from hf_efficient.training.transfer.keep_best import KeepBest
+from hf_efficient.training.transfer.layer_errors import layer_errors
 
 __all__ = [
     "AttentionTransfer",

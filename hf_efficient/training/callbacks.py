@@ -11,10 +11,10 @@ import torch
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 
-from ..attention.compressive import CompressiveAttention
-from ..attention.performer import PerformerAttention
-from ..attention.routing_transformer import RoutingTransformerAttention
-from ..experts import expert_layers
+from hf_efficient.attention.compressive import CompressiveAttention
+from hf_efficient.attention.performer import PerformerAttention
+from hf_efficient.attention.routing_transformer import RoutingTransformerAttention
+from hf_efficient.experts.layer import expert_layers
 
 
 class RedrawFeatures(TrainerCallback):

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .results import write_json
+from hf_efficient.profiling.json_files import write_json
 
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")

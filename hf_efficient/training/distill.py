@@ -16,18 +16,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from ..exact import Teacher, converted_layers, eval_mode, mechanism_of, substituted
-from ..fidelity import MeanOfValues, MeanOfValuesConfig, compare, text_batches
-from ..models import EfficientModelMixin
-from ..saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
-from ..side_files import copy_side_files
-from .callbacks import FirstStep, NothingLeft, RedrawFeatures, StopOnNonFiniteLoss
-from .checkpoints import CompleteCheckpoints, is_first_process, last_complete_checkpoint
-from .distill_parts import collate, optimizer_of, training_figures, training_rows
-from .keep_best import KeepBest
-from .recipe import start
-from .results import RESULT_NAME, peak_memory
-from .transfer import AttentionTransfer, blocks, layer_errors, trainable
+from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
+from hf_efficient.conversion.sentence_transformers import copy_side_files
+from hf_efficient.corpus import text_batches
+from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
+from hf_efficient.evaluation.fidelity import compare
+from hf_efficient.models import EfficientModelMixin
+from hf_efficient.patching.exact import Teacher, converted_layers, eval_mode, mechanism_of, substituted
+from hf_efficient.profiling.memory import peak_memory
+from hf_efficient.training.callbacks import FirstStep, NothingLeft, RedrawFeatures, StopOnNonFiniteLoss
+from hf_efficient.training.checkpoints import CompleteCheckpoints, is_first_process, last_complete_checkpoint
+from hf_efficient.training.distill_loop import collate, optimizer_of, training_figures, training_rows
+from hf_efficient.training.recipe import start
+from hf_efficient.training.results import RESULT_NAME
+from hf_efficient.training.transfer.attention_transfer import AttentionTransfer, blocks, trainable
+from hf_efficient.training.transfer.keep_best import KeepBest
+from hf_efficient.training.transfer.layer_errors import layer_errors
 
 TRAINED = "trained.safetensors"
 GUARD_CHECKS = 8

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..exact import converted_layers, mechanism_of
-from .data import token_blocks
+from hf_efficient.patching.exact import converted_layers, mechanism_of
+from hf_efficient.training.data.texts import token_blocks
 
 DECODER_TOKENS = 64
 GUARD_BATCHES = 4

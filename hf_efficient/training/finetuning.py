@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ..families import family_of
-from .checkpoints import is_first_process
-from .results import RESULT_NAME, RunRecord
+from hf_efficient.families import family_of
+from hf_efficient.training.checkpoints import is_first_process
+from hf_efficient.training.results import RESULT_NAME, RunRecord
 
 NO_LIMIT = 10**6
 MOST_SHOWN = 12

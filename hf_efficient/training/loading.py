@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ..base import attention_configs
-from ..conversion import convert, load_tokenizer, revert
-from ..exact import converted_layers, mechanism_of
-from ..families import PREFIX, family_of
-from ..models.mixin import honours_loss_kwargs
-from .checkpoints import is_first_process
-from .results import RunRecord
+from hf_efficient.attention.base.registry import attention_configs
+from hf_efficient.conversion.convert import convert
+from hf_efficient.conversion.loading import load_tokenizer
+from hf_efficient.families import PREFIX, family_of
+from hf_efficient.models.in_place import revert
+from hf_efficient.models.mixin import honours_loss_kwargs
+from hf_efficient.patching.exact import converted_layers, mechanism_of
+from hf_efficient.training.checkpoints import is_first_process
+from hf_efficient.training.results import RunRecord
 
 # attention projections by architecture, as the pattern that PEFT matches whole module names with
 LORA_TARGETS = {

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from ..conversion import convert
-from ..families import PREFIX, family_of
-from ..saving import atomic_folder
-from .collators import IGNORED
-from .loading import load_model, prepared
-from .metrics import bits_per_character, perplexity
-from .results import RESULT_NAME, RunRecord
+from hf_efficient.conversion.convert import convert
+from hf_efficient.conversion.saving import atomic_folder
+from hf_efficient.families import PREFIX, family_of
+from hf_efficient.training.data.collators import IGNORED
+from hf_efficient.training.loading import load_model, prepared
+from hf_efficient.training.metrics import bits_per_character, perplexity
+from hf_efficient.training.results import RESULT_NAME, RunRecord
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from ..exact import converted_layers, exact_attention, substituted
-from ..fidelity import MeanOfValues, MeanOfValuesConfig
-from ..saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
-from .callbacks import (
+from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
+from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
+from hf_efficient.patching.exact import converted_layers, exact_attention, substituted
+from hf_efficient.profiling.memory import peak_memory
+from hf_efficient.training.callbacks import (
     FirstStep,
     KeepRandomState,
     LogReconstruction,
@@ -29,10 +30,10 @@ from .callbacks import (
     StopOnNonFiniteLoss,
     UpdateCentroids,
 )
-from .checkpoints import CompleteCheckpoints, last_complete_checkpoint
-from .loading import load_model
-from .pictures import layer_picture, loss_curve
-from .results import RESULT_NAME, RunRecord, peak_memory
+from hf_efficient.training.checkpoints import CompleteCheckpoints, last_complete_checkpoint
+from hf_efficient.training.loading import load_model
+from hf_efficient.training.plots import layer_picture, loss_curve
+from hf_efficient.training.results import RESULT_NAME, RunRecord
 
 __all__ = ["evaluate", "load_model", "run", "save_model", "start", "train", "training_arguments"]
 
@@ -283,7 +284,7 @@ def _evaluate_before(trainer: Any, record: RunRecord, is_converted: bool) -> Non
 
 
 def _layer_errors(trainer: Any) -> dict[str, Any]:
-    from .transfer import layer_errors
+    from hf_efficient.training.transfer.layer_errors import layer_errors
 
     with _eager():
         return layer_errors(trainer.model, islice(trainer.get_eval_dataloader(), LAYER_ERROR_BATCHES))

@@ -5,50 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import resource
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..benchmark import hardware
-from ..conversion import versions
+from hf_efficient.profiling.environment import hardware, versions
+from hf_efficient.profiling.json_files import write_json
 
 RESULT_NAME = "result.json"
-
-
-def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON beside `path` and rename it, so that whoever reads `path` finds the former or the new file, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-    return path
-
-
-def peak_memory() -> dict[str, Any]:
-    """Peak memory of this process in MB (10⁶ bytes).
-
-    On the GPU what PyTorch held since `torch.cuda.reset_peak_memory_stats`; else the resident set, which nothing resets:
-    whatever was evaluated, with full attention too, is part of it.
-    """
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return {"peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6, "peak_memory_of": "gpu"}
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    return {"peak_memory_mb": peak, "peak_memory_of": "process, evaluations included"}
 
 
 def _plain(value: Any) -> Any:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .base import EfficientAttentionConfig
-from .ops.pattern_sets import Without
-from .ops.patterns import Columns, Pattern, Rows, parts_of
-from .ops.random_blocks import BigBirdBlocks
-from .pattern_attention import OF_THE_WHOLE
+from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
+from hf_efficient.attention.base.pattern import OF_THE_WHOLE
+from hf_efficient.patterns.kinds import Columns, Rows
+from hf_efficient.patterns.pattern import Pattern, parts_of
+from hf_efficient.patterns.random_blocks import BigBirdBlocks
+from hf_efficient.patterns.sets import Without
 
 if TYPE_CHECKING:
-    from .picture import Panel, PatternPicture
+    from hf_efficient.visualize.visibility import Panel, PatternPicture
 
 MOST_PANELS = 4
 TERMINAL_CELLS, FIGURE_CELLS = 64, 256

@@ -10,19 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import (
-    AttentionGeometry,
-    ConfigLike,
-    EfficientAttentionConfig,
-    attention_configs,
-    get_mechanism,
-    list_mechanisms,
-)
-from .drawing import as_figure, as_text, title
-from .ops.pattern_sets import PerHead
-from .ops.patterns import Pattern
-from .ops.tile_table import TileTable, tile_table
-from .pattern_attention import PatternAttentionConfig
+from hf_efficient.attention.base.geometry import AttentionGeometry
+from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
+from hf_efficient.attention.base.pattern import PatternAttentionConfig
+from hf_efficient.attention.base.registry import ConfigLike, attention_configs, get_mechanism, list_mechanisms
+from hf_efficient.patterns.pattern import Pattern
+from hf_efficient.patterns.sets import PerHead
+from hf_efficient.patterns.tile_table import TileTable, tile_table
+from hf_efficient.visualize.render import as_figure, as_text, title
 
 # the tiles that are counted, those of the kernels
 BLOCK = 64

@@ -10,12 +10,14 @@ from formulas import HEADS, WIDTH, geometry, heads
 from torch import Tensor
 
 import hf_efficient as he
+from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.attention.clustered import ClusteredAttention
-from hf_efficient.base import AttentionContext, attention_config
-from hf_efficient.dispatch import aligned_call
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.query_clusters import cluster_queries, tiles_of_groups
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.testing import LargestTensor, assert_close
+from hf_efficient.patching.dispatch import aligned_call
+from hf_efficient.profiling.counters import LargestTensor
+from hf_efficient.testing import assert_close
 
 SCALE = 0.6
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import hf_efficient as he
+from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.attention.compressive import CompressiveAttention
-from hf_efficient.base import AttentionContext, attention_config
-from hf_efficient.compressed_memory import SegmentLayer
-from hf_efficient.decoding import SLACK
-from hf_efficient.dispatch import aligned_call
+from hf_efficient.cache.bounded import SLACK
+from hf_efficient.cache.segments import SegmentLayer
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.patching.dispatch import aligned_call
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 KINDS = ("mean", "max", "conv", "dilated", "most_used")

@@ -16,10 +16,10 @@ from torch.nn.functional import linear
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import hf_efficient as he
+from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
 from hf_efficient.attention.etc import GATE
-from hf_efficient.base import EfficientAttention, EfficientAttentionConfig
-from hf_efficient.dispatch import aligned_call
 from hf_efficient.families import family_of
+from hf_efficient.patching.dispatch import aligned_call
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 ENCODERS = ("bert", "roberta", "t5")

@@ -15,9 +15,10 @@ from transfers import heads, relative
 import hf_efficient as he
 from hf_efficient.attention.funnel import FunnelAttentionConfig
 from hf_efficient.families import family_of
-from hf_efficient.ops.pooled_rows import Runs, slot_bias
+from hf_efficient.ops.pooling import Runs, slot_bias
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.testing import assert_close, flops, inputs_for, tiny_model
+from hf_efficient.profiling.counters import flops
+from hf_efficient.testing import assert_close, inputs_for, tiny_model
 from hf_efficient.training import AttentionTransfer, layer_errors
 
 ENCODERS = ("bert", "roberta", "t5")

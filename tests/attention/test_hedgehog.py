@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import bounded_layers, decode, full, prompt
 from pairs import Bench, Pair
-from test_decoding import bounded_layers, decode, full, prompt
 from torch import Tensor
 from torch.profiler import profile
 
 import hf_efficient as he
-from hf_efficient import decoding
-from hf_efficient.base import AttentionContext, AttentionGeometry
-from hf_efficient.ops import far_attention, linear_attention
+from hf_efficient.attention.base.geometry import AttentionGeometry
+from hf_efficient.cache import bounded as decoding
+from hf_efficient.cache.recurrent import RecurrentLayer
+from hf_efficient.ops import linear_attention
+from hf_efficient.ops import linear_beyond_window as far_attention
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.linear_attention import absorb
-from hf_efficient.recurrent import RecurrentLayer
 from hf_efficient.testing import assert_close, tiny_model
 
 PLACES = [("bert", None), ("gpt2", None), ("t5", "encoder"), ("t5", "decoder")]

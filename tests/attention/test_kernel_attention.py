@@ -13,8 +13,9 @@ from formulas import FORMULAS, HEADS, WIDTH, geometry, heads, mechanism_of
 from torch import Tensor
 
 import hf_efficient as he
+from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.attention.performer import PerformerAttention, PerformerAttentionConfig
-from hf_efficient.base import AttentionContext, attention_config
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.random_features import orthogonal_features
 from hf_efficient.testing import assert_close, tiny_model
 
@@ -96,7 +97,7 @@ def test_dense_weights_are_those_of_the_output(name: str, options: dict[str, Any
 @each_causal
 def test_steps_with_a_state_equal_one_pass(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """Uneven steps, so that keys are folded into the state in groups of several sizes; a padded row among them."""
-    monkeypatch.setattr("hf_efficient.decoding.SLACK", 5)
+    monkeypatch.setattr("hf_efficient.cache.bounded.SLACK", 5)
     mechanism, n = mechanism_of(name, is_causal=True, **options), 60
     q, k, v = heads(2, HEADS, n, WIDTH)
     keep = torch.ones(2, n, dtype=torch.bool)

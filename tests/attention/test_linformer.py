@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hf_efficient as he
 from hf_efficient.attention.linformer import LinformerAttention, LinformerAttentionConfig
-from hf_efficient.base import AttentionContext
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 

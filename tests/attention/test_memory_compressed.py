@@ -12,12 +12,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import hf_efficient as he
-from hf_efficient.attention.memory_compressed import CompressedLayer, MemoryCompressedAttention
-from hf_efficient.base import AttentionContext, attention_config
-from hf_efficient.decoding import SLACK
-from hf_efficient.dispatch import aligned_call
+from hf_efficient.attention.base.registry import attention_config
+from hf_efficient.attention.memory_compressed import MemoryCompressedAttention
+from hf_efficient.cache.bounded import SLACK
+from hf_efficient.cache.pooled import CompressedLayer
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.testing import LargestTensor, assert_close, inputs_for, tiny_model
+from hf_efficient.patching.dispatch import aligned_call
+from hf_efficient.profiling.counters import LargestTensor
+from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 
 def mechanism_of(is_causal: bool, moved: bool = True, **options: Any) -> MemoryCompressedAttention:

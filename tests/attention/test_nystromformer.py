@@ -12,8 +12,9 @@ from transformers import NystromformerConfig
 from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
 import hf_efficient as he
+from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.attention.nystromformer import NystromformerAttention, pseudo_inverse
-from hf_efficient.base import AttentionContext, attention_config
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.testing import assert_close
 
 CONTEXT = AttentionContext(is_causal=False, scaling=WIDTH**-0.5)

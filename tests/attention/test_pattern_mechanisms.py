@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import hf_efficient as he
-from hf_efficient.base import AttentionGeometry, attention_configs
-from hf_efficient.cli_options import chosen_configs
-from hf_efficient.ops.pattern_sets import PerHead
-from hf_efficient.ops.patterns import BlockWindow, Columns, Rows, ShiftedBlock, Strided, Window
+from hf_efficient.attention.base.geometry import AttentionGeometry
+from hf_efficient.attention.base.registry import attention_configs
+from hf_efficient.cli.options import chosen_configs
+from hf_efficient.patterns.kinds import BlockWindow, Columns, Rows, ShiftedBlock, Strided, Window
+from hf_efficient.patterns.sets import PerHead
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 BAD_OPTIONS: list[tuple[str, dict[str, Any], str]] = [

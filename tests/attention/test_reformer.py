@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from bucket_cases import defined, defined_pairs
+from decoding import assert_decodes, bounded_layers, call, decode, encoded, full, prompt
 from formulas import HEADS, WIDTH, geometry, heads
-from test_buckets import defined, defined_pairs
-from test_decoding import assert_decodes, bounded_layers, call, decode, encoded, full, prompt
 from torch import Tensor
 from transformers import DynamicCache, ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 import hf_efficient as he
+from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.attention.reformer import ReformerAttention
-from hf_efficient.base import AttentionContext, attention_config
-from hf_efficient.bucket_memory import BucketLayer
+from hf_efficient.cache.buckets import BucketLayer
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.testing import assert_close, tiny_model
 
 SCALING = 0.6

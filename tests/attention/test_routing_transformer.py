@@ -21,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import hf_efficient as he
+from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.attention.routing_transformer import RoutingTransformerAttention
-from hf_efficient.base import attention_config
-from hf_efficient.ops import clusters
-from hf_efficient.testing import VOCABULARY, LargestTensor, assert_close, tiny_model
+from hf_efficient.ops import cluster_attention as clusters
+from hf_efficient.profiling.counters import LargestTensor
+from hf_efficient.testing import VOCABULARY, assert_close, tiny_model
 from hf_efficient.training.callbacks import UpdateCentroids
 
 PLACES: list[tuple[str, str | None]] = [("bert", None), ("t5", "encoder"), ("gpt2", None), ("t5", "decoder")]
@@ -519,7 +520,8 @@ def test_centroids_that_move_are_refused_in_copies_of_one_call():
 def test_two_processes_move_centroids_as_one_does(tmp_path: Path):
     """Data-parallel (gloo), half of each batch in each process: the same centroids, in both."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = {"PYTHONPATH": os.pathsep.join(sys.path)}  # this file imports what tests share
+    environment = os.environ | found | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         [*command, str(tmp_path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -13,13 +13,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import hf_efficient as he
+from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.attention.sinkhorn import SinkhornAttention
-from hf_efficient.base import AttentionContext, attention_config
-from hf_efficient.block_starts import BlockStartLayer
-from hf_efficient.dispatch import aligned_call
+from hf_efficient.cache.block_queries import BlockStartLayer
+from hf_efficient.ops.block_sorting import best_blocks, log_shares
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.ops.sorted_blocks import best_blocks, log_shares
-from hf_efficient.testing import LargestTensor, assert_close, inputs_for, tiny_model
+from hf_efficient.patching.dispatch import aligned_call
+from hf_efficient.profiling.counters import LargestTensor
+from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 SCALE = 0.6
 

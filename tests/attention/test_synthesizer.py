@@ -12,10 +12,11 @@ from pairs import MAX_POSITIONS, Bench, Pair, Tokens
 from torch import Tensor
 
 import hf_efficient as he
+from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.attention.synthesizer import LOGITS, SynthesizerAttention
-from hf_efficient.base import AttentionContext, attention_config
-from hf_efficient.dispatch import aligned_call
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.synthetic_logits import FactorizedRandomLogits
+from hf_efficient.patching.dispatch import aligned_call
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 PLACES = {"bert": None, "gpt2": None, "t5-encoder": "encoder", "t5-decoder": "decoder"}

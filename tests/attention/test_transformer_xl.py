@@ -13,13 +13,15 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 import hf_efficient as he
+from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.attention.transformer_xl import TransformerXLAttention
-from hf_efficient.base import AttentionContext, attention_config
-from hf_efficient.compressed_memory import SegmentLayer
-from hf_efficient.decoding import SLACK
-from hf_efficient.dispatch import aligned_call
+from hf_efficient.cache.bounded import SLACK
+from hf_efficient.cache.segments import SegmentLayer
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.testing import LargestTensor, assert_close, inputs_for, tiny_model
+from hf_efficient.patching.dispatch import aligned_call
+from hf_efficient.profiling.counters import LargestTensor
+from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 
 def mechanism_of(**options: Any) -> TransformerXLAttention:

@@ -10,17 +10,34 @@ import time
 import types
 from typing import Any
 
+import generate as cards
 import pytest
 import torch
 from torch import Tensor
 
-from hf_efficient import benchmark, benchmark_attention, benchmark_gpu, cards, contenders, timing
-from hf_efficient.attention.bigbird import BigBirdBlocks
-from hf_efficient.benchmark_attention import Stage, attention_suite, crossovers
-from hf_efficient.contenders import BIASED, DENSE, MASKED, SAME, THEIRS, Ours, Point, build, count_pairs, our_names
-from hf_efficient.ops.block_sparse import block_sparse_attention, reference_attention
+from hf_efficient.benchmarks import attention as benchmark_attention
+from hf_efficient.benchmarks import baselines as contenders
+from hf_efficient.benchmarks import gpu as benchmark_gpu
+from hf_efficient.benchmarks import models as benchmark
+from hf_efficient.benchmarks import suites
+from hf_efficient.benchmarks.attention import Stage, attention_suite, crossovers
+from hf_efficient.benchmarks.baselines import (
+    BIASED,
+    DENSE,
+    MASKED,
+    SAME,
+    THEIRS,
+    Ours,
+    Point,
+    build,
+    our_names,
+)
+from hf_efficient.benchmarks.work import count_pairs, pattern_of, work_of
+from hf_efficient.ops.block_sparse.attention import block_sparse_attention, reference_attention
+from hf_efficient.patterns.random_blocks import BigBirdBlocks
+from hf_efficient.profiling import timing
+from hf_efficient.profiling.timing import Times
 from hf_efficient.testing import assert_close
-from hf_efficient.timing import Times
 
 HEADS, WIDTH = 2, 8
 
@@ -110,7 +127,7 @@ def test_the_same_blocks(monkeypatch: pytest.MonkeyPatch):
 def test_ours_is_the_attention_of_its_pattern(name: str):
     """The three others are more than their pattern; their own files compare them with formulas."""
     at = point(700)
-    ours, pattern = build(name, at), contenders.pattern_of(name, at).at_length(700)
+    ours, pattern = build(name, at), pattern_of(name, at).at_length(700)
     assert_same(lambda q, k, v: reference_attention(q, k, v, pattern, scaling=WIDTH**-0.5), ours, at)
     assert_same(contenders.masked(at, pattern), ours, at)
 
@@ -130,9 +147,9 @@ def test_every_comparison_names_contenders():
 def test_pairs_are_counted_as_the_pattern_shows_them(name: str, length: int):
     at = point(length, batch=3)
     position = torch.arange(length)
-    pattern = contenders.pattern_of(name, at).at_length(length)
+    pattern = pattern_of(name, at).at_length(length)
     seen = pattern.visible_per_head(position[:, None], position).expand(HEADS, -1, -1)
-    work = contenders.work_of(name, at)
+    work = work_of(name, at)
     slots = HEADS * length * (length // contenders.SLOT) if name == "longt5" else 0
     assert work.pairs == 3 * (int(seen.sum()) + slots)
     blocks = -(-length // 64)
@@ -147,7 +164,7 @@ def test_pairs_are_counted_as_the_pattern_shows_them(name: str, length: int):
 def test_floors_of_the_target_are_the_published_ones():
     """Window 512, 12 heads of 64, batch 8: 204.9 GFLOP over pairs, 229.9 over tiles, 812 MB with log-sum-exps."""
     at = dataclasses.replace(benchmark_gpu.TARGET, device="cpu")
-    work = contenders.work_of("local", at)
+    work = work_of("local", at)
     tile_flops = work.tile_flops(2)
     assert tile_flops is not None
     assert work.flops(2) / 1e9 == pytest.approx(204.9, abs=0.1) and tile_flops / 1e9 == pytest.approx(229.9, abs=0.1)
@@ -246,7 +263,7 @@ def test_suite_is_json_and_complete(document: dict[str, Any]):
 
 
 def test_suite_is_readable(document: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
-    headings, rows = benchmark.as_rows(document)
+    headings, rows = suites.as_rows(document)
     assert len(rows) == len(document["results"]) and {len(row) for row in rows} == {len(headings)}
     benchmark_attention.draw(document, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").stat().st_size > 10_000
@@ -311,7 +328,7 @@ def test_a_deadline_leaves_stages_out_and_names_them():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_gpu_suite_refuses_without_cuda():
     with pytest.raises(ValueError, match=r"needs a CUDA device.*bench attention"):
-        benchmark.SUITES["gpu"]()
+        suites.SUITES["gpu"]()
 
 
 TESTS = """
@@ -402,7 +419,7 @@ def test_gpu_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
     target = document["target"]
     assert set(target["forward"]["others_take"]) == {*names[1:]}
     rows = {(r["contender"], r["pass"]): r for r in document["attention"]["results"]}
-    work = contenders.work_of("local", at)
+    work = work_of("local", at)
     for kind, products, seconds in (
         ("forward", 2, rows["local", "forward"]["seconds"]),
         ("backward", 5, rows["local", "training"]["backward_seconds"]),
@@ -410,7 +427,7 @@ def test_gpu_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
         rate = work.tile_flops(products) / seconds  # type: ignore[operator]
         assert target[kind]["share"] == pytest.approx(rate / benchmark_gpu.PEAK)
     assert json.loads(json.dumps(document))["attention"]["failed"] == []
-    headings, lines = benchmark.as_rows(document)
+    headings, lines = suites.as_rows(document)
     assert {len(line) for line in lines} == {len(headings)} and lines[0][0].startswith("tests: passed 0")
 
 

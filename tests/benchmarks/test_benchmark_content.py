@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 
+import generate as cards
 import pytest
 import torch
 
-from hf_efficient import benchmark, cards
-from hf_efficient.benchmark_content import DECODERS, ENCODERS, FULL, THEIRS, TransformersReformer
-from hf_efficient.contenders import Point
+from hf_efficient.benchmarks import suites
+from hf_efficient.benchmarks.baselines import Point
+from hf_efficient.benchmarks.content import DECODERS, ENCODERS, FULL, THEIRS, TransformersReformer
 
 
 def test_the_suite_records_every_contender(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    document = benchmark.SUITES["content"](lengths=(128,), rounds=2, progress=False)
+    document = suites.SUITES["content"](lengths=(128,), rounds=2, progress=False)
     expected = {("encoder", name) for name in (FULL, THEIRS, *ENCODERS)}
     expected |= {("decoder", name) for name in (FULL, THEIRS, *DECODERS)}
     for kind in ("forward", "training"):
@@ -23,7 +24,7 @@ def test_the_suite_records_every_contender(monkeypatch: pytest.MonkeyPatch, tmp_
     ratio = ours["faster_than"][THEIRS]
     assert ratio["ratio_min"] <= ratio["ratio"] <= ratio["ratio_max"] and ours["rounds"] == 2
     assert THEIRS not in theirs["faster_than"] and ours["largest_tensor"] > 128 * 64
-    header, rows = benchmark.as_rows(document)
+    header, rows = suites.as_rows(document)
     assert len(rows) == len(document["results"]) and len(rows[0]) == len(header)
     monkeypatch.setattr(cards, "RESULTS", tmp_path)
     assert cards.content_table("reformer") == "not measured"

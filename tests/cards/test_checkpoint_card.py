@@ -12,19 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import document, error, run
 from huggingface_hub import ModelCard
-from test_cli import document, error, run
+from paths import ROOT
 from tiny import converted, save_source, words
 from transformers import AutoModelForMaskedLM
 
 import hf_efficient as he
-from hf_efficient.checkpoint_card import NOT_MEASURED, NOT_RECORDED, STAGES, checkpoint_card, write_card
-from hf_efficient.cli import _record
-from hf_efficient.conversion import load_converted
+from hf_efficient.cards.checkpoint import NOT_MEASURED, NOT_RECORDED, STAGES, checkpoint_card, write_card
+from hf_efficient.cli.app import _record
+from hf_efficient.conversion.loading import load_converted
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [words(40 + 5 * i, i) for i in range(6)]
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)*(?:e[+-]?\d+)?")
 

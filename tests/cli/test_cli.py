@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -13,17 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import document, error, run
 from tiny import SPECIALS, converted, save_source, tiny_tokenizer, words
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.main import get_command
-from typer.testing import CliRunner
 
 import hf_efficient as he
-from hf_efficient.benchmark import SUITES
-from hf_efficient.cli import app
-from hf_efficient.cli_options import as_text, parse_layers, parse_option, read_texts
-from hf_efficient.conversion import load_converted, load_stock
-from hf_efficient.verification import FidelityReport, Rung
+from hf_efficient.benchmarks.suites import SUITES
+from hf_efficient.cli.app import app
+from hf_efficient.cli.options import as_text, parse_layers, parse_option, read_texts
+from hf_efficient.conversion.loading import load_converted, load_stock
+from hf_efficient.evaluation.verify import FidelityReport, Rung
 
 FAMILIES = sorted(SPECIALS)
 
@@ -39,29 +40,6 @@ def texts(tmp_path) -> Path:
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(words(20 + 15 * i, i) for i in range(4)) + "\n")
     return path
-
-
-def run(*arguments: Any, code: int = 0) -> Any:
-    # wide enough that no table folds what the tests look for
-    result = CliRunner(env={"COLUMNS": "400"}).invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, f"exit code {result.exit_code}\n{result.stdout}\n{result.stderr}"
-    return result
-
-
-def document(*arguments: Any, code: int = 0) -> Any:
-    return json.loads(run(*arguments, "--json", code=code).stdout)
-
-
-def error(*arguments: Any) -> str:
-    """The message of a command that must fail: on stderr, once, without a traceback, nothing on stdout."""
-    for extra in ([], ["--json"]):
-        result = run(*arguments, *extra, code=1)
-        assert result.stdout == ""
-        assert "Traceback" not in result.stderr
-        assert result.stderr.count("error: ") == 1
-    return result.stderr[result.stderr.index("error: ") :].removeprefix("error: ").strip()
 
 
 def same_weights(actual: Path, expected: Path) -> None:
@@ -383,7 +361,7 @@ def test_json_is_alone_on_stdout(sources, tmp_path, monkeypatch):
         print("noise")
         return he.conversion.revert(*arguments, **options)
 
-    monkeypatch.setattr("hf_efficient.checkpoints.revert", noisy)
+    monkeypatch.setattr(importlib.import_module("hf_efficient.conversion.revert"), "revert", noisy)
     result = run("revert", converted(tmp_path / "out", "bert"), tmp_path / "back", "--json")
     assert json.loads(result.stdout)["model_class"] == "BertForMaskedLM"
     assert "noise" in result.stderr
@@ -409,7 +387,7 @@ def test_verify_climbs_prints_and_records(sources, texts, tmp_path):
 
 def test_verify_fails_on_changed_weights(sources, texts, tmp_path, monkeypatch):
     # the process of its own is covered above
-    monkeypatch.setattr("hf_efficient.verification._fresh_process", lambda *_: Rung("fresh", "passed", {}, ""))
+    monkeypatch.setattr("hf_efficient.evaluation.verify._fresh_process", lambda *_: Rung("fresh", "passed", {}, ""))
     source = save_source(tmp_path / "source", "gpt2", seed=1)
     out = tmp_path / "out"
     run("convert", sources["gpt2"], out, "--attention", "local", "--attention-window", 8)
@@ -432,7 +410,7 @@ def test_verify_passes_its_options_on(sources, tmp_path, monkeypatch):
         calls.append((arguments, options))
         return FidelityReport([], {})
 
-    monkeypatch.setattr("hf_efficient.verification.verify", record)
+    monkeypatch.setattr("hf_efficient.evaluation.verify.verify", record)
     monkeypatch.setattr("hf_efficient.corpus.offline_texts", lambda: ["w10 w11"])
     out = converted(tmp_path / "out", "bert")
     run("verify", out, sources["bert"], "--speed", "64,128")
@@ -533,7 +511,8 @@ def test_program_in_a_fresh_process(sources, tmp_path):
     """Only a real process shows that nothing but the document reaches stdout, progress bars and warnings included."""
     script = (
         "import sys, hf_efficient.cli as cli\n"
-        "assert 'typer' in sys.modules and 'rich' not in sys.modules and 'hf_efficient.verification' not in sys.modules\n"
+        "assert 'typer' in sys.modules and 'rich' not in sys.modules\n"
+        "assert 'hf_efficient.evaluation.verify' not in sys.modules\n"
         "cli.main()"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRANSFORMERS_")} | {"HF_HUB_OFFLINE": "1"}

@@ -10,8 +10,8 @@ import torch
 from tiny import save_source
 
 import hf_efficient as he
-from hf_efficient import saving
-from hf_efficient.conversion import convert_in_place
+from hf_efficient.conversion import saving
+from hf_efficient.models.in_place import convert_in_place
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 SMALL = dict(attention_window=4)

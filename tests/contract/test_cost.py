@@ -12,7 +12,8 @@ from cases import CASES
 from pairs import MAIN, Pair, each, labelled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_efficient.testing import LargestTensor, flops, inputs_for
+from hf_efficient.profiling.counters import LargestTensor, flops
+from hf_efficient.testing import inputs_for
 
 SHORT, LONG = 256, 1024
 ALLOWED = 4.5

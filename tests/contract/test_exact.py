@@ -7,7 +7,7 @@ import torch
 from pairs import MAIN, VARIANTS, Pair, each
 from transfers import END_TO_END, linformer, pair_of, with_adapters
 
-from hf_efficient.exact import Teacher, exact_attention
+from hf_efficient.patching.exact import Teacher, exact_attention
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 from hf_efficient.training import AttentionTransfer, trainable
 

@@ -21,10 +21,12 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_efficient as he
-from hf_efficient.dispatch import IMPLEMENTATION, efficient_attention_forward, efficient_mask
 from hf_efficient.families import families, family_of
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.testing import BERT_LIKE, FAMILIES, TINY, LargestTensor, assert_close, inputs_for, tiny_model
+from hf_efficient.patching.dispatch import efficient_attention_forward, efficient_mask
+from hf_efficient.patching.names import IMPLEMENTATION
+from hf_efficient.profiling.counters import LargestTensor
+from hf_efficient.testing import BERT_LIKE, FAMILIES, TINY, assert_close, inputs_for, tiny_model
 
 PROBE = "contract_probe"
 ABSOLUTE = ("bert", "roberta", "gpt2")

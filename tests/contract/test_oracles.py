@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import hf_efficient as he
 from hf_efficient.attention.bigbird import BigBirdAttention, BigBirdAttentionConfig
-from hf_efficient.base import AttentionContext
 from hf_efficient.families import family_of
-from hf_efficient.ops.tile_table import tile_table
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.patterns.tile_table import tile_table
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 LENGTH = 97

@@ -11,10 +11,11 @@ from pairs import MAIN, VARIANTS, Pair, each
 from torch import Tensor
 
 import hf_efficient as he
-from hf_efficient import call_checks
 from hf_efficient.families import family_of
-from hf_efficient.ops.segments import Segments, position_steps
-from hf_efficient.testing import LargestTensor, assert_close, inputs_for, tiny_model
+from hf_efficient.ops.packing import Segments, position_steps
+from hf_efficient.patching import call_checks
+from hf_efficient.profiling.counters import LargestTensor
+from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 ROWS = ((40, 1, 33, 23), (63, 34))
 TOTAL = 97

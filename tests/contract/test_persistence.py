@@ -14,7 +14,7 @@ import transformers
 from pairs import MAIN, MAX_POSITIONS, VARIANTS, Pair, each, logits
 
 import hf_efficient as he
-from hf_efficient.base import attention_configs
+from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.testing import inputs_for
 
 AUTO = {

@@ -9,7 +9,7 @@ import torch
 from cases import CASES
 from pairs import MAIN, VARIANTS, Bench, Pair, Tokens, each, labelled, logits
 
-from hf_efficient.base import AttentionContext
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.testing import assert_close, inputs_for
 
 ALL_PAIRS = MAIN + VARIANTS

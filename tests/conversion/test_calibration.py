@@ -14,11 +14,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import hf_efficient as he
-from hf_efficient import calibration
-from hf_efficient.calibration import calibrate, occupancy
-from hf_efficient.cli import app
-from hf_efficient.exact import converted_layers, mechanism_of
-from hf_efficient.ops.clusters import spherical_kmeans
+from hf_efficient.cli.app import app
+from hf_efficient.conversion import calibrate as calibration
+from hf_efficient.conversion.calibrate import calibrate, occupancy
+from hf_efficient.ops.cluster_attention import spherical_kmeans
+from hf_efficient.patching.exact import converted_layers, mechanism_of
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 OPTIONS: dict[str, Any] = dict(num_clusters=5, cluster_size=8, attention_window=4)

@@ -14,8 +14,8 @@ from tiny import converted, save_source, tiny_tokenizer, words
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import hf_efficient as he
-from hf_efficient.dispatch import IMPLEMENTATION
 from hf_efficient.families import family_of
+from hf_efficient.patching.names import IMPLEMENTATION
 from hf_efficient.testing import FAMILIES, TINY, inputs_for, tiny_model
 
 LONGFORMER: dict[str, Any] = {"attention_window": 8, "global_tokens": "first"}
@@ -343,7 +343,7 @@ def test_loading_info_is_given_for_original_and_converted_checkpoints(tmp_path):
 
 def test_a_hub_repository_brings_its_side_files(tmp_path, monkeypatch):
     """What sentence-transformers keeps beside the weights comes along from the Hub as it does from a folder."""
-    import hf_efficient.side_files as side_files
+    import hf_efficient.conversion.sentence_transformers as side_files
 
     asked = {}
 

@@ -8,8 +8,9 @@ from transformers import AutoTokenizer
 
 import hf_efficient as he
 from hf_efficient import corpus
-from hf_efficient.conversion import load_stock
-from hf_efficient.fidelity import compare, control_figures
+from hf_efficient.conversion.loading import load_stock
+from hf_efficient.evaluation.controls import control_figures
+from hf_efficient.evaluation.fidelity import compare
 
 
 @pytest.fixture(scope="module")

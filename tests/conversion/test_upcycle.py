@@ -15,15 +15,15 @@ import fresh
 import pytest
 import torch
 import transformers
-from test_cli import document, error, run
+from command_line import document, error, run
 from tiny import SPECIALS, save_source, words
 from torch import Tensor
 
 import hf_efficient as he
-from hf_efficient.checkpoint_card import checkpoint_card
-from hf_efficient.conversion import load_as_it_is, load_converted
-from hf_efficient.experts import ExpertLayer, expert_layers
-from hf_efficient.models import MODELS
+from hf_efficient.cards.checkpoint import checkpoint_card
+from hf_efficient.conversion.loading import load_as_it_is, load_converted
+from hf_efficient.experts.layer import ExpertLayer, expert_layers
+from hf_efficient.models.registry import MODELS
 from hf_efficient.testing import FAMILIES, assert_close, inputs_for, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer")
@@ -488,7 +488,8 @@ def test_verify_command_records_its_figures_in_the_upcycling_report(sources, tmp
 
 
 def test_recipes_log_the_routers_and_keep_the_report(sources, tmp_path):
-    from hf_efficient.training.recipe import load_model, start, train, training_arguments
+    from hf_efficient.training.loading import load_model
+    from hf_efficient.training.recipe import start, train, training_arguments
 
     he.upcycle(sources["bert"], 4, capacity_factor=0.5).save(tmp_path / "sparse")
     settings = SimpleSettings(str(tmp_path / "sparse"), str(tmp_path / "run"))

@@ -11,13 +11,14 @@ import torch
 from tiny import tiny_tokenizer, words
 
 import hf_efficient as he
-from hf_efficient import benchmark, verification
 from hf_efficient.attention.local import LocalAttention
-from hf_efficient.experts import expert_layers
+from hf_efficient.corpus import ragged, text_batches
+from hf_efficient.evaluation import verify as verification
+from hf_efficient.evaluation.verify import verify
+from hf_efficient.experts.layer import expert_layers
 from hf_efficient.families import family_of
-from hf_efficient.fidelity import ragged, text_batches
+from hf_efficient.profiling import timing
 from hf_efficient.testing import tiny_model
-from hf_efficient.verification import verify
 
 TEXTS = [words(90), words(60, start=30), words(40, start=11)]
 
@@ -131,7 +132,7 @@ def test_speed_rung_measures_both_models():
 
 def test_ratios_are_taken_round_by_round():
     seconds = {"a": [2.0, 4.0, 8.0], "b": [1.0, 4.0, 2.0]}
-    row = benchmark.ratios(seconds, "b")["a"]
+    row = timing.ratios(seconds, "b")["a"]
     assert row == {"seconds": 4.0, "ratio": 2.0, "ratio_min": 1.0, "ratio_max": 4.0}
 
 

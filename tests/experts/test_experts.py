@@ -26,7 +26,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
 import hf_efficient as he
-from hf_efficient.experts import Dense, ExpertLayer, ExpertsConfig, expert_layers, router_loss
+from hf_efficient.experts.layer import ExpertLayer, ExpertsConfig, expert_layers
+from hf_efficient.experts.loss import router_loss
+from hf_efficient.families.feed_forward import Dense
 from hf_efficient.testing import FAMILIES, assert_close, inputs_for, tiny_model
 from hf_efficient.training.callbacks import LogRouting
 

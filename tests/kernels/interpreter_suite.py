@@ -9,11 +9,11 @@ import torch
 from kernel_cases import CASES, Case, Inputs, definition, error, inputs_of, quick_interpreter, results
 from torch import Tensor
 
-from hf_efficient.kernels import library
+from hf_efficient.kernels import block_sparse_op as library
+from hf_efficient.kernels.block_sparse_op import block_sparse
 from hf_efficient.kernels.configs import interpreting
-from hf_efficient.kernels.library import block_sparse
-from hf_efficient.ops.pattern_sets import PerHead
-from hf_efficient.ops.patterns import Columns, Window
+from hf_efficient.patterns.kinds import Columns, Window
+from hf_efficient.patterns.sets import PerHead
 
 assert interpreting(), "run by test_kernels.py"
 

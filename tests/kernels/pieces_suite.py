@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import hf_efficient as he
+from hf_efficient.kernels.block_sparse_op import block_sparse
 from hf_efficient.kernels.configs import interpreting
-from hf_efficient.kernels.library import block_sparse
-from hf_efficient.ops.block_sparse import block_sparse_attention, reference_attention
-from hf_efficient.ops.pattern_sets import PerHead
-from hf_efficient.ops.patterns import BlockWindow, Columns, Pattern, Rows, Strided, Summary, Window
-from hf_efficient.ops.random_blocks import BigBirdBlocks
+from hf_efficient.ops.block_sparse.attention import block_sparse_attention, reference_attention
 from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.patterns.kinds import BlockWindow, Columns, Rows, Strided, Summary, Window
+from hf_efficient.patterns.pattern import Pattern
+from hf_efficient.patterns.random_blocks import BigBirdBlocks
+from hf_efficient.patterns.sets import PerHead
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 assert interpreting(), "run by test_kernels.py"

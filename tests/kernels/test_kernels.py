@@ -12,14 +12,14 @@ import torch
 from kernel_cases import CASES, inputs_of, relative
 from torch.nn.attention.flex_attention import flex_attention
 
+from hf_efficient.kernels import block_sparse_op as library
 from hf_efficient.kernels import flex as flex_module
-from hf_efficient.kernels import library
 from hf_efficient.kernels.flex import flex
-from hf_efficient.ops.block_sparse import block_sparse_attention, reference_attention
-from hf_efficient.ops.patterns import Columns, Window
+from hf_efficient.ops.block_sparse.attention import block_sparse_attention, reference_attention
+from hf_efficient.patterns.kinds import Columns, Window
 from hf_efficient.testing import assert_close
 
-SUITES = Path(__file__).parent / "kernels"
+SUITES = Path(__file__).parent
 RESULTS = "test_results_and_every_gradient_equal_the_definition"
 
 
@@ -49,7 +49,8 @@ def test_interpreter_suite(file: str, part: str):
 
 
 def test_kernels_are_imported_with_their_first_call():
-    code = "import sys, hf_efficient.kernels.library; print([m for m in sys.modules if m.endswith('kernels.block_sparse')])"
+    code = "import sys, hf_efficient.kernels.block_sparse_op\n"
+    code += "print([m for m in sys.modules if m.endswith('kernels.block_sparse')])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert run.stdout.strip() == "[]", run.stdout + run.stderr
 

@@ -16,12 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hf_efficient.kernels import (  # noqa: E402
-    block_sparse,
-    block_sparse_backward,
-    linear_attention,
-    linear_attention_backward,
-)
+from hf_efficient.kernels import block_sparse, block_sparse_backward, linear_attention, linear_attention_backward  # noqa: E402
 from hf_efficient.kernels.configs import CONFIGS, LINEAR_CONFIGS, Tile  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -8,9 +8,9 @@ from kernel_cases import CASES, Case, Inputs, Results, definition, error, inputs
 from linear_cases import LINEAR_CASES, LinearCase, attend, linear_inputs, linear_results, moved
 from torch import Tensor
 
+from hf_efficient.kernels.block_sparse_op import block_sparse
 from hf_efficient.kernels.flex import flex
-from hf_efficient.kernels.library import block_sparse
-from hf_efficient.ops.patterns import Window
+from hf_efficient.patterns.kinds import Window
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_efficient.kernels.linear_attention_library import linear_attention as fused
+from hf_efficient.kernels.linear_attention_op import linear_attention as fused
 from hf_efficient.ops.linear_attention import linear_attention
 
-SUITE = Path(__file__).parent / "kernels" / "linear_suite.py"
+SUITE = Path(__file__).with_name("linear_suite.py")
 
 
 def test_interpreter_suite():
@@ -52,7 +52,7 @@ def test_cpu_tensors_are_refused_without_the_interpreter():
 
 def test_kernels_are_imported_with_their_first_call():
     code = (
-        "import sys, hf_efficient.kernels.linear_attention_library; "
+        "import sys, hf_efficient.kernels.linear_attention_op; "
         "print([m for m in sys.modules if m.endswith('kernels.linear_attention')])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

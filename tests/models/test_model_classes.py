@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 import hf_efficient as he
-from hf_efficient.models import CONFIGS, MODELS
+from hf_efficient.models.registry import CONFIGS, MODELS
 from hf_efficient.testing import FAMILIES, TINY, assert_close
 
 HEADS = [stock for stock in MODELS if stock.config_class.model_type in FAMILIES]

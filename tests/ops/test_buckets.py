@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from bucket_cases import defined, defined_pairs
 from formulas import heads
 from torch import Tensor
 
-from hf_efficient.base import AttentionContext
-from hf_efficient.bucket_memory import BucketLayer, labels_of_all
-from hf_efficient.ops import buckets
-from hf_efficient.ops.buckets import bucket_attention, paired_attention
+from hf_efficient.cache.buckets import BucketLayer, labels_of_all
+from hf_efficient.ops import bucket_attention as buckets
+from hf_efficient.ops.bucket_attention import bucket_attention, paired_attention
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.testing import LargestTensor, assert_close
+from hf_efficient.profiling.counters import LargestTensor
+from hf_efficient.testing import assert_close
 
 HEADS, WIDTH, REACH = 3, 4, 6
 SCALING = 0.6
@@ -30,46 +32,6 @@ def padded(n: int) -> Tensor:
     keep = torch.ones(5, n, dtype=torch.bool)
     keep[1, : n // 4] = keep[2, n - n // 3 :] = keep[3, 1::3] = keep[4] = False
     return keep
-
-
-def defined(labels: Tensor, keep: Tensor, size: int, near: int, is_causal: bool) -> Tensor:
-    """(B, H, N, N) bool, each pair by the rule: a list of the real tokens of a label, in order, and ranks within it."""
-    batch, count, rounds, n = labels.shape
-    seen = torch.zeros(batch, count, n, n, dtype=torch.bool)
-    for b in range(batch):
-        real = [j for j in range(n) if keep[b, j]]
-        for j in real:
-            for i in range(n):
-                seen[b, :, i, j] = 0 <= i - j < near if is_causal else bool(near) and abs(i - j) <= near // 2
-        for h in range(count):
-            for r in range(rounds):
-                members: dict[int, list[int]] = {}
-                for j in real:
-                    members.setdefault(int(labels[b, h, r, j]), []).append(j)
-                for tokens in members.values():
-                    for mine, i in enumerate(tokens):
-                        for other, j in enumerate(tokens):
-                            fits = 0 <= mine - other < size if is_causal else abs(mine - other) <= size // 2
-                            seen[b, h, i, j] |= fits
-    return seen
-
-
-def defined_pairs(queries: Tensor, keys: Tensor, keep: Tensor, size: int, near: int) -> Tensor:
-    """(B, H, N, N) bool: queries and keys listed by (label, position), and cut into chunks."""
-    batch, count, rounds, n = queries.shape
-    seen = torch.zeros(batch, count, n, n, dtype=torch.bool)
-    for b in range(batch):
-        real = [j for j in range(n) if keep[b, j]]
-        for j in real:
-            for i in range(n):
-                seen[b, :, i, j] = bool(near) and abs(i - j) <= near // 2
-        for h in range(count):
-            for r in range(rounds):
-                lists = [sorted(real, key=lambda t, x=x: (int(x[b, h, r, t]), t)) for x in (queries, keys)]
-                for first in range(0, len(real), size):
-                    rows, columns = (torch.tensor(tokens[first : first + size]) for tokens in lists)
-                    seen[b, h, rows[:, None], columns] = True
-    return seen
 
 
 def bias_of(n: int) -> tuple[RelativeBias, Tensor, Tensor]:

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_efficient.ops import attend as attend_module
-from hf_efficient.ops import blocks, linear_attention, windows
-from hf_efficient.ops.alignment import first_real_token, real_length, shift_rows
-from hf_efficient.ops.attend import additive_mask, attend
-from hf_efficient.ops.blocks import BlockPlan, block_list_attention
+from hf_efficient.ops import linear_attention
+from hf_efficient.ops import softmax as attend_module
+from hf_efficient.ops.block_sparse import gather as blocks
+from hf_efficient.ops.block_sparse import windows
+from hf_efficient.ops.block_sparse.gather import BlockPlan, block_list_attention
+from hf_efficient.ops.block_sparse.windows import ExtraKeys, window_attention
+from hf_efficient.ops.padding import first_real_token, real_length, shift_rows
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.ops.windows import ExtraKeys, window_attention
-from hf_efficient.testing import LargestTensor, assert_close
+from hf_efficient.ops.softmax import additive_mask, attend
+from hf_efficient.profiling.counters import LargestTensor
+from hf_efficient.testing import assert_close
 
 TOLERANCE = 1e-9
 HEADS, WIDTH, SCALING = 3, 5, 0.7
@@ -535,7 +538,7 @@ def test_bias_of_pooled_keys(n: int, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5"])
 def test_saturation_is_what_the_host_computes(model_type: str, side: str, buckets: int, distance: int) -> None:
     """`pooled` rests on it: beyond `saturation` the host's own bucket function is constant on each side."""
-    from hf_efficient.patching import patch_attention
+    from hf_efficient.patching.install import patch_attention
     from hf_efficient.testing import tiny_model
 
     model = tiny_model(

@@ -13,28 +13,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_efficient.attention.blockwise import CyclicBlocks
 from hf_efficient.attention.image_local import GridBlocks
-from hf_efficient.ops import blocks, patterns, torch_attention
-from hf_efficient.ops.attend import attend, merge_attention
-from hf_efficient.ops.block_sparse import block_sparse_attention, reference_attention
-from hf_efficient.ops.pattern_sets import PerHead, Union, Without
-from hf_efficient.ops.patterns import (
+from hf_efficient.ops.block_sparse import gather as blocks
+from hf_efficient.ops.block_sparse import torch_backend as torch_attention
+from hf_efficient.ops.block_sparse.attention import block_sparse_attention, reference_attention
+from hf_efficient.ops.block_sparse.windows import ExtraKeys
+from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.ops.softmax import attend, merge_attention
+from hf_efficient.patterns.kinds import (
     BlockList,
     BlockWindow,
     Columns,
     Full,
-    Pattern,
     Rows,
     ShiftedBlock,
     Strided,
     Summary,
     Window,
-    parse_pattern,
 )
-from hf_efficient.ops.random_blocks import BigBirdBlocks
-from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.ops.tile_table import TileList, TileTable, tile_table
-from hf_efficient.ops.windows import ExtraKeys
-from hf_efficient.testing import LargestTensor, assert_close, flops
+from hf_efficient.patterns.parse import parse_pattern
+from hf_efficient.patterns.pattern import _KINDS as KINDS
+from hf_efficient.patterns.pattern import Pattern, Union
+from hf_efficient.patterns.random_blocks import BigBirdBlocks
+from hf_efficient.patterns.sets import PerHead, Without
+from hf_efficient.patterns.tile_table import TileList, TileTable, tile_table
+from hf_efficient.profiling.counters import LargestTensor, flops
+from hf_efficient.testing import assert_close
 
 HEADS, WIDTH = 4, 8
 GRID = GridBlocks(columns=10, height=3, width=4, above=2, below=2, beside=1)
@@ -157,7 +160,7 @@ def test_every_kind_of_pattern_is_tested():
         return {type(pattern).__name__}.union(*map(kinds, inner))
 
     found = set().union(*(kinds(pattern) for pattern, _ in PATTERNS.values()), *map(kinds, BY_LENGTH.values()))
-    of_the_library = {k for k, cls in patterns._KINDS.items() if cls.__module__.startswith("hf_efficient")}
+    of_the_library = {k for k, cls in KINDS.items() if cls.__module__.startswith("hf_efficient")}
     assert found == of_the_library - {"BlockList"}
 
 
@@ -181,7 +184,7 @@ def test_patterns_travel_as_text(name: str):
 
 def test_text_is_read_where_no_pattern_was_made_before():
     spec = BigBirdBlocks(**BIGBIRD, num_random_blocks=2, is_causal=True).spec()
-    code = f"from hf_efficient.ops.patterns import parse_pattern; assert parse_pattern({spec!r}).spec() == {spec!r}"
+    code = f"from hf_efficient.patterns.parse import parse_pattern; assert parse_pattern({spec!r}).spec() == {spec!r}"
     fresh.python("-c", code).check_returncode()
     with pytest.raises(ValueError, match=r"no pattern of kind 'Diagonal' is known; import .* Known are BigBirdBlocks"):
         parse_pattern('{"kind":"Diagonal"}')

@@ -10,8 +10,8 @@ import pytest
 from tiny import tiny_tokenizer
 
 import hf_efficient as he
-from hf_efficient.benchmark import peak_memory
-from hf_efficient.memory import growth_of, peaks
+from hf_efficient.evaluation.cost import peak_memory
+from hf_efficient.profiling.memory import growth_of, peaks
 from hf_efficient.testing import tiny_model
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from distributed_worker import SCENARIOS, SHARDED, STEPS, TRAINED, TRANSFERRED, converted, logits, trainer_for
+from paths import ROOT
 from pretraining import dataset, source
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from hf_efficient.testing import assert_close, tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = ROOT / "tests" / "support" / "distributed_worker.py"
 LAUNCHERS = ROOT / "recipes" / "accelerate"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SECONDS = 300

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import RECIPES
 from tiny import save_source
 from transformers import AutoConfig
 
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "recover.py"
+RECIPE = RECIPES / "recover.py"
 ROADS = {"local": {"mechanism": "local", "attention_window": 8}, "t2r": {"mechanism": "t2r"}}
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import fresh
 import pytest
 import torch
+from paths import SCRIPTS
 from tiny import save_source
 from transformers import AutoConfig
 
-from hf_efficient.conversion import load_converted, load_stock
-from hf_efficient.verification import FidelityReport, Rung
+from hf_efficient.conversion.loading import load_converted, load_stock
+from hf_efficient.evaluation.verify import FidelityReport, Rung
 
-SCRIPTS = Path(__file__).parents[1] / "conversion_scripts"
 # script: (family, its options, what the checkpoint must say, new tensors and how they are counted, positions)
 RUNS = {
     "convert_bert_to_longformer.py": (
@@ -139,7 +139,7 @@ def test_script_verifies_what_it_saved(script, status, tmp_path, monkeypatch, ca
         assert load_converted(model) is not None
         return FidelityReport([Rung("copied tensors", status, {"tensors": 44}, "bit-equal")], {})
 
-    monkeypatch.setattr("hf_efficient.verification.verify", verify)
+    monkeypatch.setattr("hf_efficient.evaluation.verify.verify", verify)
     monkeypatch.setattr("hf_efficient.corpus.offline_texts", lambda: ["w10 w11"])
     family, options, *_ = RUNS[script]
     source = save_source(tmp_path / "source", family)

@@ -28,7 +28,7 @@ from transformers import Trainer, TrainingArguments
 import hf_efficient as he
 from hf_efficient.testing import VOCABULARY, tiny_model
 from hf_efficient.training import recipe as recipe_parts
-from hf_efficient.training.transfer import AttentionTransfer, trainable
+from hf_efficient.training.transfer.attention_transfer import AttentionTransfer, trainable
 
 Outcome = tuple[dict[str, list[float]], dict[str, Tensor]]
 ROWS, LENGTH, BATCH, STEPS, LABELS = 40, 37, 8, 4, 5

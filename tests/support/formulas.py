@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efficient.base import AttentionGeometry, EfficientAttention, attention_config
+from hf_efficient.attention.base.geometry import AttentionGeometry
+from hf_efficient.attention.base.mechanism import EfficientAttention
+from hf_efficient.attention.base.registry import attention_config
 
 HEADS, WIDTH = 4, 8
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_efficient.ops.block_sparse import reference_attention
-from hf_efficient.ops.pattern_sets import PerHead
-from hf_efficient.ops.patterns import BlockWindow, Columns, Full, Pattern, Rows, Window
+from hf_efficient.ops.block_sparse.attention import reference_attention
 from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.patterns.kinds import BlockWindow, Columns, Full, Rows, Window
+from hf_efficient.patterns.pattern import Pattern
+from hf_efficient.patterns.sets import PerHead
 
 GLOBAL = Columns(positions=(0, 70)) | Rows(positions=(0, 70))
 NARROW = Window(left=20, right=20)

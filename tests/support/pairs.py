@@ -13,10 +13,10 @@ from cases import CASES, Case
 from torch import Tensor
 
 import hf_efficient as he
-from hf_efficient.base import AttentionGeometry, LinearWeights, SourceAttention
-from hf_efficient.dispatch import aligned_call
+from hf_efficient.attention.base.geometry import AttentionGeometry, LinearWeights, SourceAttention
 from hf_efficient.families import family_of
 from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.patching.dispatch import aligned_call
 from hf_efficient.testing import tiny_model
 
 MAX_POSITIONS = 128

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from paths import RECIPES
 from tiny import tiny_tokenizer, words
 from transformers import AutoTokenizer
 
@@ -24,7 +25,6 @@ datasets.config.HF_DATASETS_CACHE = Path(CACHE)
 os.environ["HF_DATASETS_CACHE"] = CACHE  # of subprocesses
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 SENTINELS = 20
 # recipe: (family, mechanism as JSON)
 WINDOW = '{"mechanism": "longformer", "attention_window": 8}'

@@ -15,14 +15,14 @@ from tiny import tiny_tokenizer, words
 
 import hf_efficient as he
 from hf_efficient.testing import tiny_model
-from hf_efficient.training.collators import (
+from hf_efficient.training.data.collators import (
     IGNORED,
     LanguageModelCollator,
     SeededCollator,
     SpanCorruptionCollator,
     fixed_rows,
 )
-from hf_efficient.training.data import token_blocks
+from hf_efficient.training.data.texts import token_blocks
 from hf_efficient.training.pretraining import first_position
 
 

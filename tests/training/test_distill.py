@@ -12,16 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from paths import RECIPES
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer, words
 from transfers import pair_of
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
 
 import hf_efficient as he
-from hf_efficient.checkpoint_card import checkpoint_card
-from hf_efficient.conversion import load_converted
-from hf_efficient.exact import Teacher, converted_layers
-from hf_efficient.fidelity import compare, text_batches
+from hf_efficient.cards.checkpoint import checkpoint_card
+from hf_efficient.conversion.loading import load_converted
+from hf_efficient.corpus import text_batches
+from hf_efficient.evaluation.fidelity import compare
+from hf_efficient.patching.exact import Teacher, converted_layers
 from hf_efficient.testing import assert_close, tiny_model
 from hf_efficient.training import distill as module
 from hf_efficient.training import layer_errors
@@ -203,9 +205,7 @@ def test_impossible_settings_are_refused(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "distill_recipe", Path(__file__).parent.parent / "recipes" / "distill.py"
-    )
+    spec = importlib.util.spec_from_file_location("distill_recipe", RECIPES / "distill.py")
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = loaded

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from test_finetuning_recipes import AUTO, datasets_of, recipe, sources, write
+from finetuning import AUTO, datasets_of, recipe, sources, write
 from tiny import tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM
 

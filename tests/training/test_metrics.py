@@ -17,9 +17,10 @@ from seqeval.metrics import f1_score as entity_f1
 from seqeval.metrics import precision_score as entity_precision
 
 from hf_efficient import corpus
-from hf_efficient.training import metrics, offline_tasks
+from hf_efficient.training import metrics
+from hf_efficient.training.data import offline_tasks
+from hf_efficient.training.data.offline_tasks import offline_task
 from hf_efficient.training.metrics import NAMES, bits_per_character, metric, perplexity
-from hf_efficient.training.offline_tasks import offline_task
 
 
 @pytest.fixture(autouse=True)

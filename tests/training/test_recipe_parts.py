@@ -17,6 +17,7 @@ from pretraining import t5_tokenizer
 from tiny import tiny_tokenizer, words
 from torch import nn
 
+from hf_efficient.profiling.json_files import write_json
 from hf_efficient.training import callbacks as callback_parts
 from hf_efficient.training import checkpoints as checkpoint_parts
 from hf_efficient.training.callbacks import FirstStep, NothingLeft
@@ -30,11 +31,11 @@ from hf_efficient.training.checkpoints import (
     save_state,
     signature,
 )
-from hf_efficient.training.collators import IGNORED, SpanCorruptionCollator
-from hf_efficient.training.data import load_rows, load_texts, token_blocks
-from hf_efficient.training.pictures import layer_picture, loss_curve
+from hf_efficient.training.data.collators import IGNORED, SpanCorruptionCollator
+from hf_efficient.training.data.texts import load_rows, load_texts, token_blocks
+from hf_efficient.training.plots import layer_picture, loss_curve
 from hf_efficient.training.pretraining import TokenScores, target_size, text_size, train_tokenizer
-from hf_efficient.training.results import RunRecord, write_json
+from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
 
 # ---- settings ----------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.reversible import ReversibleSequence
 from hf_efficient.testing import assert_close
+from hf_efficient.training.reversible import ReversibleSequence
 
 WIDTH = 6
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_efficient.training.data import load_rows, load_texts
+from hf_efficient.training.data.texts import load_rows, load_texts
 
 QUESTIONS = [{"question": f"q{i}", "context": f"text {i // 5}", "unused": i} for i in range(200)]
 COLUMNS = {"question": "question", "context": "context"}

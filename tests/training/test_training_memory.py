@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_efficient as he
-from hf_efficient.decoding import SLACK
+from hf_efficient.cache.bounded import SLACK
 from hf_efficient.testing import assert_close, tiny_model
-from hf_efficient.training.collators import IGNORED
-from hf_efficient.training.data import load_texts, token_blocks
-from hf_efficient.training.memory import SegmentCollator, SegmentMemory, segment_rows
+from hf_efficient.training.data.collators import IGNORED
+from hf_efficient.training.data.segments import SegmentCollator, SegmentMemory, segment_rows
+from hf_efficient.training.data.texts import load_texts, token_blocks
 
 T = 4
 XL: dict[str, Any] = dict(mechanism="transformer_xl", segment_length=T, memory_length=6)

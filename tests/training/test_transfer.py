@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transfers import END_TO_END, Inputs, gradients, heads, linformer, pair_of, relative, with_adapters
 
 import hf_efficient as he
-from hf_efficient.exact import converted_layers, mechanism_of
-from hf_efficient.fidelity import MeanOfValuesConfig
+from hf_efficient.evaluation.controls import MeanOfValuesConfig
+from hf_efficient.patching.exact import converted_layers, mechanism_of
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 from hf_efficient.training import AttentionTransfer, TransferOutput, blocks, layer_errors, trainable
 

@@ -8,25 +8,24 @@ import json
 import re
 import sys
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import CASES
+from command_line import document, error, run
 from masks import PATTERNS
-from test_cli import document, error, run
+from paths import ROOT
 from torch import Tensor
 from typer.main import get_command
 
 import hf_efficient as he
-from hf_efficient.cli import app
-from hf_efficient.drawing import as_figure, named_parts, shade
-from hf_efficient.picture import BLOCK, PatternPicture, drawable_mechanisms
-from hf_efficient.testing import LargestTensor
+from hf_efficient.cli.app import app
+from hf_efficient.profiling.counters import LargestTensor
+from hf_efficient.visualize.render import as_figure, named_parts, shade
+from hf_efficient.visualize.visibility import BLOCK, PatternPicture, drawable_mechanisms
 
 HEADS, LAYERS = 4, 2
-ROOT = Path(__file__).parents[1]
 SETTINGS = [
     (name, number, causal)
     for name in sorted(PATTERNS)
@@ -388,12 +387,12 @@ def test_every_option_of_every_pattern_has_its_name():
 
 
 def test_names_of_the_package():
-    import hf_efficient.ops.implementation
-    import hf_efficient.picture
+    import hf_efficient.ops.backend
+    import hf_efficient.visualize.visibility
 
     # a module of the same name would take the place of the function
-    assert he.show is hf_efficient.picture.show
-    assert he.set_implementation is hf_efficient.ops.implementation.set_implementation
+    assert he.show is hf_efficient.visualize.visibility.show
+    assert he.set_implementation is hf_efficient.ops.backend.set_implementation
 
 
 def test_readme_shows_a_real_picture():

@@ -9,20 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import (
-    AttentionContext,
-    AttentionGeometry,
-    EfficientAttentionConfig,
-    attention_config,
-)
-from .kernel_attention import KernelAttention, drop_keys, normalised, state_of
-from .ops.alignment import first_real_token
-from .ops.attend import Partial, additive_mask, attend, merge_attention
-from .ops.block_sparse import block_sparse_attention
-from .ops.far_attention import far_future, far_past, log_kernel, window_means
-from .ops.patterns import Columns, Window
-from .ops.windows import window_sides
-from .recurrent import RecurrentLayer
+from hf_efficient.attention.base.geometry import AttentionGeometry
+from hf_efficient.attention.base.kernel import KernelAttention, drop_keys, normalised, state_of
+from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
+from hf_efficient.attention.base.registry import attention_config
+from hf_efficient.cache.recurrent import RecurrentLayer
+from hf_efficient.ops.block_sparse.attention import block_sparse_attention
+from hf_efficient.ops.block_sparse.windows import window_sides
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.linear_beyond_window import far_future, far_past, log_kernel, window_means
+from hf_efficient.ops.padding import first_real_token
+from hf_efficient.ops.softmax import Partial, additive_mask, attend, merge_attention
+from hf_efficient.patterns.kinds import Columns, Window
 
 # with these the far part is of use before it is trained
 START = {"log_scale": -1.0, "sharpness": 0.5}

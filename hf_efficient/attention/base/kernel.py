@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import AttentionContext, EfficientAttention
-from .ops.far_attention import far_past, log_kernel
-from .ops.linear_attention import linear_attention
-from .ops.patterns import Window
-from .recurrent import RecurrentLayer
+from hf_efficient.attention.base.mechanism import EfficientAttention
+from hf_efficient.cache.recurrent import RecurrentLayer
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.linear_attention import linear_attention
+from hf_efficient.ops.linear_beyond_window import far_past, log_kernel
+from hf_efficient.patterns.kinds import Window
 
 RELATIVE_BIAS_REFUSAL = (
     "features factorise functions of q·k alone and an additive bias does not factorise; use hedgehog with a window that "

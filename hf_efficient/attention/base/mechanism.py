@@ -7,22 +7,20 @@ says where it sits (`AttentionGeometry`), the dispatcher says what one call is a
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_efficient.attention.base.geometry import AttentionGeometry, SourceAttention
+from hf_efficient.ops.context import AttentionContext
+
 if TYPE_CHECKING:
-    from .decoding import BoundedLayer
-    from .ops.pooled_rows import Pooling, Rows
-    from .ops.relative_bias import RelativeBias
-    from .recurrent import RecurrentLayer
+    from hf_efficient.cache.bounded import BoundedLayer
+    from hf_efficient.ops.pooling import Pooling
 
 SIDES = ("encoder", "decoder", "both")
 
@@ -82,100 +80,6 @@ class EfficientAttentionConfig:
                 f"{cls.mechanism} has no option {', '.join(map(repr, unknown))}; its options are {', '.join(known)}."
             )
         return cls(**options)
-
-
-@dataclass(frozen=True)
-class AttentionGeometry:
-    """Where one mechanism sits: sizes and facts of its attention layer.
-
-    Attributes:
-        num_heads, head_dim: heads and their width; `num_heads * head_dim` may differ from `hidden_size` (T5).
-        hidden_size: width of the hidden states that enter the layer.
-        layer, num_layers: index in its stack and the number of layers of that stack.
-        side: `"encoder"` or `"decoder"`.
-        is_causal: query i may only see keys j ≤ i.
-        has_relative_bias: an additive bias that depends on j - i enters the logits (T5).
-        projection_bias: the host's q, k, v projections have a bias vector.
-        max_positions: rows of the position table that tokens can use, or `None` where there is no table.
-        num_relative_buckets: rows of the host's table of relative biases; 0 = it has none.
-        relative_bias_reach: offset from which on, in each direction, the relative bias is constant; 0 = there is none.
-    """
-
-    num_heads: int
-    head_dim: int
-    hidden_size: int
-    layer: int
-    num_layers: int
-    side: str
-    is_causal: bool
-    has_relative_bias: bool
-    projection_bias: bool
-    max_positions: int | None
-    num_relative_buckets: int = 0
-    relative_bias_reach: int = 0
-
-
-@dataclass
-class AttentionContext:
-    """Facts of one call.
-
-    Attributes:
-        key_padding_mask: (B, S) bool, True = real token; `None` = all real.
-        is_causal: query i may only see keys j ≤ i + `query_offset`.
-        query_offset: tokens before the first query; while decoding those in the cache, also forgotten ones, else 0.
-        scaling: factor on q·k, as the host gives it (1.0 in T5).
-        dropout: probability for attention weights; 0.0 in eval mode.
-        relative_bias: lazy additive bias over key - query offsets, or `None`.
-        global_attention_mask: (B, S) bool or 0/1, True = global token, or `None`; may be shorter while decoding.
-        hidden_states: (B, N, hidden_size), only for mechanisms with `needs_hidden_states`.
-        project: `project(hidden)` sends (B, G, hidden_size) through the host's own key and value projections and returns
-            (key, value), each (B, H, G, D); only for mechanisms with `needs_project`.
-        input_ids: (B, N), only for mechanisms with `needs_input_ids`.
-        row_start: (B,) index of each row's first real key, where rows were *not* aligned to the left (decoding);
-            `None` = every row starts at 0.
-        key_positions: (B, S) index of each key among all tokens, -1 = no key (False in `key_padding_mask`), where the
-            mechanism's `cache_layer` forgot keys; `None` = key j is token j, and `query_offset` is S - N. The last N
-            keys are always those of the queries.
-        rows: where the layer runs on slots (`pooling`): how the rows of the call lie in `query`, `key`, `value` and
-            `hidden_states`, which then have one entry per slot: (B, H, slots, D) and (B, slots, hidden_size), or
-            (1, H, all slots, D) for packed rows. `hidden_states` are those of the keys, if these have slots of their own.
-        recurrent: the mechanism's `cache_layer` where that holds a state of the keys it forgot; the mechanism must `fold`
-            into it what the last update forgot.
-    """
-
-    is_causal: bool
-    scaling: float
-    key_padding_mask: Tensor | None = None
-    query_offset: int = 0
-    dropout: float = 0.0
-    relative_bias: RelativeBias | None = None
-    global_attention_mask: Tensor | None = None
-    hidden_states: Tensor | None = None
-    project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-    input_ids: Tensor | None = None
-    row_start: Tensor | None = None
-    key_positions: Tensor | None = None
-    rows: Rows | None = None
-    recurrent: RecurrentLayer | None = None
-
-
-class LinearWeights(NamedTuple):
-    """Weight (out, in) and bias (out,) or `None` of a projection, in `nn.Linear` layout."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-class SourceAttention(NamedTuple):
-    """The host's pretrained q, k, v projections, read-only, for `EfficientAttention.initialise_from`.
-
-    `relative_bias` is the bias of the stack (T5), whichever layer holds its table; `None` where there is none.
-    """
-
-    query: LinearWeights
-    key: LinearWeights
-    value: LinearWeights
-    relative_bias: RelativeBias | None = None
 
 
 class MechanismFacts(NamedTuple):
@@ -279,98 +183,3 @@ class EfficientAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return json.dumps(self.config.to_dict())
-
-
-_REGISTRY: dict[str, type[EfficientAttention]] = {}
-
-
-def register_mechanism(cls: type[EfficientAttention]) -> type[EfficientAttention]:
-    """Class decorator: make a mechanism known under `cls.Config.mechanism`.
-
-    Raises:
-        ValueError: the name is no lower-case identifier, or another class has it.
-    """
-    name = cls.Config.mechanism
-    if not name.isidentifier() or name != name.lower():
-        raise ValueError(f"mechanism name {name!r} of {cls.__name__} must be a lower-case identifier.")
-    if _REGISTRY.get(name, cls).__qualname__ != cls.__qualname__:
-        raise ValueError(f"mechanism {name!r} is already registered by {_REGISTRY[name].__qualname__}.")
-    cls.Config.attention_class = cls
-    _REGISTRY[name] = cls
-    return cls
-
-
-@cache
-def _discover() -> None:
-    from . import attention
-
-    for module in pkgutil.iter_modules(attention.__path__):
-        importlib.import_module(f"{attention.__name__}.{module.name}")
-
-
-def _registry() -> dict[str, type[EfficientAttention]]:
-    _discover()
-    return _REGISTRY
-
-
-def list_mechanisms() -> list[str]:
-    """Names of all registered mechanisms, sorted."""
-    return sorted(_registry())
-
-
-def get_mechanism(name: str) -> type[EfficientAttention]:
-    """The mechanism class registered under `name`; an unknown name raises a ValueError that lists the known ones."""
-    try:
-        return _registry()[name]
-    except KeyError:
-        raise ValueError(
-            f"unknown mechanism {name!r}; the registered ones are {', '.join(list_mechanisms())}."
-        ) from None
-
-
-def describe(name: str) -> dict[str, Any]:
-    """The card facts of a mechanism: title, paper, costs, exact limit, causal or not, T5 bias or not, options."""
-    cls = get_mechanism(name)
-    options = {f.name: f.default for f in dataclasses.fields(cls.Config)}
-    return {
-        "mechanism": name,
-        **cls.facts._asdict(),
-        "causal": cls.causal_refusal is None,
-        "relative_bias": cls.relative_bias_refusal is None,
-        "options": options,
-    }
-
-
-def attention_config(mechanism: str, **options: Any) -> EfficientAttentionConfig:
-    """`attention_config("longformer", attention_window=512)`: the validated config of a mechanism by name."""
-    return get_mechanism(mechanism).Config.from_dict(options)
-
-
-ConfigLike = str | EfficientAttentionConfig | Mapping[str, Any] | Iterable[Any]
-
-
-def attention_configs(spec: ConfigLike, **options: Any) -> list[EfficientAttentionConfig]:
-    """Normalise any accepted form (name with options, config, JSON object or text, or a list of these) to a list.
-
-    Raises:
-        ValueError: unknown mechanism or option, options beside something that is no name, an empty list.
-        TypeError: a form that is none of these.
-    """
-    if isinstance(spec, str):
-        if spec.lstrip()[:1] in ("[", "{"):
-            return attention_configs(json.loads(spec), **options)
-        return [attention_config(spec, **options)]
-    if options:
-        raise ValueError(f"options {', '.join(map(repr, options))} go with a mechanism's name, not with {spec!r}.")
-    if isinstance(spec, EfficientAttentionConfig):
-        return [spec]
-    if isinstance(spec, Mapping):
-        if "mechanism" not in spec:
-            raise ValueError(f"{dict(spec)!r} names no mechanism; add 'mechanism': one of {list_mechanisms()}.")
-        return [attention_config(spec["mechanism"], **{k: v for k, v in spec.items() if k != "mechanism"})]
-    if isinstance(spec, Iterable):
-        configs = [config for item in spec for config in attention_configs(item)]
-        if not configs:
-            raise ValueError("an empty list converts nothing; name at least one mechanism.")
-        return configs
-    raise TypeError(f"{spec!r} is no mechanism: give a name, a config, its JSON form, or a list of these.")

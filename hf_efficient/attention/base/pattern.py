@@ -8,18 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import (
-    AttentionContext,
-    AttentionGeometry,
-    EfficientAttention,
-    EfficientAttentionConfig,
-    attention_config,
-)
-from .decoding import BoundedLayer
-from .ops.block_sparse import block_sparse_attention
-from .ops.implementation import IMPLEMENTATIONS
-from .ops.pattern_sets import PerHead
-from .ops.patterns import Pattern
+from hf_efficient.attention.base.geometry import AttentionGeometry
+from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
+from hf_efficient.attention.base.registry import attention_config
+from hf_efficient.cache.bounded import BoundedLayer
+from hf_efficient.ops.backend import IMPLEMENTATIONS, require_torch
+from hf_efficient.ops.block_sparse.attention import DECODING, block_sparse_attention
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.decoding import rows_attention
+from hf_efficient.patterns.pattern import Pattern
+from hf_efficient.patterns.sets import PerHead
 
 OF_THE_WHOLE: dict[str, Any] = {"layers": None, "side": None, "implementation": "auto"}
 """What a pattern inside a combination leaves to the combination."""
@@ -121,3 +119,34 @@ def two_part_refusals(name: str, policy: str, whole: str, geometry: AttentionGeo
     if policy == "interleaved" and geometry.num_layers < 2:
         return [f"{name}='interleaved' needs at least 2 layers, the {geometry.side} has 1: use {name}={whole!r}"]
     return []
+
+
+def attend_kept(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    context: AttentionContext,
+    columns: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """Causal attention of `pattern` over the keys that a `BoundedLayer` kept: see `ops.decode_rows.rows_attention`.
+
+    Raises:
+        ValueError: an explicit `implementation` that does not decode.
+    """
+    require_torch(implementation, DECODING)
+    return rows_attention(
+        query,
+        key,
+        value,
+        pattern.visible_per_head,
+        scaling=context.scaling,
+        key_padding_mask=context.key_padding_mask,
+        relative_bias=context.relative_bias,
+        dropout=context.dropout,
+        query_offset=context.query_offset,
+        row_start=context.row_start,
+        key_positions=context.key_positions,
+        columns=columns,
+    )

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import AttentionContext, AttentionGeometry, EfficientAttention, EfficientAttentionConfig
-from .compressed_memory import SegmentLayer
-from .ops.attend import additive_mask
-from .ops.patterns import BlockWindow
+from hf_efficient.attention.base.geometry import AttentionGeometry
+from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
+from hf_efficient.cache.segments import SegmentLayer
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.softmax import additive_mask
+from hf_efficient.patterns.kinds import BlockWindow
 
 # new tokens that are computed at once while decoding
 CHUNK = 128

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attend import additive_mask, attend
-from .decode_rows import rows_attention
-from .implementation import require_torch, resolve
-from .patterns import Pattern, Window
-from .pieces import Call
-from .relative_bias import RelativeBias
-from .torch_attention import torch_attention
-from .windows import ExtraKeys, window_attention
+from hf_efficient.ops.backend import require_torch, resolve
+from hf_efficient.ops.block_sparse.decompose import Call
+from hf_efficient.ops.block_sparse.torch_backend import torch_attention
+from hf_efficient.ops.block_sparse.windows import ExtraKeys, window_attention
+from hf_efficient.ops.decoding import rows_attention
+from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.ops.softmax import additive_mask, attend
+from hf_efficient.patterns.kinds import Window
+from hf_efficient.patterns.pattern import Pattern
 
 DECODING = "queries of new tokens against a cache are computed by PyTorch alone"
 
@@ -100,7 +101,7 @@ def _core(backend: str) -> Any:
     if backend == "torch":
         return torch_attention
     # Triton and FlexAttention are imported only where they are used
-    from ..kernels import pieces
+    from hf_efficient.ops.block_sparse import kernel_backends as pieces
 
     return pieces.triton_attention if backend == "triton" else pieces.flex_attention
 

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .alignment import real_length
-from .attend import merge_attention
-from .pattern_sets import Union, Without
-from .patterns import Columns, Full, Pattern, Strided, Summary, Window, parse_pattern, parts_of
-from .relative_bias import RelativeBias
-from .windows import ExtraKeys, extra_attention, fold, unfold
+from hf_efficient.ops.block_sparse.windows import ExtraKeys, extra_attention, fold, unfold
+from hf_efficient.ops.padding import real_length
+from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.ops.softmax import merge_attention
+from hf_efficient.patterns.kinds import Columns, Full, Strided, Summary, Window
+from hf_efficient.patterns.parse import parse_pattern
+from hf_efficient.patterns.pattern import Pattern, Union, parts_of
+from hf_efficient.patterns.sets import Without
 
 Result = tuple[Tensor, Tensor | None]
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attend import additive_mask, attend, bool_all
-from .patterns import Pattern, parse_pattern
-from .relative_bias import RelativeBias
-from .tile_table import tile_table
+from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.ops.softmax import additive_mask, attend, bool_all
+from hf_efficient.patterns.parse import parse_pattern
+from hf_efficient.patterns.pattern import Pattern
+from hf_efficient.patterns.tile_table import tile_table
 
 # elements of the keys that one call gathers: bounds working memory, not results
 GATHER_BUDGET = 2**22

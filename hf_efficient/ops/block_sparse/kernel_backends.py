@@ -7,9 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..ops.attend import merge_attention
-from ..ops.patterns import Pattern, Summary, Window
-from ..ops.pieces import (
+from hf_efficient.kernels.block_sparse_op import block_sparse
+from hf_efficient.kernels.flex import flex
+from hf_efficient.ops.block_sparse.decompose import (
     Call,
     Result,
     by_head,
@@ -22,9 +22,10 @@ from ..ops.pieces import (
     with_summaries,
     without,
 )
-from ..ops.windows import fold, unfold
-from .flex import flex
-from .library import block_sparse
+from hf_efficient.ops.block_sparse.windows import fold, unfold
+from hf_efficient.ops.softmax import merge_attention
+from hf_efficient.patterns.kinds import Summary, Window
+from hf_efficient.patterns.pattern import Pattern
 
 
 def triton_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: Call) -> Result:

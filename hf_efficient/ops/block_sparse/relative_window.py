@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attend import additive_mask, attend
-from .relative_bias import RelativeBias
-from .windows import ExtraKeys
+from hf_efficient.ops.block_sparse.windows import ExtraKeys
+from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.ops.softmax import additive_mask, attend
 
 MIN_BLOCK = 64
 

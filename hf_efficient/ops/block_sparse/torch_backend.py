@@ -9,11 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .alignment import real_length
-from .attend import additive_mask, attend, bool_all, merge_attention
-from .blocks import BlockPlan, block_list_attention, pattern_block, table_attention
-from .patterns import BlockList, Pattern, Rows, Strided, Summary, Window, parse_pattern, parts_of
-from .pieces import (
+from hf_efficient.ops.block_sparse.decompose import (
     Call,
     Result,
     as_window,
@@ -28,8 +24,14 @@ from .pieces import (
     with_summaries,
     without,
 )
-from .tile_table import tile_table
-from .windows import is_one_tile, window_attention
+from hf_efficient.ops.block_sparse.gather import BlockPlan, block_list_attention, pattern_block, table_attention
+from hf_efficient.ops.block_sparse.windows import is_one_tile, window_attention
+from hf_efficient.ops.padding import real_length
+from hf_efficient.ops.softmax import additive_mask, attend, bool_all, merge_attention
+from hf_efficient.patterns.kinds import BlockList, Rows, Strided, Summary, Window
+from hf_efficient.patterns.parse import parse_pattern
+from hf_efficient.patterns.pattern import Pattern, parts_of
+from hf_efficient.patterns.tile_table import tile_table
 
 # above this share of computed pairs one dense tile is faster than pieces; beyond this length it would be too large
 DENSE_SHARE = 0.4

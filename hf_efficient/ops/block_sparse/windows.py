@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attend import Partial, additive_mask, attend, bool_all, merge_attention
-from .relative_bias import RelativeBias
+from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.ops.softmax import Partial, additive_mask, attend, bool_all, merge_attention
 
 # elements of one call's mask and of one call's copied keys: bounds working memory, not results
 MASK_BUDGET = 2**23

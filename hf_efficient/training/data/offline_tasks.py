@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..corpus import offline_documents, split_documents
+from hf_efficient.corpus import offline_documents, split_documents
 
 Row = dict[str, Any]
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache, TrainerCallback
 
-from ..compressed_memory import SegmentLayer
-from ..exact import converted_layers, mechanism_of
-from ..families import family_of
-from ..segment_attention import SegmentAttention
-from .collators import IGNORED, Row, pad_token, padded
+from hf_efficient.attention.base.segment import SegmentAttention
+from hf_efficient.cache.segments import SegmentLayer
+from hf_efficient.families import family_of
+from hf_efficient.patching.exact import converted_layers, mechanism_of
+from hf_efficient.training.data.collators import IGNORED, Row, pad_token, padded
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..corpus import offline_texts
+from hf_efficient.corpus import offline_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

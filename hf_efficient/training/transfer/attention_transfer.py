@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..dispatch import CHILD
-from ..exact import Teacher, converted_layers, eval_mode, mechanism_of
-from .keep_best import KeepBest
-from .layer_calls import LayerCall, is_mechanism, layer_errors, watch
-from .transfer_losses import END_TO_END, LOCAL, end_to_end, layer_loss_parts, quotient
+from hf_efficient.patching.exact import Teacher, converted_layers, eval_mode, mechanism_of
+from hf_efficient.patching.names import CHILD
+from hf_efficient.training.transfer.layer_errors import LayerCall, is_mechanism, watch
+from hf_efficient.training.transfer.losses import END_TO_END, LOCAL, end_to_end, layer_loss_parts, quotient
 
-__all__ = ["AttentionTransfer", "KeepBest", "TransferOutput", "blocks", "layer_errors", "trainable"]
+__all__ = ["AttentionTransfer", "TransferOutput", "blocks", "trainable"]
 
 LossSpec = str | Sequence[str] | Mapping[str, float]
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..exact import converted_layers, eval_mode, mechanism_of
+from hf_efficient.patching.exact import converted_layers, eval_mode, mechanism_of
 
 if TYPE_CHECKING:
-    from .transfer import AttentionTransfer
+    from hf_efficient.training.transfer.attention_transfer import AttentionTransfer
 
 FILE = "keep_best.pt"
 WHOLE = "model"

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import AttentionContext
-from ..dispatch import CHILD, _exact_attention, aligned_call
-from ..exact import converted_layers, eval_mode, mechanism_of
-from ..fidelity import MeanOfValues, MeanOfValuesConfig
-from ..length_change import FullLength
-from .transfer_losses import relative_parts
+from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.dense import _exact_attention
+from hf_efficient.patching.dispatch import aligned_call
+from hf_efficient.patching.downsampling import FullLength
+from hf_efficient.patching.exact import converted_layers, eval_mode, mechanism_of
+from hf_efficient.patching.names import CHILD
+from hf_efficient.training.transfer.losses import relative_parts
 
 
 @dataclass

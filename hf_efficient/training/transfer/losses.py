@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fidelity import mean_pool
+from hf_efficient.evaluation.fidelity import mean_pool
 
 LOCAL = ("attention_output", "attention_weights")
 END_TO_END = ("hidden_states", "logits", "embedding")

@@ -1,0 +1,61 @@
+"""Where a mechanism sits: sizes and facts of its attention layer, and the pretrained projections it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hf_efficient.ops.relative_bias import RelativeBias
+
+
+@dataclass(frozen=True)
+class AttentionGeometry:
+    """Where one mechanism sits: sizes and facts of its attention layer.
+
+    Attributes:
+        num_heads, head_dim: heads and their width; `num_heads * head_dim` may differ from `hidden_size` (T5).
+        hidden_size: width of the hidden states that enter the layer.
+        layer, num_layers: index in its stack and the number of layers of that stack.
+        side: `"encoder"` or `"decoder"`.
+        is_causal: query i may only see keys j ≤ i.
+        has_relative_bias: an additive bias that depends on j - i enters the logits (T5).
+        projection_bias: the host's q, k, v projections have a bias vector.
+        max_positions: rows of the position table that tokens can use, or `None` where there is no table.
+        num_relative_buckets: rows of the host's table of relative biases; 0 = it has none.
+        relative_bias_reach: offset from which on, in each direction, the relative bias is constant; 0 = there is none.
+    """
+
+    num_heads: int
+    head_dim: int
+    hidden_size: int
+    layer: int
+    num_layers: int
+    side: str
+    is_causal: bool
+    has_relative_bias: bool
+    projection_bias: bool
+    max_positions: int | None
+    num_relative_buckets: int = 0
+    relative_bias_reach: int = 0
+
+
+class LinearWeights(NamedTuple):
+    """Weight (out, in) and bias (out,) or `None` of a projection, in `nn.Linear` layout."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class SourceAttention(NamedTuple):
+    """The host's pretrained q, k, v projections, read-only, for `EfficientAttention.initialise_from`.
+
+    `relative_bias` is the bias of the stack (T5), whichever layer holds its table; `None` where there is none.
+    """
+
+    query: LinearWeights
+    key: LinearWeights
+    value: LinearWeights
+    relative_bias: RelativeBias | None = None

@@ -1,0 +1,1 @@
+"""Benchmarks: one file per suite, and the baselines they compare with."""

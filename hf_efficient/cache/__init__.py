@@ -1,0 +1,1 @@
+"""Cache layers that forget or compress keys, inside transformers' own caches."""

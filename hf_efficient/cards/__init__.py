@@ -1,0 +1,1 @@
+"""The model card of a checkpoint, from what was recorded of it."""

@@ -1,0 +1,5 @@
+"""The `hf-efficient` command."""
+
+from hf_efficient.cli.app import app, main
+
+__all__ = ["app", "main"]

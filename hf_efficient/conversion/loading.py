@@ -1,0 +1,79 @@
+"""Load stock and converted checkpoints, and their tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+
+from hf_efficient.families import family_of
+from hf_efficient.models.registry import MODELS
+
+
+def load_stock(name: str, revision: str | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A checkpoint in the class its config names, and transformers' loading info.
+
+    Raises:
+        ValueError: unsupported architecture, or weights that can't be read.
+    """
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    if getattr(config, "efficient_attention", None):
+        raise ValueError(f"{name} already has efficient attention; revert it before converting it to something else.")
+    return load_as_it_is(name, revision)
+
+
+def load_as_it_is(name: str, revision: str | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A checkpoint, original or not, in the class its config names, and transformers' loading info; raises as above."""
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    family_of(config.model_type)
+    classes = (cls for pair in MODELS.items() for cls in pair)
+    heads = {cls.__name__: cls for cls in classes if cls.config_class.model_type == config.model_type}
+    cls: Any = next((heads[n] for n in config.architectures or () if n in heads), AutoModel)
+    with _readable(name):
+        model, info = cls.from_pretrained(name, revision=revision, output_loading_info=True, use_safetensors=True)
+    model.eval()
+    return model, info
+
+
+def load_converted(name: str | Path) -> PreTrainedModel:
+    """A converted checkpoint in the Efficient class that its config names.
+
+    Raises:
+        ValueError: the checkpoint is not converted, or its weights can't be read.
+    """
+    config = AutoConfig.from_pretrained(name)
+    classes = {cls.__name__: cls for cls in MODELS.values()}
+    cls = next((classes[n] for n in config.architectures or () if n in classes), None)
+    if cls is None:
+        raise ValueError(
+            f"{name} is a {config.model_type!r} checkpoint without efficient attention; convert it first."
+        )
+    with _readable(name):
+        model = cls.from_pretrained(name)
+    model.eval()
+    return model
+
+
+@contextmanager
+def _readable(name: str | Path) -> Iterator[None]:
+    """Say which checkpoint it is that can't be read, whatever the reader's own message."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the weights of {name} can't be read: {error}. Is a file truncated or of another format?"
+        ) from error
+
+
+def load_tokenizer(name: str, revision: str | None) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError):
+        return None
+    # without tokenizer files transformers makes one up, which knows a few special tokens and nothing else
+    return tokenizer if len(tokenizer) - len(tokenizer.get_added_vocab()) > 16 else None

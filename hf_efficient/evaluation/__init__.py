@@ -1,0 +1,1 @@
+"""How close a converted model stayed to its source: `verify`, fidelity, controls and cost."""

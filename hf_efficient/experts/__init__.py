@@ -1,0 +1,1 @@
+"""Sparse feed-forward layers: experts, their routers, and the routers' loss."""

@@ -1,0 +1,12 @@
+"""The Efficient class of each stock class, and the Efficient config of each model type; filled by `models`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+CONFIGS: dict[str, type[PreTrainedConfig]] = {}
+"""Efficient config classes by stock `model_type`."""
+MODELS: dict[Any, Any] = {}
+"""Efficient model classes by stock class."""

@@ -1,0 +1,1 @@
+"""Softmax attention over the keys that a pattern allows, at the cost of those keys alone."""

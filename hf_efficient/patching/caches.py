@@ -1,0 +1,76 @@
+"""The cache layers of the mechanisms, put into transformers' own caches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+from hf_efficient.cache.bounded import BoundedLayer
+
+if TYPE_CHECKING:
+    from hf_efficient.attention.base.mechanism import EfficientAttention
+
+
+def bounded_cache(
+    cache: Cache | None, mechanisms: Mapping[int, EfficientAttention], config: Any, has_cross_attention: bool
+) -> tuple[Cache, Cache]:
+    """A cache whose layers at the indices of `mechanisms` are the mechanisms' own; all others stay what they are.
+
+    Args:
+        cache: the call's; `None` makes the one that the host would make. Only an empty dynamic cache gets other layers.
+
+    Returns:
+        The cache for the host, and the part of it that serves self-attention.
+    """
+    if cache is None:
+        cache = DynamicCache(config=config)
+        if has_cross_attention:
+            cache = EncoderDecoderCache(cache, DynamicCache(config=config))
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    plain = isinstance(own, DynamicCache) and all(
+        type(layer) is DynamicLayer or isinstance(layer, BoundedLayer) for layer in own.layers
+    )
+    if plain and own.get_seq_length() == 0 and not torch.compiler.is_compiling():
+        own.layers.extend(DynamicLayer() for _ in range(max(mechanisms) + 1 - len(own.layers)))
+        for index, mechanism in mechanisms.items():
+            own.layers[index] = mechanism.cache_layer()  # type: ignore[assignment]
+    return cache, own
+
+
+def prepare_layers(
+    cache: Cache,
+    mechanisms: Mapping[int, EfficientAttention],
+    tokens: Tensor,
+    mask: Tensor | None,
+    marked: Tensor | None,
+) -> bool:
+    """Tell the bounded layers of `cache` about a call; False if it has none.
+
+    Args:
+        tokens: (B, N, …) what comes in. mask: (B, S) its `attention_mask`. marked: (B, ≤ S) its `global_attention_mask`.
+
+    Raises:
+        ValueError: rows start elsewhere than when keys were forgotten.
+    """
+    layers = {index: layer for index, layer in enumerate(cache.layers) if isinstance(layer, BoundedLayer)}
+    if mask is None:
+        start = torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device)
+    else:
+        # the number of leading zeros, also of a row of zeros
+        start = (mask.bool().cumsum(-1) == 0).sum(-1)
+    anchored = [x for x in layers.values() if x.positions is not None and x.is_anchored]
+    for layer in anchored[:1]:  # all layers of a stack have had the same masks
+        before = layer.row_start
+        if before is not None and bool(((start != before) & (torch.minimum(start, before) < layer.seen)).any()):
+            raise ValueError(
+                "attention_mask says that rows start at other tokens than when the cache was filled: give the mask of all "
+                "tokens seen so far with every call."
+            )
+    for index, layer in layers.items():
+        takes_marks = getattr(mechanisms.get(index), "uses_global_attention_mask", False)
+        layer.prepare(start, marked if takes_marks else None)
+    return bool(layers)

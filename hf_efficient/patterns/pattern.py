@@ -1,0 +1,191 @@
+"""What a pattern is, and the union of patterns."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+_KINDS: dict[str, type[Pattern]] = {}
+
+
+def parts_of(pattern: Pattern) -> tuple[Pattern, ...]:
+    """The parts of a union; any other pattern is its own single part."""
+    parts: tuple[Pattern, ...] = getattr(pattern, "parts", (pattern,)) if pattern.is_union else (pattern,)
+    return parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """Which keys a query may see.
+
+    Attributes:
+        shift_invariant: visibility depends on `key - query` alone, so that rows need not start at position 0.
+        depends_on_length: `at_length` gives different patterns for different numbers of real tokens.
+    """
+
+    shift_invariant: ClassVar[bool] = False
+    depends_on_length: ClassVar[bool] = False
+    is_union: ClassVar[bool] = False
+
+    limits: ClassVar[dict[str, int]] = {}
+    """Smallest possible value of each size; `None` is always possible."""
+
+    def __init_subclass__(cls) -> None:
+        _KINDS[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for name, low in self.limits.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{type(self).__name__}: {name}={value} is not possible; it must be at least {low}.")
+
+    def visible(self, query: Tensor, key: Tensor) -> Tensor:
+        """Bool tensor of the broadcast shape of integer positions `query` and `key` (≥ 0)."""
+        raise NotImplementedError
+
+    def tiles(self, num_queries: int, num_keys: int, block_q: int, block_k: int, offset: int) -> tuple[Tensor, Tensor]:
+        """(query block, key block) of a superset of all tiles with a visible pair, O(tiles); may repeat tiles.
+
+        Queries stand at positions `offset` to `offset + num_queries - 1`. Here: every tile there is.
+        """
+        rows, columns = -(-num_queries // block_q), -(-num_keys // block_k)
+        row = torch.arange(rows).repeat_interleave(columns)
+        return row, torch.arange(columns).repeat(rows)
+
+    def tile_key(self, query: Tensor, key: Tensor, block_q: int, block_k: int) -> list[Tensor] | None:
+        """Integers per tile that starts at positions (query, key): tiles with equal integers have equal element masks.
+
+        `None` = not known, each tile is evaluated.
+        """
+        return None
+
+    def needed(self, key: Tensor, following: Tensor | int) -> Tensor:
+        """May some causal query at position ≥ `following` see `key` (< following)? Here: always."""
+        return torch.ones_like(key + following, dtype=torch.bool)
+
+    @property
+    def is_bounded(self) -> bool:
+        """Causal queries need a bounded number of keys at any length: those in the middle are all forgotten in the end."""
+        # models are also built on the meta device
+        return not bool(self.needed(torch.arange(2**16, 2**17, device="cpu"), 2**20).any())
+
+    def at_length(self, length: int) -> Pattern:
+        """The pattern of a row with this number of real tokens."""
+        return self
+
+    def head(self, index: int) -> Pattern:
+        """The pattern of one head."""
+        return self
+
+    @property
+    def num_heads(self) -> int:
+        """1 = the same for all heads, else the number of heads that it is made for."""
+        return 1
+
+    def visible_per_head(self, query: Tensor, key: Tensor) -> Tensor:
+        """(…, H or 1, N, S) visibility for positions (…, N, 1) and (…, 1, S)."""
+        return torch.stack([self.head(h).visible(query, key) for h in range(self.num_heads)], dim=-3)
+
+    def __or__(self, other: Pattern) -> Pattern:
+        from hf_efficient.patterns.pattern import Union
+
+        return Union(parts=parts_of(self) + parts_of(other))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": type(self).__name__} | {
+            f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)
+        }
+
+    def spec(self) -> str:
+        """JSON text; `parse_pattern` reads it back."""
+        return _text(self.to_dict())
+
+
+def _text(value: Any) -> str:
+    """JSON of a pattern's fields, by means that `torch.compile` can trace."""
+    if isinstance(value, dict):
+        return "{" + ",".join([f'"{name}":{_text(entry)}' for name, entry in value.items()]) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join([_text(entry) for entry in value]) + "]"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    # the length of a range is a plain number also where the compiler made the field a symbol
+    return ("-" if value < 0 else "") + str(len(range(abs(value))))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Pattern):
+        return value.to_dict()
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _ranges(first: Tensor, last: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Tiles of rows whose key blocks are `first[r]` to `last[r]`, clipped to 0 … limit - 1."""
+    first, last = first.clamp(min=0), last.clamp(max=limit - 1)
+    count = (last - first + 1).clamp(min=0)
+    row = torch.arange(len(first)).repeat_interleave(count)
+    start = (count.cumsum(0) - count).repeat_interleave(count)
+    return row, first.repeat_interleave(count) + torch.arange(len(row)) - start
+
+
+def _row_starts(num_queries: int, block_q: int, offset: int) -> tuple[Tensor, Tensor]:
+    """First and last query position of every query block."""
+    start = torch.arange(0, num_queries, block_q)
+    return start + offset, (start + block_q).clamp(max=num_queries) - 1 + offset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Union(Pattern):
+    """A key is visible if one of the parts shows it; a pair that several parts show counts once."""
+
+    is_union = True
+    parts: tuple[Pattern, ...]
+
+    def __post_init__(self) -> None:
+        heads = {part.num_heads for part in self.parts} - {1}
+        if not self.parts or len(heads) > 1:
+            raise ValueError(f"a union needs parts made for one number of heads, not {sorted(heads)} of {self.parts}.")
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return all(part.shift_invariant for part in self.parts)
+
+    @property
+    def depends_on_length(self) -> bool:  # type: ignore[override]
+        return any(part.depends_on_length for part in self.parts)
+
+    @property
+    def num_heads(self) -> int:
+        return max(part.num_heads for part in self.parts)
+
+    def head(self, index: int) -> Pattern:
+        return Union(parts=tuple(p for part in self.parts for p in parts_of(part.head(index))))
+
+    def at_length(self, length: int) -> Pattern:
+        return Union(parts=tuple(part.at_length(length) for part in self.parts))
+
+    def visible(self, query: Tensor, key: Tensor) -> Tensor:
+        seen = self.parts[0].visible(query, key)
+        for part in self.parts[1:]:
+            seen = seen | part.visible(query, key)
+        return seen
+
+    def tiles(self, num_queries: int, num_keys: int, block_q: int, block_k: int, offset: int) -> tuple[Tensor, Tensor]:
+        found = [part.tiles(num_queries, num_keys, block_q, block_k, offset) for part in self.parts]
+        return torch.cat([row for row, _ in found]), torch.cat([column for _, column in found])
+
+    def tile_key(self, query: Tensor, key: Tensor, block_q: int, block_k: int) -> list[Tensor] | None:
+        keys = [part.tile_key(query, key, block_q, block_k) for part in self.parts]
+        return None if any(k is None for k in keys) else [entry for k in keys if k is not None for entry in k]
+
+    def needed(self, key: Tensor, following: Tensor | int) -> Tensor:
+        kept = self.parts[0].needed(key, following)
+        for part in self.parts[1:]:
+            kept = kept | part.needed(key, following)
+        return kept

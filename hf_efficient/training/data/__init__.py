@@ -1,0 +1,1 @@
+"""Texts, tasks and collators for training."""

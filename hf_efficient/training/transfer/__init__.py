@@ -1,0 +1,1 @@
+"""Attention transfer: mechanisms learn what full attention does in the same model."""

@@ -1,0 +1,1 @@
+"""Pictures of which keys each query sees."""
