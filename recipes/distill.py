@@ -33,7 +33,7 @@ from hf_efficient.evaluation.fidelity import compare
 from hf_efficient.patching.exact import Teacher, converted_layers, eval_mode, mechanism_of
 from hf_efficient.profiling.memory import peak_memory
 from hf_efficient.training import AttentionTransfer, KeepBest, layer_errors, trainable
-from hf_efficient.training.callbacks import NonFiniteLoss, RedrawFeatures
+from hf_efficient.training.callbacks import MechanismCallback, NonFiniteLoss
 from hf_efficient.training.checkpoints import load_state, save_state
 from hf_efficient.training.data.texts import load_texts
 from hf_efficient.training.distill import DistillSettings
@@ -206,7 +206,7 @@ def stage(
                 continue
             schedule.step()
             step += 1
-            RedrawFeatures.redraw(model, step)
+            MechanismCallback.step(model, step)
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             if step % -(-steps // 8) == 0 or step == steps:

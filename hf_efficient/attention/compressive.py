@@ -123,6 +123,9 @@ class CompressiveAttention(SegmentAttention):
         size = -(-length // config.unit) * config.unit
         return dataclasses.replace(config, segment_length=size, memory_length=max(size, config.memory_length))
 
+    def training_logs(self) -> dict[str, Tensor]:
+        return {} if self.reconstruction_loss is None else {"reconstruction_loss": self.reconstruction_loss}
+
     @property
     def _per_block(self) -> int:
         return self.config.segment_length // self.config.compression_rate

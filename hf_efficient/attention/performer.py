@@ -24,8 +24,8 @@ class PerformerAttentionConfig(EfficientAttentionConfig):
     Args:
         num_features: M, random features per head; `None` = the power of two at or above D ln D for head width D.
         kernel: `"softmax"` estimates the pretrained attention; `"relu"` is another kernel, which must be trained.
-        redraw_interval: optimiser steps between new draws of the features, made by
-            `hf_efficient.training.RedrawFeatures`; 0 = never.
+        redraw_interval: optimiser steps between new draws of the features, so that no gradient mixes two draws; made by
+            `hf_efficient.training.MechanismCallback`; 0 = never.
         seed: of the features, together with the layer and the number of redraws.
     """
 
@@ -94,6 +94,10 @@ class PerformerAttention(KernelAttention):
     def initialise_from(self, source: object) -> dict[str, str]:
         origin = f"orthogonal random features of seed {self.config.seed}, layer {self.geometry.layer}"
         return {"features": origin, "redraws": "zero"}
+
+    def after_optimizer_step(self, step: int) -> None:
+        if self.config.redraw_interval and step % self.config.redraw_interval == 0:
+            self.redraw()
 
     def redraw(self) -> None:
         """Replace the features by the next draw; the same on every process, since only seed and count decide."""

@@ -42,7 +42,8 @@ class RoutingTransformerAttentionConfig(EfficientAttentionConfig):
             tokens are seen, the token itself included.
         attention_window: even; encoder: half of it on each side is seen beside the clusters; causal: the last so many keys;
             0 = none, and then a token that no cluster takes gets 0.
-        ema_decay: λ of the centroids' moving average while training, below 1; 0 = they stay. `UpdateCentroids` moves them.
+        ema_decay: λ of the centroids' moving average while training, below 1; 0 = they stay. Moved by
+            `hf_efficient.training.MechanismCallback`.
         seed: of the centroids' start.
     """
 
@@ -190,6 +191,17 @@ class RoutingTransformerAttention(EfficientAttention):
             self.pending = sums if self.pending is None else self.pending + sums
 
         out.register_hook(add)
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Move the centroids by all that went through a backward pass since the last step, in all processes together.
+
+        So accumulated steps and several processes give what one large batch would.
+        """
+        if self.config.ema_decay:
+            sums = self.take_pending()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(sums)
+            self.move_centroids(sums)
 
     def take_pending(self) -> Tensor:
         """(H, k, D + 1) sums and counts, see `cluster_sums`, of this process since the last time this was called."""

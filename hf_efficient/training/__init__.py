@@ -2,12 +2,10 @@
 
 from hf_efficient.training.callbacks import (
     KeepRandomState,
-    LogReconstruction,
     LogRouting,
+    MechanismCallback,
     NonFiniteLoss,
-    RedrawFeatures,
     StopOnNonFiniteLoss,
-    UpdateCentroids,
 )
 from hf_efficient.training.checkpoints import CompleteCheckpoints, last_complete_checkpoint, load_state, save_state
 from hf_efficient.training.data.collators import LanguageModelCollator, SeededCollator, SpanCorruptionCollator
@@ -22,17 +20,15 @@ __all__ = [
     "KeepBest",
     "KeepRandomState",
     "LanguageModelCollator",
-    "LogReconstruction",
     "LogRouting",
+    "MechanismCallback",
     "NonFiniteLoss",
-    "RedrawFeatures",
     "SeededCollator",
     "SegmentCollator",
     "SegmentMemory",
     "SpanCorruptionCollator",
     "StopOnNonFiniteLoss",
     "TransferOutput",
-    "UpdateCentroids",
     "blocks",
     "last_complete_checkpoint",
     "layer_errors",

@@ -8,65 +8,49 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 
-from hf_efficient.attention.compressive import CompressiveAttention
-from hf_efficient.attention.performer import PerformerAttention
-from hf_efficient.attention.routing_transformer import RoutingTransformerAttention
+from hf_efficient.attention.base import EfficientAttention
 from hf_efficient.experts.layer import expert_layers
 
 
-class RedrawFeatures(TrainerCallback):
-    """Draw new random features every `redraw_interval` optimiser steps, where a config asks for it.
+class MechanismCallback(TrainerCallback):
+    """Let every mechanism do what it does between optimiser steps, and put what it reports into the training log.
 
-    Between optimiser steps, so that no gradient mixes two draws; the draw depends on seed, layer and count alone, so all
-    processes make the same one. In a loop without a Trainer call `redraw(model, step)` after each optimiser step.
+    That is `EfficientAttention.after_optimizer_step` and `training_logs`: random features are drawn anew, centroids move, a
+    compression reports its loss. In a loop without a Trainer call `step(model, step)` after each optimiser step, in every
+    process. What is logged is process 0's own, of the last step.
     """
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.redraw(model, state.global_step)
+    def __init__(self) -> None:
+        self.figures: dict[str, torch.Tensor] = {}
 
     @staticmethod
-    def redraw(model: Any, step: int) -> int:
-        """Redraw the mechanisms of `model` that are due at optimiser step `step` (from 1); returns how many were."""
-        due = [
-            module
-            for module in model.modules()
-            if isinstance(module, PerformerAttention)
-            and module.config.redraw_interval
-            and step % module.config.redraw_interval == 0
-        ]
-        for module in due:
-            module.redraw()
-        return len(due)
-
-
-class UpdateCentroids(TrainerCallback):
-    """Move the centroids of routing attention after every optimiser step, where a config has an `ema_decay`.
-
-    By all that went through a backward pass since the last step, in all processes together, so that accumulated steps and
-    several processes give what one large batch would. In a loop without a Trainer call `update(model)` after each optimiser
-    step, in every process.
-    """
+    def step(model: nn.Module, step: int) -> None:
+        """After optimiser step `step`, counted from 1."""
+        for mechanism in mechanisms_of(model):
+            mechanism.after_optimizer_step(step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.update(model)
+        self.step(model, state.global_step)
+        self.figures = {}
+        for mechanism in mechanisms_of(model):
+            for name, figure in mechanism.training_logs().items():
+                self.figures[name] = self.figures.get(name, 0) + figure
 
-    @staticmethod
-    def update(model: Any) -> int:
-        """Move the centroids of `model`; returns of how many layers."""
-        modules = [
-            module
-            for module in model.modules()
-            if isinstance(module, RoutingTransformerAttention) and module.config.ema_decay
-        ]
-        for module in modules:
-            sums = module.take_pending()
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(sums)
-            module.move_centroids(sums)
-        return len(modules)
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs is not None and "loss" in logs:
+            figures = {name: float(figure) for name, figure in self.figures.items()}
+            logs.update(figures)
+            # the history was written before callbacks are asked
+            state.log_history[-1].update(figures)
+
+
+def mechanisms_of(model: nn.Module) -> list[EfficientAttention]:
+    """The mechanisms installed in `model`, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, EfficientAttention)]
 
 
 class LogRouting(TrainerCallback):
@@ -95,22 +79,6 @@ class LogRouting(TrainerCallback):
         logs.update(figures)
         # the history was written before callbacks are asked
         state.log_history[-1].update(figures, expert_load=load.tolist())
-
-
-class LogReconstruction(TrainerCallback):
-    """Put the attention-reconstruction loss of `compressive` layers, summed over them, into the logs of a training run.
-
-    Of the last step; `reconstruction_weight` switches it on, and backward adds its gradient without this callback.
-    """
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.losses = [m.reconstruction_loss for m in model.modules() if isinstance(m, CompressiveAttention)]
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        losses = [loss for loss in getattr(self, "losses", []) if loss is not None]
-        if losses and logs is not None and "loss" in logs:
-            logs["reconstruction_loss"] = float(sum(losses))
-            state.log_history[-1]["reconstruction_loss"] = logs["reconstruction_loss"]
 
 
 class NonFiniteLoss(RuntimeError):

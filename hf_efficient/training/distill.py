@@ -24,7 +24,7 @@ from hf_efficient.evaluation.fidelity import compare
 from hf_efficient.models import EfficientModelMixin
 from hf_efficient.patching.exact import Teacher, converted_layers, eval_mode, mechanism_of, substituted
 from hf_efficient.profiling.memory import peak_memory
-from hf_efficient.training.callbacks import FirstStep, NothingLeft, RedrawFeatures, StopOnNonFiniteLoss
+from hf_efficient.training.callbacks import FirstStep, MechanismCallback, NothingLeft, StopOnNonFiniteLoss
 from hf_efficient.training.checkpoints import CompleteCheckpoints, is_first_process, last_complete_checkpoint
 from hf_efficient.training.distill_loop import collate, optimizer_of, training_figures, training_rows
 from hf_efficient.training.recipe import start
@@ -247,7 +247,7 @@ class _Distillation:
                 data_collator=partial(collate, self.model),
                 optimizers=(optimizer_of(self.model, stage.learning_rate), None),
                 # the guard writes into a checkpoint before it is marked as complete
-                callbacks=[guard, CompleteCheckpoints(self.model), StopOnNonFiniteLoss(), RedrawFeatures(), clock],
+                callbacks=[guard, CompleteCheckpoints(self.model), StopOnNonFiniteLoss(), MechanismCallback(), clock],
             )
             try:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -8,7 +8,7 @@ from sentence_transformers.base.modules import Module
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
-from hf_efficient.attention.set_transformer import PoolingByMultiheadAttention
+from hf_efficient.attention.base.pooling import PoolingByMultiheadAttention
 
 
 class AttentionPooling(Module):

@@ -22,13 +22,11 @@ from hf_efficient.profiling.memory import peak_memory
 from hf_efficient.training.callbacks import (
     FirstStep,
     KeepRandomState,
-    LogReconstruction,
     LogRouting,
+    MechanismCallback,
     NonFiniteLoss,
     NothingLeft,
-    RedrawFeatures,
     StopOnNonFiniteLoss,
-    UpdateCentroids,
 )
 from hf_efficient.training.checkpoints import CompleteCheckpoints, last_complete_checkpoint
 from hf_efficient.training.loading import load_model
@@ -220,7 +218,7 @@ def _train(trainer: Any, checkpoint: Path | None) -> bool:
 def _add_callbacks(trainer: Any, begin: FirstStep) -> None:
     own: list[Any] = [CompleteCheckpoints(trainer.model), StopOnNonFiniteLoss(), KeepRandomState()]
     # each does something only where a model has what it is for
-    own += [RedrawFeatures(), UpdateCentroids(), LogRouting(), LogReconstruction()]
+    own += [MechanismCallback(), LogRouting()]
     collator = trainer.data_collator
     if isinstance(collator, TrainerCallback) and collator not in trainer.callback_handler.callbacks:
         own.append(collator)

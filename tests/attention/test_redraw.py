@@ -1,15 +1,15 @@
-"""Performer's features: the same everywhere for a seed, new ones only when asked for, between optimiser steps."""
+"""What mechanisms do between optimiser steps, and Performer's features: the same everywhere for a seed."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import hf_efficient as he
 from hf_efficient.testing import inputs_for, tiny_model
-from hf_efficient.training import RedrawFeatures
+from hf_efficient.training import MechanismCallback
 
 
 def features(model) -> list[torch.Tensor]:
@@ -37,26 +37,55 @@ def test_callback_redraws_at_the_interval_and_every_process_alike(tmp_path):
     changed = []
     for step in range(1, 5):
         state.global_step = step
-        RedrawFeatures().on_step_end(arguments, state, control, model=model)
-        RedrawFeatures.redraw(twin, step)
+        MechanismCallback().on_step_end(arguments, state, control, model=model)
+        MechanismCallback.step(twin, step)
         after = features(model)
         changed.append(not torch.equal(before[0], after[0]))
         assert all(torch.equal(a, b) for a, b in zip(after, features(twin), strict=True))
         before = after
     assert changed == [False, True, False, True]
-    assert RedrawFeatures.redraw(converted(interval=0), 2) == 0
+
+
+def test_features_stay_without_an_interval():
+    model = converted(interval=0)
+    before = features(model)
+    for step in range(1, 4):
+        MechanismCallback.step(model, step)
+    assert all(torch.equal(a, b) for a, b in zip(before, features(model), strict=True))
+
+
+def test_any_mechanism_takes_part_in_training(monkeypatch, tmp_path):
+    """What a mechanism does between steps and what it logs needs no callback of its own."""
+    steps: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        he.LocalAttention, "after_optimizer_step", lambda self, step: steps.append((self.geometry.layer, step))
+    )
+    monkeypatch.setattr(
+        he.LocalAttention, "training_logs", lambda self: {"layers_above": torch.tensor(self.geometry.layer + 1.0)}
+    )
+    model = he.convert(tiny_model("bert"), "local", attention_window=8).model
+    rows = [{"input_ids": torch.arange(5, 25), "labels": torch.arange(5, 25)} for _ in range(4)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, use_cpu=True, report_to=[], save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[MechanismCallback()])
+    trainer.train()
+    assert steps == [(0, 1), (1, 1), (0, 2), (1, 2)]
+    logged = [entry["layers_above"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [3.0, 3.0]
 
 
 def test_a_redrawn_model_reloads_as_it_is(tmp_path):
     model = converted(interval=1).eval()
     inputs = inputs_for(model)
     start = model(**inputs).logits
-    RedrawFeatures.redraw(model, 1)
+    MechanismCallback.step(model, 1)
     redrawn = model(**inputs).logits
     assert not torch.allclose(start, redrawn)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(**inputs).logits, redrawn)
-    RedrawFeatures.redraw(model, 2)
-    RedrawFeatures.redraw(loaded, 2)
+    MechanismCallback.step(model, 2)
+    MechanismCallback.step(loaded, 2)
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)

@@ -26,7 +26,7 @@ from hf_efficient.attention.routing_transformer import RoutingTransformerAttenti
 from hf_efficient.ops import cluster_attention as clusters
 from hf_efficient.profiling.counters import LargestTensor
 from hf_efficient.testing import VOCABULARY, assert_close, tiny_model
-from hf_efficient.training.callbacks import UpdateCentroids
+from hf_efficient.training.callbacks import MechanismCallback
 
 PLACES: list[tuple[str, str | None]] = [("bert", None), ("t5", "encoder"), ("gpt2", None), ("t5", "decoder")]
 SETTINGS: list[dict[str, Any]] = [
@@ -383,7 +383,7 @@ def train(model: Any, steps: int = 3, pieces: int = 1, shard: slice = slice(None
             (model(**part(own, slice(first, first + size))).loss / pieces).backward()
         optimizer.step()
         optimizer.zero_grad()
-        UpdateCentroids.update(model)
+        MechanismCallback.step(model, 1)
     return centroids(model)
 
 
@@ -397,7 +397,7 @@ def test_centroids_move_by_the_formula(family: str):
     ]
     model(**batch).loss.backward()
     assert torch.equal(centroids(model), before), "centroids moved before the optimiser's step"
-    assert UpdateCentroids.update(model) == 2
+    MechanismCallback.step(model, 1)
     for hook in hooks:
         hook.remove()
     after, real = centroids(model), batch["attention_mask"].bool()
@@ -413,7 +413,7 @@ def test_centroids_move_by_the_formula(family: str):
                     expected = F.normalize(DECAY * expected + (1 - DECAY) * points[own == c].mean(0), dim=0)
                 assert_close(after[layer, h, c], expected, 1e-5, f"layer {layer}, head {h}, cluster {c}")
     assert (after - before).abs().max() > 0.05
-    UpdateCentroids.update(model)
+    MechanismCallback.step(model, 1)
     assert_close(centroids(model), after, 1e-6, "centroids moved twice")
 
 
@@ -444,11 +444,11 @@ def test_only_training_counts():
     model.eval()(**batch).loss.backward()
     with torch.no_grad():
         model.train()(**batch)
-    UpdateCentroids.update(model)
+    MechanismCallback.step(model, 1)
     assert torch.equal(centroids(model), before)
     frozen = learner(decay=0.0)
     start = centroids(frozen)
-    assert torch.equal(train(frozen), start) and UpdateCentroids.update(frozen) == 0
+    assert torch.equal(train(frozen), start)
 
 
 def test_moved_centroids_are_saved_and_training_goes_on(tmp_path: Path):
@@ -478,10 +478,10 @@ def test_the_trainer_moves_centroids_once_per_step(tmp_path: Path, accumulation:
         report_to=[],
         disable_tqdm=True,
     )
-    Trainer(model, settings, train_dataset=rows, callbacks=[UpdateCentroids()]).train()  # type: ignore[arg-type]
+    Trainer(model, settings, train_dataset=rows, callbacks=[MechanismCallback()]).train()  # type: ignore[arg-type]
     for _ in range(2):  # every step sees all rows, in whatever order
         expected(**batch_of()).loss.backward()
-        UpdateCentroids.update(expected)
+        MechanismCallback.step(expected, 1)
     assert_close(centroids(model), centroids(expected), 1e-4)
 
 
@@ -489,7 +489,7 @@ def test_centroids_in_half_precision_are_refused_where_they_should_move():
     model = learner().bfloat16()
     model(**batch_of()).loss.backward()
     with pytest.raises(ValueError, match=r"torch.bfloat16 can't follow ema_decay=0.6"):
-        UpdateCentroids.update(model)
+        MechanismCallback.step(model, 1)
 
 
 def test_centroids_that_move_are_refused_while_compiling():

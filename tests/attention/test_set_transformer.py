@@ -11,8 +11,9 @@ from formulas import HEADS, WIDTH, geometry, heads
 from torch import Tensor
 
 import hf_efficient as he
+from hf_efficient.attention.base.pooling import PoolingByMultiheadAttention
 from hf_efficient.attention.base.registry import attention_config
-from hf_efficient.attention.set_transformer import PoolingByMultiheadAttention, SetTransformerAttention
+from hf_efficient.attention.set_transformer import SetTransformerAttention
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patching.dispatch import aligned_call

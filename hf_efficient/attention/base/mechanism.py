@@ -141,6 +141,16 @@ class EfficientAttention(nn.Module):
         """Set new parameters from pretrained weights. Returns {parameter name: where its values came from}."""
         return {}
 
+    def after_optimizer_step(self, step: int) -> None:
+        """What changes between optimiser steps, other than by gradients: new draws, moving averages.
+
+        `hf_efficient.training.MechanismCallback` calls it in every process after optimiser step `step`, counted from 1.
+        """
+
+    def training_logs(self) -> dict[str, Tensor]:
+        """Scalars of the last training step for the Trainer's log, by name; those of several layers are summed."""
+        return {}
+
     def cache_layer(self) -> BoundedLayer | None:
         """A new cache layer that forgets keys no later query can see; `None` = no such keys, the ordinary layer serves.
 
