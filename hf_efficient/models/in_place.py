@@ -11,8 +11,7 @@ from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.experts.install import mark_experts, uninstall_experts
 from hf_efficient.families import family_of
 from hf_efficient.families.base import POSITION_METHODS
-from hf_efficient.models import EfficientModelMixin
-from hf_efficient.models.registry import CONFIGS, MODELS
+from hf_efficient.models.registry import CONFIGS, MODELS, is_efficient
 from hf_efficient.patching.install import install, plan, resolve_side, uninstall
 from hf_efficient.patching.names import CHILD, IMPLEMENTATION
 
@@ -36,10 +35,22 @@ def replace_config(model: PreTrainedModel, old: Any, new: Any) -> None:
             module.config = new
 
 
+def shared_parameters(model: PreTrainedModel) -> dict[str, str]:
+    """{name: owner} of mechanism parameters that layers share."""
+    owners: dict[int, str] = {}
+    ties = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if f".{CHILD}." in name:
+            owner = owners.setdefault(id(parameter), name)
+            if owner != name:
+                ties[name] = owner
+    return ties
+
+
 def config_of_class(config: Any, cls: Any) -> Any:
     """The config of `cls`, the stock class or, where experts stay, the Efficient one."""
     values = config.to_dict() | {"model_type": cls.config_class.model_type}
-    if issubclass(cls, EfficientModelMixin):
+    if is_efficient(cls):
         values.pop("efficient_source", None)
         values |= {"efficient_attention": []}
     else:
@@ -100,7 +111,6 @@ def convert_in_place(
             for owner, name, table in tables:  # the very parameters that an optimiser may hold
                 setattr(owner, name, table)
         raise
-    efficient: Any = model
     config = model.config
     new = CONFIGS[family.model_type].from_dict(
         config.to_dict() | {"model_type": CONFIGS[family.model_type].model_type}, attn_implementation=IMPLEMENTATION
@@ -112,7 +122,7 @@ def convert_in_place(
     mark_experts(new)
     change_class(model, MODELS[stock_class(model)], new)
     replace_config(model, config, new)
-    model.all_tied_weights_keys.update(efficient._efficient_ties())
+    model.all_tied_weights_keys.update(shared_parameters(model))
     return origins, resized
 
 
@@ -129,7 +139,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: the model is no converted one, or has experts alone and they were trained apart.
     """
-    if not isinstance(model, EfficientModelMixin):
+    if not is_efficient(type(model)):
         raise ValueError(f"{type(model).__name__} is no converted model: there is nothing to revert.")
     family = family_of(model)
     config, stock = model.config, model.stock_class

@@ -13,6 +13,7 @@ from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.experts.install import install_experts
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import PREFIX, family_of
+from hf_efficient.models.in_place import convert_in_place, shared_parameters
 from hf_efficient.patching.install import install
 from hf_efficient.patching.names import CHILD, IMPLEMENTATION
 
@@ -48,7 +49,7 @@ class EfficientModelMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if attention:
             install(self, self._configs_of_stacks(config), initialise=False)  # type: ignore[arg-type]
-            self.all_tied_weights_keys.update(self._efficient_ties())
+            self.all_tied_weights_keys.update(shared_parameters(self))  # type: ignore[arg-type]
         if experts:
             install_experts(self, ExpertsConfig.from_dict(experts))  # type: ignore[arg-type]
 
@@ -60,20 +61,9 @@ class EfficientModelMixin:
             return groups
         return [replace(group, side="encoder") for group in groups if group.side != "decoder"]
 
-    def _efficient_ties(self) -> dict[str, str]:
-        """{name: owner} of mechanism parameters that layers share."""
-        owners: dict[int, str] = {}
-        ties = {}
-        for name, parameter in self.named_parameters(remove_duplicate=False):  # type: ignore[attr-defined]
-            if f".{CHILD}." in name:
-                owner = owners.setdefault(id(parameter), name)
-                if owner != name:
-                    ties[name] = owner
-        return ties
-
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         ties: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)  # type: ignore[misc]
-        return ties | self._efficient_ties()
+        return ties | shared_parameters(self)  # type: ignore[arg-type]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -137,8 +127,6 @@ class EfficientModelMixin:
                     f"attn_implementation={kwargs['attn_implementation']!r} contradicts efficient_attention; give one of "
                     "them."
                 )
-            from hf_efficient.models.in_place import convert_in_place
-
             loaded = cls.stock_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             model = loaded[0] if kwargs.get("output_loading_info") else loaded
             convert_in_place(model, attention_configs(efficient_attention), max_positions, positions)

@@ -10,3 +10,8 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {}
 """Efficient config classes by stock `model_type`."""
 MODELS: dict[Any, Any] = {}
 """Efficient model classes by stock class."""
+
+
+def is_efficient(cls: type) -> bool:
+    """Whether a model class is one of the Efficient ones, or a subclass of one."""
+    return issubclass(cls, tuple(MODELS.values()))
