@@ -32,7 +32,7 @@ _PUBLIC = {
     "ops.context": ("AttentionContext",),
     "patching.install": ("patch_attention",),
     "training.reversible": ("ReversibleSequence",),
-    "visualize.visibility": ("show",),
+    "visualize.show": ("show",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -16,8 +16,8 @@ from hf_efficient.cli.common import Checkpoint, Json, Out, Overwrite, _emit, _re
 from hf_efficient.cli.options import as_text, chosen_configs, read_texts, refuse_strays, with_mechanism_options
 from hf_efficient.cli.training import card, distill
 from hf_efficient.cli.upcycle import upcycle
+from hf_efficient.visualize.show import show as draw
 from hf_efficient.visualize.visibility import drawable_mechanisms, require_drawable
-from hf_efficient.visualize.visibility import show as draw
 
 app = typer.Typer(
     name="hf-efficient",

@@ -1,11 +1,11 @@
-"""A `PatternPicture` drawn: as text for the terminal, and as a matplotlib figure."""
+"""Visibility drawn: as text for the terminal, and as a matplotlib figure."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from hf_efficient.patterns.kinds import Columns, Rows
 from hf_efficient.patterns.pattern import Pattern, parts_of
 from hf_efficient.patterns.random_blocks import BigBirdBlocks
 from hf_efficient.patterns.sets import Without
-
-if TYPE_CHECKING:
-    from hf_efficient.visualize.visibility import Panel, PatternPicture
+from hf_efficient.visualize.visibility import Panel, Visibility
 
 MOST_PANELS = 4
 TERMINAL_CELLS, FIGURE_CELLS = 64, 256
@@ -49,7 +47,7 @@ def head_names(heads: tuple[int, ...], num_heads: int) -> str:
     return f"head{'s' if len(heads) > 1 else ''} {names}"
 
 
-def title(picture: PatternPicture) -> str:
+def title(picture: Visibility) -> str:
     stack = "causal" if picture.geometry.is_causal else "encoder"
     return f"{_described(picture.config)}; {picture.length} tokens, {stack}, layer {picture.geometry.layer}"
 
@@ -70,7 +68,7 @@ def _described(config: EfficientAttentionConfig) -> str:
 # ---- terminal ----------------------------------------------------------------------------------------------------
 
 
-def as_text(picture: PatternPicture) -> str:
+def as_text(picture: Visibility) -> str:
     """Up to 64 × 32 characters for one head pattern; half of that, two side by side, for several."""
     cells = TERMINAL_CELLS if len(picture.panels) == 1 else TERMINAL_CELLS // 2
     width = cell_size(picture.length, cells)
@@ -85,7 +83,7 @@ def as_text(picture: PatternPicture) -> str:
     return "\n".join(line.rstrip() for line in [*lines, *_figures(picture)])
 
 
-def _box(picture: PatternPicture, panel: Panel, height: int, width: int, repeat: int) -> list[str]:
+def _box(picture: Visibility, panel: Panel, height: int, width: int, repeat: int) -> list[str]:
     shares = picture.shares(panel.pattern, height, width).tolist()
     rows = ["".join(shade(share) * repeat for share in row) for row in shares]
     edge = "─" * len(rows[0])
@@ -98,7 +96,7 @@ def shade(share: float) -> str:
     return " " if share == 0 else "█" if share == 1 else SHADES[int(share * 3)]
 
 
-def _figures(picture: PatternPicture) -> list[str]:
+def _figures(picture: Visibility) -> list[str]:
     facts, lines = picture.facts, []
     for panel in picture.panels[:MOST_PANELS]:
         lines.append(
@@ -118,7 +116,7 @@ def _figures(picture: PatternPicture) -> list[str]:
 # ---- figure ------------------------------------------------------------------------------------------------------
 
 
-def as_figure(picture: PatternPicture) -> Any:
+def as_figure(picture: Visibility) -> Any:
     """A matplotlib figure: up to 4 panels, queries down, keys to the right.
 
     A cell has the mean colour of the parts that show its pairs, the paler the fewer of its pairs are visible.
@@ -147,7 +145,7 @@ def as_figure(picture: PatternPicture) -> Any:
     return figure
 
 
-def _paint(axes: Any, picture: PatternPicture, panel: Panel, named: dict[str, Pattern], colours: Tensor) -> None:
+def _paint(axes: Any, picture: Visibility, panel: Panel, named: dict[str, Pattern], colours: Tensor) -> None:
     n, cell = picture.length, cell_size(picture.length, FIGURE_CELLS)
     share = torch.stack([picture.shares(part, cell, cell) for part in named.values()], dim=-1)
     mixed = share @ colours.double() / share.sum(-1, keepdim=True).clamp(min=1e-12)

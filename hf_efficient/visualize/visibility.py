@@ -1,11 +1,10 @@
-"""What sees what: the picture of a mechanism's visible keys and its figures, both from the tiles of its pattern."""
+"""Which keys the queries of a layer see: the distinct head patterns and their figures, from the tiles of each."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,11 +12,10 @@ from torch import Tensor
 from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.attention.base.pattern import PatternAttentionConfig
-from hf_efficient.attention.base.registry import ConfigLike, attention_configs, get_mechanism, list_mechanisms
+from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead
 from hf_efficient.patterns.tile_table import TileTable, tile_table
-from hf_efficient.visualize.render import as_figure, as_text, title
 
 # the tiles that are counted, those of the kernels
 BLOCK = 64
@@ -60,8 +58,8 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class PatternPicture:
-    """What every query of one layer sees: `print` draws it in the terminal, `save` as PNG, `facts` has its figures.
+class Visibility:
+    """What every query of one layer sees.
 
     Attributes:
         config: the mechanism's options.
@@ -78,6 +76,15 @@ class PatternPicture:
     panels: tuple[Panel, ...]
     distinct_masks: int
     kept_keys: int | None
+
+    @classmethod
+    def of(cls, config: PatternAttentionConfig, geometry: AttentionGeometry, length: int) -> Self:
+        """What a layer with this mechanism shows each of n = `length` queries; O(tiles of 64 × 64) time and memory."""
+        pattern = config.visible_keys(geometry)
+        pattern = pattern.at_length(length) if pattern.depends_on_length else pattern
+        kept = int(pattern.needed(torch.arange(length), length).sum()) if pattern.is_bounded else length
+        panels, masks = _panels(pattern, geometry, length)
+        return cls(config, geometry, length, panels, masks, kept if geometry.is_causal else None)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -123,94 +130,6 @@ class PatternPicture:
             (self.length - torch.arange(0, self.length, size)).clamp(max=size) for size in (cell_q, cell_k)
         )
         return visible.view(rows, columns).double() / (height[:, None] * width)
-
-    def __str__(self) -> str:
-        return as_text(self)
-
-    def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write the picture as PNG: one panel per distinct head pattern, up to 4, colours by the pattern's parts.
-
-        Raises:
-            ValueError: `path` does not end in `.png`.
-            FileExistsError: there is something at `path` and `overwrite` is False.
-            ImportError: matplotlib is not installed.
-        """
-        path = Path(path)
-        if path.suffix.lower() != ".png":
-            raise ValueError(f"{path}: pictures are written as PNG; give a name that ends in .png.")
-        if path.exists() and not overwrite:
-            raise FileExistsError(
-                f"{path} exists; choose another name, or overwrite it with --overwrite / overwrite=True."
-            )
-        figure = as_figure(self)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        figure.savefig(partial, format="png", dpi=130, metadata={"Title": title(self)})
-        return partial.replace(path)
-
-
-def show(
-    config: ConfigLike,
-    *,
-    length: int = 1024,
-    is_causal: bool = False,
-    num_heads: int = 12,
-    layer: int = 0,
-    num_layers: int = 12,
-    **options: Any,
-) -> PatternPicture:
-    """What every query of a layer sees: `print(he.show("longformer", attention_window=256, global_tokens="first"))`.
-
-    Args:
-        config: one mechanism, in any form that `convert` takes; `options` go with a name.
-        length: n, tokens of the row; all of them real.
-        is_causal: the layer of a decoder: additionally key ≤ query.
-        num_heads, layer, num_layers: of the stack, for mechanisms that differ by head or layer.
-
-    Raises:
-        ValueError: a mechanism whose visible keys are no matter of positions alone, several mechanisms, options that do
-            not fit the layer, a size that is not positive.
-
-    O(tiles of 64 × 64) time and memory, never an n × n mask.
-    """
-    chosen, *others = attention_configs(config, **options)
-    if others:
-        raise ValueError(f"a picture shows one mechanism, and here are {1 + len(others)}; draw them one by one.")
-    require_drawable(chosen.mechanism)
-    assert isinstance(chosen, PatternAttentionConfig)
-    geometry = _geometry(chosen, length, is_causal, num_heads, layer, num_layers)
-    pattern = chosen.visible_keys(geometry)
-    pattern = pattern.at_length(length) if pattern.depends_on_length else pattern
-    kept = int(pattern.needed(torch.arange(length), length).sum()) if pattern.is_bounded else length
-    panels, masks = _panels(pattern, geometry, length)
-    return PatternPicture(chosen, geometry, length, panels, masks, kept if is_causal else None)
-
-
-def _geometry(config: Any, length: int, is_causal: bool, num_heads: int, layer: int, num_layers: int) -> Any:
-    """The layer to draw, after everything that speaks against it."""
-    for name, size in (("length", length), ("num_heads", num_heads), ("num_layers", num_layers)):
-        if size < 1:
-            raise ValueError(f"{name}={size} is not possible; it must be at least 1.")
-    if not 0 <= layer < num_layers:
-        raise ValueError(f"layer={layer} does not exist among {num_layers} layers, which count from 0.")
-    geometry = AttentionGeometry(
-        num_heads=num_heads,
-        head_dim=64,
-        hidden_size=64 * num_heads,
-        layer=layer,
-        num_layers=num_layers,
-        side="decoder" if is_causal else "encoder",
-        is_causal=is_causal,
-        has_relative_bias=False,
-        projection_bias=True,
-        max_positions=None,
-    )
-    reasons = config.attention_class.unsupported(config, geometry)
-    if any(getattr(part, "global_tokens", None) == "question" for part in (config, *getattr(config, "patterns", ()))):
-        reasons.append("global_tokens='question' depends on the text: give positions such as 0,1,2 instead")
-    if reasons:
-        raise ValueError(f"{config.mechanism} can't be drawn like this: {'; '.join(reasons)}.")
-    return geometry
 
 
 def _panels(pattern: Pattern, geometry: AttentionGeometry, length: int) -> tuple[tuple[Panel, ...], int]:

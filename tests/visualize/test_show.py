@@ -23,7 +23,8 @@ import hf_efficient as he
 from hf_efficient.cli.app import app
 from hf_efficient.profiling.counters import LargestTensor
 from hf_efficient.visualize.render import as_figure, named_parts, shade
-from hf_efficient.visualize.visibility import BLOCK, PatternPicture, drawable_mechanisms
+from hf_efficient.visualize.show import PatternPicture
+from hf_efficient.visualize.visibility import BLOCK, drawable_mechanisms
 
 HEADS, LAYERS = 4, 2
 SETTINGS = [
@@ -388,10 +389,10 @@ def test_every_option_of_every_pattern_has_its_name():
 
 def test_names_of_the_package():
     import hf_efficient.ops.backend
-    import hf_efficient.visualize.visibility
+    import hf_efficient.visualize.show
 
     # a module of the same name would take the place of the function
-    assert he.show is hf_efficient.visualize.visibility.show
+    assert he.show is hf_efficient.visualize.show.show
     assert he.set_implementation is hf_efficient.ops.backend.set_implementation
 
 
