@@ -33,7 +33,7 @@ from hf_efficient.corpus import minilm_checkpoint, offline_documents
 from hf_efficient.evaluation.controls import control_figures
 from hf_efficient.evaluation.cost import peak_memory
 from hf_efficient.evaluation.fidelity import compare, mean_pool
-from hf_efficient.families import family_of
+from hf_efficient.families import HostModel
 from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.forward import forward_call, random_inputs
 from hf_efficient.profiling.timing import interleaved, ratios
@@ -131,7 +131,7 @@ def show_retrieval(source, results, tokens) -> dict:
         "deep": [chosen.randrange(600, DOCUMENT_LENGTH - PASSAGE - 1) for _ in documents],
     }
     full = load_stock(source.config._name_or_path)[0]
-    family_of(full).resize_positions(full, MAX_POSITIONS)
+    HostModel.of(full).resize_positions(MAX_POSITIONS)
     first, last = documents[0][0], documents[0][-1]
 
     def chunked(ids: list[int]) -> torch.Tensor:
@@ -172,7 +172,7 @@ def show_speed(folder: Path) -> list[dict]:
     """One forward pass, batch 1, fp32: interleaved times, and peak memory in a fresh process per point."""
     longest = max(SPEED_LENGTHS)
     full = load_stock(str(folder))[0]
-    family_of(full).resize_positions(full, longest)
+    HostModel.of(full).resize_positions(longest)
     models = {"full": full}
     models |= {mechanism: he.convert(str(folder), mechanism, max_positions=longest, **options).model
                for mechanism, options in MECHANISMS.values()}  # fmt: skip

@@ -16,6 +16,7 @@ from hf_efficient.conversion.loading import load_stock
 from hf_efficient.corpus import HUB_ID, minilm_checkpoint, offline_texts
 from hf_efficient.evaluation.controls import control_figures
 from hf_efficient.evaluation.fidelity import compare
+from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import convert_in_place
 from hf_efficient.profiling.environment import hardware, versions
 
@@ -69,7 +70,7 @@ def fidelity_suite(texts: int = 16, length: int = 512, progress: bool = True) ->
     model: Any = None
     for mechanism, options in tqdm(SETTINGS, desc="fidelity", disable=not progress, file=sys.stderr):
         model = load_stock(str(folder))[0]
-        convert_in_place(model, attention_configs(mechanism, **options))
+        convert_in_place(HostModel.of(model), attention_configs(mechanism, **options))
         if hasattr(get_mechanism(mechanism), "calibrate"):
             calibrate(model, calibration_batches(known, tokenizer, model, length))
         results[mechanism][json.dumps(options)] = compare(model, source, batches)

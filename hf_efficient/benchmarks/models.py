@@ -10,7 +10,7 @@ import torch
 
 from hf_efficient.attention.base.registry import attention_configs, get_mechanism, list_mechanisms
 from hf_efficient.evaluation.cost import _forward_peak
-from hf_efficient.families import family_of
+from hf_efficient.families import HostModel, family_of
 from hf_efficient.models.in_place import convert_in_place
 from hf_efficient.patching.install import plan
 from hf_efficient.profiling.environment import hardware, versions
@@ -58,7 +58,7 @@ def wide_model(
         sizes = dict(num_hidden_layers=layers, max_position_embeddings=length + offset)
     model = stock(stock.config_class(vocab_size=1000, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)).eval()
     if attention is not None:
-        convert_in_place(model, attention_configs([attention]))
+        convert_in_place(HostModel.of(model), attention_configs([attention]))
     inputs = random_inputs(model.config, length)
     if side == "decoder" and model.config.is_encoder_decoder:
         inputs = {"input_ids": inputs["input_ids"][:, :16], "decoder_input_ids": inputs["input_ids"]}
@@ -109,13 +109,13 @@ def supported_pairs() -> list[tuple[str, str, str]]:
         ("t5", "encoder"),
         ("t5", "decoder"),
     ):
-        model = wide_model(model_type, None, 16, side)[0]
+        host = HostModel.of(wide_model(model_type, None, 16, side)[0])
         for mechanism in list_mechanisms():
             if get_mechanism(mechanism).facts.memory == "n²":
                 continue  # by definition: nothing to be shown, and more than machines have
             config = get_mechanism(mechanism).Config.from_dict(_memory_options(mechanism, side, 16))
             try:
-                plan(model, [config])
+                plan(host, [config])
             except ValueError:
                 continue
             pairs.append((mechanism, model_type, side))

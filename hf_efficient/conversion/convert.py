@@ -1,4 +1,4 @@
-"""convert and revert: to efficient attention and back bit for bit, every tensor accounted for."""
+"""convert: a pretrained checkpoint to efficient attention, every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.conversion.calibrate import calibrate, calibration_batches
-from hf_efficient.conversion.loading import load_stock, load_tokenizer
+from hf_efficient.conversion.loading import Source, load_stock, open_source
 from hf_efficient.conversion.saving import REPORT_NAME, Result
-from hf_efficient.conversion.sentence_transformers import checkpoint_folder, max_seq_length
-from hf_efficient.families import family_of
+from hf_efficient.conversion.sentence_transformers import max_seq_length
+from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import convert_in_place, revert, stock_class
 from hf_efficient.patching.install import is_installed
 from hf_efficient.profiling.environment import versions
@@ -47,7 +47,7 @@ class ConversionReport:
     tensors: dict[str, dict[str, Any]]
     ignored: list[str] = field(default_factory=list)
     fidelity: dict[str, Any] | None = None
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=versions)
 
     def counts(self) -> dict[str, int]:
         """Number of tensors by status."""
@@ -103,44 +103,36 @@ def convert(
         OSError: the source can't be found.
     """
     configs = attention_configs(attention, **options)
-    folder, info = None, None
-    if isinstance(source, PreTrainedModel):
-        model, name = source, source.config._name_or_path or type(source).__name__
-    else:
-        name = str(source)
-        model, info = load_stock(name, revision)
-        folder = checkpoint_folder(name, revision)
-        tokenizer = tokenizer or load_tokenizer(name, revision)
-    if getattr(model.config, "efficient_attention", None) or is_installed(model):
-        raise ValueError(f"{name} already has efficient attention; revert it before converting it to something else.")
-    stock_name = stock_class(model).__name__
+    opened = open_source(source, tokenizer, revision, load_stock)
+    host = HostModel.of(opened.model)
+    _refuse_converted(opened)
     batches = None
     if calibration is not None:
-        batches = calibration_batches(calibration, tokenizer, model, family_of(model).max_positions(model.config))
-    before = {key: (tensor.data_ptr(), tensor.shape) for key, tensor in model.state_dict().items()}
-    origins, resized = convert_in_place(model, configs, max_positions, positions)
+        batches = calibration_batches(calibration, opened.tokenizer, opened.model, host.max_positions)
+    stock_name = stock_class(opened.model).__name__
+    before = {key: (tensor.data_ptr(), tensor.shape) for key, tensor in opened.model.state_dict().items()}
+    origins, resized = convert_in_place(host, configs, max_positions, positions)
     if batches is not None:
-        origins |= _calibrated(model, batches)
-    if tokenizer is None:
-        warnings.warn(f"{name} has no tokenizer: only the model is converted.", stacklevel=2)
-    elif max_positions is not None:
-        # the way back needs what nothing else remembers
-        model.config.efficient_source |= {
-            "model_max_length": tokenizer.model_max_length,
-            "max_seq_length": max_seq_length(folder) if folder else None,
-        }
-        tokenizer.model_max_length = max_positions
+        origins |= _calibrated(opened.model, batches)
+    _tell_tokenizer(opened, max_positions)
     report = ConversionReport(
-        source=name,
+        source=opened.name,
         revision=revision,
         model_class=stock_name,
-        efficient_attention=model.config.efficient_attention,
-        max_positions=family_of(model).max_positions(model.config) or max_positions,
+        efficient_attention=opened.model.config.efficient_attention,
+        max_positions=host.max_positions or max_positions,
         positions=positions,
-        tensors=_account(model, before, origins, resized, set(info["missing_keys"]) if info else set()),
-        ignored=sorted(info["unexpected_keys"]) if info else [],
+        tensors=_account(opened.model, before, origins, resized, opened.missing),
+        ignored=opened.ignored,
     )
-    return ConversionResult(model, tokenizer, report, folder)
+    return ConversionResult(opened.model, opened.tokenizer, report, opened.folder)
+
+
+def _refuse_converted(opened: Source) -> None:
+    if getattr(opened.model.config, "efficient_attention", None) or is_installed(opened.model):
+        raise ValueError(
+            f"{opened.name} already has efficient attention; revert it before converting it to something else."
+        )
 
 
 def _calibrated(model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> dict[str, str]:
@@ -149,6 +141,19 @@ def _calibrated(model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> 
     except BaseException:
         revert(model)
         raise
+
+
+def _tell_tokenizer(opened: Source, max_positions: int | None) -> None:
+    """Give the tokenizer its new length, and note the old one for the way back."""
+    if opened.tokenizer is None:
+        warnings.warn(f"{opened.name} has no tokenizer: only the model is converted.", stacklevel=3)
+    elif max_positions is not None:
+        # the way back needs what nothing else remembers
+        opened.model.config.efficient_source |= {
+            "model_max_length": opened.tokenizer.model_max_length,
+            "max_seq_length": max_seq_length(opened.folder) if opened.folder else None,
+        }
+        opened.tokenizer.model_max_length = max_positions
 
 
 def _account(

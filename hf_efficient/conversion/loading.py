@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
+from hf_efficient.conversion.sentence_transformers import checkpoint_folder
 from hf_efficient.families import family_of
 from hf_efficient.models.registry import MODELS
 
+Loaded = tuple[PreTrainedModel, dict[str, Any]]
 
-def load_stock(name: str, revision: str | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
+
+@dataclass
+class Source:
+    """What `convert` and `upcycle` start from.
+
+    Attributes:
+        name: of the checkpoint, or of a loaded model. tokenizer: `None` = it has none.
+        folder: of the checkpoint; `None` for a loaded model.
+        missing, ignored: tensors that the checkpoint lacks, and those that its class does not use.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any
+    folder: Path | None = None
+    missing: set[str] = field(default_factory=set)
+    ignored: list[str] = field(default_factory=list)
+
+
+def open_source(
+    source: str | Path | PreTrainedModel,
+    tokenizer: Any,
+    revision: str | None,
+    load: Callable[[str, str | None], Loaded],
+) -> Source:
+    """A loaded model as it is, or a checkpoint by way of `load`, with its own tokenizer unless one is given."""
+    if isinstance(source, PreTrainedModel):
+        return Source(source.config._name_or_path or type(source).__name__, source, tokenizer)
+    name = str(source)
+    model, info = load(name, revision)
+    folder = checkpoint_folder(name, revision)
+    tokenizer = tokenizer or load_tokenizer(name, revision)
+    return Source(name, model, tokenizer, folder, set(info["missing_keys"]), sorted(info["unexpected_keys"]))
+
+
+def load_stock(name: str, revision: str | None = None) -> Loaded:
     """A checkpoint in the class its config names, and transformers' loading info.
 
     Raises:
@@ -25,12 +63,13 @@ def load_stock(name: str, revision: str | None = None) -> tuple[PreTrainedModel,
     return load_as_it_is(name, revision)
 
 
-def load_as_it_is(name: str, revision: str | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_as_it_is(name: str, revision: str | None = None) -> Loaded:
     """A checkpoint, original or not, in the class its config names, and transformers' loading info; raises as above."""
     config = AutoConfig.from_pretrained(name, revision=revision)
-    family_of(config.model_type)
     classes = (cls for pair in MODELS.items() for cls in pair)
     heads = {cls.__name__: cls for cls in classes if cls.config_class.model_type == config.model_type}
+    if not heads:
+        family_of(config.model_type)  # raises an error that names the supported architectures
     cls: Any = next((heads[n] for n in config.architectures or () if n in heads), AutoModel)
     with _readable(name):
         model, info = cls.from_pretrained(name, revision=revision, output_loading_info=True, use_safetensors=True)

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_efficient.conversion.loading import load_as_it_is, load_tokenizer
+from hf_efficient.conversion.loading import load_as_it_is, open_source
 from hf_efficient.conversion.saving import UPCYCLING_NAME, Result
-from hf_efficient.conversion.sentence_transformers import checkpoint_folder
 from hf_efficient.experts.install import install_experts, mark_experts, unchanged_on_error
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
-from hf_efficient.families import family_of
-from hf_efficient.models.in_place import change_class, replace_config, stock_class
+from hf_efficient.families import HostModel
+from hf_efficient.models.in_place import change_class, replace_config, require_convertible, stock_class
 from hf_efficient.models.registry import CONFIGS, MODELS
 from hf_efficient.patching.exact import eval_mode
 from hf_efficient.profiling.environment import versions
@@ -114,23 +113,17 @@ def upcycle(
         router_z_loss_coef=router_z_loss_coef,
         seed=seed,
     )
-    folder, missing = None, set()
-    if isinstance(source, PreTrainedModel):
-        model, name = source, source.config._name_or_path or type(source).__name__
-    else:
-        name = str(source)
-        model, info = load_as_it_is(name, revision)
-        folder, missing = checkpoint_folder(name, revision), set(info["missing_keys"])
-        tokenizer = tokenizer or load_tokenizer(name, revision)
+    opened = open_source(source, tokenizer, revision, load_as_it_is)
+    host, model = HostModel.of(opened.model), opened.model
     before = model.num_parameters()
-    difference, tolerance = upcycle_in_place(model, config)
-    if tokenizer is None:
-        warnings.warn(f"{name} has no tokenizer: only the model is upcycled.", stacklevel=2)
+    difference, tolerance = upcycle_in_place(host, config)
+    if opened.tokenizer is None:
+        warnings.warn(f"{opened.name} has no tokenizer: only the model is upcycled.", stacklevel=2)
     sparse = expert_layers(model)
     unused = (config.num_experts - config.top_k) / config.num_experts
     copies = sum(p.numel() for layer in sparse.values() for p in layer.parameters(recurse=False))
     report = UpcyclingReport(
-        source=name,
+        source=opened.name,
         revision=revision,
         model_class=stock_class(model).__name__,
         efficient_experts=config.to_dict(),
@@ -140,52 +133,43 @@ def upcycle(
         active_parameters=model.num_parameters() - round(unused * copies),
         difference=difference,
         tolerance=tolerance,
-        tensors=_account(model, config, missing),
+        tensors=_account(model, config, opened.missing),
     )
-    return UpcyclingResult(model, tokenizer, report, folder)
+    return UpcyclingResult(model, opened.tokenizer, report, opened.folder)
 
 
-def upcycle_in_place(model: PreTrainedModel, config: ExpertsConfig) -> tuple[float, float]:
+def upcycle_in_place(host: HostModel, config: ExpertsConfig) -> tuple[float, float]:
     """Put experts into a loaded model, which becomes an Efficient class. Returns the outputs' difference and its tolerance.
 
     Raises:
         ValueError: see `upcycle`; the model is unchanged then.
     """
-    family, stock = family_of(model), stock_class(model)
+    model = host.model
     if expert_layers(model):
         raise ValueError(f"{type(model).__name__} has experts already; revert it before upcycling it differently.")
-    if stock not in MODELS:
-        raise ValueError(
-            f"{type(model).__name__} is no model class of transformers' {family.model_type}; load the checkpoint with one "
-            f"of {', '.join(cls.__name__ for cls in MODELS if cls.config_class.model_type == family.model_type)}."
-        )
-    if any(p.is_meta for p in model.parameters()):
-        raise ValueError(
-            "some weights are not loaded (offloaded or on the meta device): upcycle where the model fits."
-        )
+    require_convertible(host, "upcycle")
     if not all(p.is_floating_point() for p in model.parameters()):
         raise ValueError("the weights are quantised: upcycle the original, then quantise the result.")
-    difference, tolerance = _install(model, config)
-    old = model.config
-    if not isinstance(old, CONFIGS[family.model_type]):
-        model_type = CONFIGS[family.model_type].model_type
-        new = CONFIGS[family.model_type].from_dict(old.to_dict() | {"model_type": model_type})
+    difference, tolerance = _install(host, config)
+    old, cls = model.config, CONFIGS[host.family.model_type]
+    if not isinstance(old, cls):
+        new = cls.from_dict(old.to_dict() | {"model_type": cls.model_type})
         new._attn_implementation, new._name_or_path = old._attn_implementation, old._name_or_path
         new.efficient_attention = []
         replace_config(model, old, new)
     model.config.efficient_experts = config.to_dict()
     mark_experts(model.config)
-    change_class(model, MODELS[stock], model.config)
+    change_class(model, MODELS[stock_class(model)], model.config)
     return difference, tolerance
 
 
-def _install(model: PreTrainedModel, config: ExpertsConfig) -> tuple[float, float]:
+def _install(host: HostModel, config: ExpertsConfig) -> tuple[float, float]:
     """Put experts in if the outputs stay; (their difference, its tolerance)."""
-    expected = _outputs(model)
-    tolerance = max(TOLERANCE, 8 * torch.finfo(model.dtype).eps)
-    with unchanged_on_error(model):
-        install_experts(model, config)
-        difference = float((_outputs(model) - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    expected = _outputs(host)
+    tolerance = max(TOLERANCE, 8 * torch.finfo(host.model.dtype).eps)
+    with unchanged_on_error(host.model):
+        install_experts(host, config)
+        difference = float((_outputs(host) - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
         if not difference <= tolerance:
             raise ValueError(
                 f"the outputs differ by {difference:.1e} of the largest, more than {tolerance:.0e}, so it would be another "
@@ -194,17 +178,17 @@ def _install(model: PreTrainedModel, config: ExpertsConfig) -> tuple[float, floa
     return difference, tolerance
 
 
-def _outputs(model: Any) -> Tensor:
+def _outputs(host: HostModel) -> Tensor:
     """Last hidden states of all stacks on 32 random tokens, as one vector."""
+    model = host.model
     ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
     last: list[Tensor] = []
-    stacks = [stack.module for stack in family_of(model).stacks(model)]
     with torch.no_grad(), eval_mode(model):
-        for stack in stacks:
+        for stack in host.stacks:
             inputs: dict[str, Any] = {"input_ids": ids}
-            if last and stack.config.is_decoder:
+            if last and stack.side == "decoder":
                 inputs["encoder_hidden_states"] = last[0]
-            last.append(stack(**inputs).last_hidden_state)
+            last.append(stack.module(**inputs).last_hidden_state)
     return torch.cat([states.float().flatten() for states in last])
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from hf_efficient.conversion.loading import load_converted, load_stock
-from hf_efficient.families import PREFIX, family_of
+from hf_efficient.families import PREFIX, HostModel
 from hf_efficient.profiling.environment import hardware
 from hf_efficient.profiling.forward import forward_call, random_inputs
 from hf_efficient.profiling.memory import growth_of, peaks
@@ -28,13 +28,13 @@ def compare_with_full_attention(
         {"rows": one dict per length, "crossover": the first length from which on `model` is faster, or None}.
     """
     full = copy.deepcopy(source)
-    family = family_of(full)
-    limit = family.max_positions(full.config)
+    host = HostModel.of(full)
+    limit = host.max_positions
     rows: list[dict[str, Any]] = []
-    available = family.max_positions(model.config)
+    available = host.family.max_positions(model.config)
     lengths = [length for length in lengths if available is None or length <= available]
     if limit is not None and max(lengths, default=0) > limit:
-        family.resize_positions(full, max(lengths))
+        host.resize_positions(max(lengths))
     with tempfile.TemporaryDirectory() as scratch:
         paths = {"full": f"{scratch}/full", "efficient": f"{scratch}/efficient"}
         full.save_pretrained(paths["full"])

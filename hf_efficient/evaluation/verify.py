@@ -24,7 +24,7 @@ from hf_efficient.evaluation.cost import compare_with_full_attention
 from hf_efficient.evaluation.fidelity import compare, output_mask, relative_difference, run
 from hf_efficient.experts.install import uninstall_experts
 from hf_efficient.experts.layer import expert_layers
-from hf_efficient.families import family_of
+from hf_efficient.families import HostModel, family_of
 from hf_efficient.models import EfficientModelMixin
 from hf_efficient.patching.install import patch_attention
 from hf_efficient.patching.names import CHILD
@@ -151,7 +151,7 @@ def _copied_tensors(model: Any, source: PreTrainedModel) -> Rung:
     experts = {} if expert_layers(source) else expert_layers(model)
     if experts and all(layer.are_equal() for layer in experts.values()):
         model = copy.deepcopy(model)
-        uninstall_experts(model)
+        uninstall_experts(HostModel.of(model))
     ours = model.state_dict()
     extended, different = [], []
     for name, tensor in theirs.items():

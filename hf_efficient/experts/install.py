@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_efficient.experts.layer import ExpertLayer, ExpertsConfig, expert_layers
-from hf_efficient.families import AttentionSite, Stack, family_of
+from hf_efficient.families import AttentionSite, HostModel, Stack
 from hf_efficient.patching.names import CHILD, IMPLEMENTATION
 
 KEYWORD = "efficient_tokens"
@@ -60,15 +60,14 @@ def layer_of(stack: Stack, site: AttentionSite) -> nn.Module:
     return next(module for module in around if isinstance(module, GradientCheckpointingLayer))
 
 
-def install_experts(model: PreTrainedModel, config: ExpertsConfig) -> list[str]:
-    """Put experts into `model` in place, each a copy of the layer's feed-forward part. Returns their qualified names.
+def install_experts(host: HostModel, config: ExpertsConfig) -> None:
+    """Put experts into a model in place, each a copy of the layer's feed-forward part.
 
     Raises:
         ValueError: see `sparse_sites`, a family whose feed-forward parts are not known, or layers that cut them into chunks;
             the model is unchanged then.
     """
-    family = family_of(model)
-    stacks = family.stacks(model)
+    family, stacks, model = host.family, host.stacks, host.model
     # refuse before anything changes
     layers = {site.name: layer_of(stack, site) for stack in stacks for site in sparse_sites(stack, config)}
     names = {name: family.feed_forward_name(layer) for name, layer in layers.items()}
@@ -98,7 +97,6 @@ def install_experts(model: PreTrainedModel, config: ExpertsConfig) -> list[str]:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             mark_experts(module.config)
-    return list(expert_layers(model))
 
 
 def mark_experts(config: Any) -> None:
@@ -109,27 +107,26 @@ def mark_experts(config: Any) -> None:
         config._experts_implementation = None
 
 
-def uninstall_experts(model: PreTrainedModel) -> None:
+def uninstall_experts(host: HostModel) -> None:
     """Put the dense feed-forward parts back, for experts that are still equal.
 
     Raises:
         ValueError: experts were trained apart, so no dense layer does what they do; the model is unchanged then.
     """
-    for name, sparse in expert_layers(model).items():
+    for name, sparse in expert_layers(host.model).items():
         if not sparse.are_equal():
             raise ValueError(
                 f"the experts of {name} have been trained apart, so there is no dense layer to go back to; take the "
                 "checkpoint that was upcycled."
             )
-    family = family_of(model)
-    for stack in family.stacks(model):
+    for stack in host.stacks:
         for site in stack.sites:
             experts: ExpertLayer | None = site.module.__dict__[NOTE]
             if experts is not None:
                 layer = layer_of(stack, site)
-                family.restore_feed_forward(layer, experts.dense(0), stack.module.config)
+                host.family.restore_feed_forward(layer, experts.dense(0), stack.module.config)
                 layer.train(layer.training)
-    _detach(model)
+    _detach(host.model)
 
 
 @contextmanager

@@ -182,16 +182,18 @@ class ModelFamily:
             return None
         return config.max_position_embeddings - self.position_offset(config)
 
-    def position_tables(self, model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    def position_tables(self, stacks: list[Stack]) -> list[tuple[nn.Module, str, nn.Module]]:
         """(owner, attribute name, table) of every table of absolute positions."""
         if self.position_table is None:
             return []
         path, _, leaf = self.position_table.rpartition(".")
-        owners = [stack.module.get_submodule(path) for stack in self.stacks(model)]
+        owners = [stack.module.get_submodule(path) for stack in stacks]
         return [(owner, leaf, getattr(owner, leaf)) for owner in owners]
 
     @torch.no_grad()
-    def resize_positions(self, model: PreTrainedModel, max_positions: int, method: str = "tile") -> list[str]:
+    def resize_positions(
+        self, model: PreTrainedModel, stacks: list[Stack], max_positions: int, method: str = "tile"
+    ) -> list[str]:
         """Give the model `max_positions` positions; undo with the same method and the former number.
 
         `"tile"` repeats the learned rows, so that every neighbourhood looks as in training (Beltagy et al. 2020, §5).
@@ -204,7 +206,7 @@ class ModelFamily:
         if self.position_table is None:
             return []
         changed = []
-        for stack in self.stacks(model):
+        for stack in stacks:
             config = stack.module.config
             offset = self.position_offset(config)
             path, _, leaf = self.position_table.rpartition(".")

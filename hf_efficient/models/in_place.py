@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.experts.install import mark_experts, uninstall_experts
-from hf_efficient.families import family_of
+from hf_efficient.families import HostModel
 from hf_efficient.families.base import POSITION_METHODS
 from hf_efficient.models.registry import CONFIGS, MODELS, is_efficient
 from hf_efficient.patching.install import install, plan, resolve_side, uninstall
@@ -64,71 +64,89 @@ def config_of_class(config: Any, cls: Any) -> Any:
     return new
 
 
+def require_convertible(host: HostModel, verb: str) -> None:
+    """Refuse models that have no Efficient class, or weights that are elsewhere.
+
+    Raises:
+        ValueError: says what to load instead.
+    """
+    model, model_type = host.model, host.family.model_type
+    if stock_class(model) not in MODELS:
+        raise ValueError(
+            f"{type(model).__name__} is not a model class of transformers' {model_type}; load the checkpoint with one "
+            f"of {', '.join(cls.__name__ for cls in MODELS if cls.config_class.model_type == model_type)}."
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            f"some weights are not loaded (offloaded or on the meta device): {verb} on a machine that holds the model, "
+            "save it, and load the result with device_map."
+        )
+
+
 def convert_in_place(
-    model: PreTrainedModel,
+    host: HostModel,
     configs: list[EfficientAttentionConfig],
     max_positions: int | None = None,
     positions: str = "tile",
 ) -> tuple[dict[str, str], list[str]]:
-    """Turn a loaded stock model into its Efficient class.
+    """Turn a loaded stock model into its Efficient class; after an exception it is unchanged.
 
     Returns:
         {new tensor: where its values came from}, and the names of the position tables that were lengthened.
     """
-    family = family_of(model)
+    require_convertible(host, "convert")
+    before = host.max_positions
+    _check_positions(before, max_positions, positions)
+    sides = [stack.side for stack in host.stacks]
+    configs = [replace(config, side=_stored_side(config, sides)) for config in configs]
+    chosen = plan(host, configs, max_positions if before is not None else None)
+    tables = host.family.position_tables(host.stacks)
+    resized = []
+    if max_positions is not None and before is not None and max_positions != before:
+        resized = host.resize_positions(max_positions, positions)
+    source = {"max_positions": before, "positions": positions}
+    source["attn_implementation"] = host.model.config._attn_implementation
+    try:
+        origins = install(host, chosen)
+    except BaseException:
+        if resized and before is not None:
+            host.resize_positions(before, positions)
+            for owner, name, table in tables:  # the very parameters that an optimiser may hold
+                setattr(owner, name, table)
+        raise
+    _become_efficient(host, configs, source)
+    return origins, resized
+
+
+def _check_positions(before: int | None, max_positions: int | None, positions: str) -> None:
     if positions not in POSITION_METHODS:
         raise ValueError(f"positions={positions!r} is not possible; it must be one of {', '.join(POSITION_METHODS)}.")
     if max_positions is not None and (type(max_positions) is not int or max_positions < 1):
         raise ValueError(f"max_positions={max_positions!r} is not possible; it must be an integer ≥ 1.")
-    if stock_class(model) not in MODELS:
-        raise ValueError(
-            f"{type(model).__name__} is no model class of transformers' {family.model_type}; load the checkpoint with one "
-            f"of {', '.join(cls.__name__ for cls in MODELS if cls.config_class.model_type == family.model_type)}."
-        )
-    if any(p.is_meta for p in model.parameters()):
-        raise ValueError(
-            "some weights are not loaded (offloaded or on the meta device): convert on a machine that holds the model, "
-            "save it, and load the converted checkpoint with device_map."
-        )
-    sides = [stack.side for stack in family.stacks(model)]
-    configs = [replace(config, side=_stored_side(config, sides)) for config in configs]
-    before = family.max_positions(model.config)
     if max_positions is not None and before is not None and max_positions < before:
         raise ValueError(
             f"max_positions={max_positions} would drop positions; the source has {before}: give at least that."
         )
-    plan(model, configs, max_positions if before is not None else None)  # refuse before anything changes
-    implementation = model.config._attn_implementation
-    tables = family.position_tables(model)
-    resized = []
-    if max_positions is not None and before is not None and max_positions != before:
-        resized = family.resize_positions(model, max_positions, positions)
-    try:
-        origins = install(model, configs)
-    except BaseException:
-        if resized and before is not None:
-            family.resize_positions(model, before, positions)
-            for owner, name, table in tables:  # the very parameters that an optimiser may hold
-                setattr(owner, name, table)
-        raise
-    config = model.config
-    new = CONFIGS[family.model_type].from_dict(
-        config.to_dict() | {"model_type": CONFIGS[family.model_type].model_type}, attn_implementation=IMPLEMENTATION
-    )
+
+
+def _stored_side(config: EfficientAttentionConfig, sides: list[str]) -> str | None:
+    wanted = resolve_side(config, sides)
+    return config.side if not wanted else "both" if len(wanted) == 2 else wanted[0]
+
+
+def _become_efficient(host: HostModel, configs: list[EfficientAttentionConfig], source: dict[str, Any]) -> None:
+    """Give a model with mechanisms the class and config that say so."""
+    model, config = host.model, host.model.config
+    cls = CONFIGS[host.family.model_type]
+    new: Any = cls.from_dict(config.to_dict() | {"model_type": cls.model_type}, attn_implementation=IMPLEMENTATION)
     new.efficient_attention = [c.to_dict() for c in configs]
-    new.efficient_source = {"max_positions": before, "positions": positions, "attn_implementation": implementation}
+    new.efficient_source = source
     new._name_or_path = config._name_or_path
     new.attn_implementation = IMPLEMENTATION
     mark_experts(new)
     change_class(model, MODELS[stock_class(model)], new)
     replace_config(model, config, new)
     model.all_tied_weights_keys.update(shared_parameters(model))
-    return origins, resized
-
-
-def _stored_side(config: EfficientAttentionConfig, sides: list[str]) -> str | None:
-    wanted = resolve_side(config, sides)
-    return config.side if not wanted else "both" if len(wanted) == 2 else wanted[0]
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
@@ -137,21 +155,21 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     Experts stay as they are. In a model with experts alone this undoes `upcycle`, as long as they are still equal.
 
     Raises:
-        ValueError: the model is no converted one, or has experts alone and they were trained apart.
+        ValueError: the model is not a converted one, or has experts alone and they were trained apart.
     """
     if not is_efficient(type(model)):
-        raise ValueError(f"{type(model).__name__} is no converted model: there is nothing to revert.")
-    family = family_of(model)
-    config, stock = model.config, model.stock_class
+        raise ValueError(f"{type(model).__name__} is not a converted model: there is nothing to revert.")
+    host = HostModel.of(model)
+    config, stock = model.config, stock_class(model)
     # a model built from its config never had an original: its position table stays
     source = getattr(config, "efficient_source", {"max_positions": None})
     keeps_experts = bool(getattr(config, "efficient_experts", None) and config.efficient_attention)
     if not config.efficient_attention:
-        uninstall_experts(model)
+        uninstall_experts(host)
     else:
-        uninstall(model, source.get("attn_implementation") or "sdpa")
-    if source["max_positions"] is not None and source["max_positions"] != family.max_positions(config):
-        family.resize_positions(model, source["max_positions"], source["positions"])
+        uninstall(host, source.get("attn_implementation") or "sdpa")
+    if source["max_positions"] is not None and source["max_positions"] != host.max_positions:
+        host.resize_positions(source["max_positions"], source["positions"])
     # the stacks of a reloaded encoder-decoder model hold copies
     for old in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
         if isinstance(old, type(config)):

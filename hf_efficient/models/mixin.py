@@ -12,9 +12,9 @@ from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.experts.install import install_experts
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
-from hf_efficient.families import PREFIX, family_of
+from hf_efficient.families import PREFIX, HostModel, family_of
 from hf_efficient.models.in_place import convert_in_place, shared_parameters
-from hf_efficient.patching.install import install
+from hf_efficient.patching.install import install, plan
 from hf_efficient.patching.names import CHILD, IMPLEMENTATION
 
 LOCATION_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -47,16 +47,17 @@ class EfficientModelMixin:
         # the name is there for those who don't know it: without these classes, loading fails instead of losing experts
         config._experts_implementation = None
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        host = HostModel.of(self)  # type: ignore[arg-type]
         if attention:
-            install(self, self._configs_of_stacks(config), initialise=False)  # type: ignore[arg-type]
+            install(host, plan(host, self._configs_of_stacks(host)), initialise=False)
             self.all_tied_weights_keys.update(shared_parameters(self))  # type: ignore[arg-type]
         if experts:
-            install_experts(self, ExpertsConfig.from_dict(experts))  # type: ignore[arg-type]
+            install_experts(host, ExpertsConfig.from_dict(experts))
 
-    def _configs_of_stacks(self, config: Any) -> list[EfficientAttentionConfig]:
+    def _configs_of_stacks(self, host: HostModel) -> list[EfficientAttentionConfig]:
         """The config's groups; a class with only the encoder of an encoder-decoder model drops those of the decoder."""
-        groups = attention_configs(config.efficient_attention)
-        sides = [stack.side for stack in family_of(self).stacks(self)]  # type: ignore[arg-type]
+        groups = attention_configs(host.model.config.efficient_attention)
+        sides = [stack.side for stack in host.stacks]
         if "decoder" in sides or not self.stock_class.config_class().is_encoder_decoder:
             return groups
         return [replace(group, side="encoder") for group in groups if group.side != "decoder"]
@@ -129,7 +130,7 @@ class EfficientModelMixin:
                 )
             loaded = cls.stock_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             model = loaded[0] if kwargs.get("output_loading_info") else loaded
-            convert_in_place(model, attention_configs(efficient_attention), max_positions, positions)
+            convert_in_place(HostModel.of(model), attention_configs(efficient_attention), max_positions, positions)
             return loaded
         if efficient_attention is not None or max_positions is not None:
             if not getattr(config, "efficient_attention", None):

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
+from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
-from hf_efficient.families import family_of
+from hf_efficient.families import AttentionSite, HostModel, ModelFamily, Stack
 from hf_efficient.patching import downsampling as length_change
 from hf_efficient.patching import extra_tokens
 from hf_efficient.patching.call_checks import StackInfo, check_call, pass_hidden_states
@@ -23,7 +23,7 @@ def is_installed(model: nn.Module) -> bool:
 
 
 def plan(
-    model: nn.Module, configs: list[EfficientAttentionConfig], max_positions: int | None = None
+    host: HostModel, configs: list[EfficientAttentionConfig], max_positions: int | None = None
 ) -> dict[str, EfficientAttentionConfig]:
     """{qualified name of a self-attention module: its config}; nothing is changed.
 
@@ -32,10 +32,11 @@ def plan(
 
     Raises:
         ValueError: sides or layers that do not exist, groups that overlap, or mechanisms that can't work where they are
-            put: all reasons of all layers in one message.
+            put: all reasons of all layers in one message. Efficient attention that is installed already.
     """
-    family = family_of(model)
-    stacks = family.stacks(model)
+    if is_installed(host.model):
+        raise ValueError("efficient attention is already installed in this model; undo it first.")
+    family, stacks = host.family, host.stacks
     sides = [stack.side for stack in stacks]
     chosen: dict[str, EfficientAttentionConfig] = {}
     problems: list[str] = []
@@ -46,22 +47,7 @@ def plan(
                 f"side={config.side!r}: this {family.model_type} model has {' and '.join(sides) or 'no stack'}"
             )
         for stack in (s for s in stacks if s.side in wanted):
-            beyond = [i for i in config.layers or () if i >= len(stack.sites)]
-            if beyond:
-                problems.append(
-                    f"layers {beyond} do not exist: the {stack.side} has layers 0 to {len(stack.sites) - 1}"
-                )
-            for site in stack.sites:
-                if config.layers is None or site.layer in config.layers:
-                    if site.name in chosen:
-                        problems.append(f"{stack.side} layer {site.layer} is named by more than one config")
-                    chosen[site.name] = config
-                    geometry = family.geometry(stack, site, max_positions)
-                    problems += config.attention_class.unsupported(config, geometry)
-                    if not family.source_attention(site.module).query.weight.is_floating_point():
-                        problems.append(
-                            "the weights are quantised: convert the original, then quantise the converted one"
-                        )
+            problems += _choose(family, stack, config, chosen, max_positions)
     for stack in stacks:
         problems += extra_tokens.problems(family, stack, chosen)
     if any(getattr(stack.module.config, "is_causal", True) is False and stack.side == "decoder" for stack in stacks):
@@ -70,8 +56,32 @@ def plan(
     if problems:
         raise ValueError("these settings are not possible:\n" + "\n".join(f"- {problem}." for problem in problems))
     if not chosen:
-        raise ValueError(f"nothing to convert: no layer of {type(model).__name__} was chosen.")
+        raise ValueError(f"nothing to convert: no layer of {type(host.model).__name__} was chosen.")
     return chosen
+
+
+def _choose(
+    family: ModelFamily,
+    stack: Stack,
+    config: EfficientAttentionConfig,
+    chosen: dict[str, EfficientAttentionConfig],
+    max_positions: int | None,
+) -> list[str]:
+    """Enter the layers of one stack that `config` names into `chosen`. Returns what speaks against it."""
+    problems = []
+    beyond = [i for i in config.layers or () if i >= len(stack.sites)]
+    if beyond:
+        problems.append(f"layers {beyond} do not exist: the {stack.side} has layers 0 to {len(stack.sites) - 1}")
+    for site in stack.sites:
+        if config.layers is not None and site.layer not in config.layers:
+            continue
+        if site.name in chosen:
+            problems.append(f"{stack.side} layer {site.layer} is named by more than one config")
+        chosen[site.name] = config
+        problems += config.attention_class.unsupported(config, family.geometry(stack, site, max_positions))
+        if not family.source_attention(site.module).query.weight.is_floating_point():
+            problems.append("the weights are quantised: convert the original, then quantise the converted one")
+    return problems
 
 
 def resolve_side(config: EfficientAttentionConfig, sides: list[str]) -> list[str]:
@@ -82,86 +92,94 @@ def resolve_side(config: EfficientAttentionConfig, sides: list[str]) -> list[str
     return wanted if all(side in sides for side in wanted) else []
 
 
-def install(
-    model: PreTrainedModel, configs: list[EfficientAttentionConfig], initialise: bool = True
-) -> dict[str, str]:
-    """Put mechanisms into `model` in place. Returns {new tensor: where its values came from}.
+def install(host: HostModel, chosen: dict[str, EfficientAttentionConfig], initialise: bool = True) -> dict[str, str]:
+    """Put the mechanisms that `plan` chose into the model. Returns {new tensor: where its values came from}.
+
+    After an exception the model is unchanged.
 
     Args:
         initialise: set new parameters from the model's weights; otherwise they keep their neutral start.
-
-    Raises:
-        ValueError: see `plan`; the model is unchanged then.
     """
-    if is_installed(model):
-        raise ValueError("efficient attention is already installed in this model; undo it first.")
-    chosen = plan(model, configs)
-    before = model.config._attn_implementation
-    try:
-        return _attach(model, chosen, initialise)
-    except BaseException:
-        uninstall(model, before)
-        raise
-
-
-def _attach(model: PreTrainedModel, chosen: dict[str, EfficientAttentionConfig], initialise: bool) -> dict[str, str]:
-    family = family_of(model)
+    before = host.model.config._attn_implementation
     origins: dict[str, str] = {}
-    for stack in family.stacks(model):
-        shared: dict[tuple[EfficientAttentionConfig, str], nn.Parameter] = {}
-        for site in stack.sites:
-            config = chosen.get(site.name)
-            if config is None:
-                site.module.register_module(CHILD, None)
-                continue
-            source = family.source_attention(site.module)._replace(relative_bias=family.relative_bias(stack, site))
-            like = source.query.weight
-            mechanism = config.attention_class(config, family.geometry(stack, site))
-            mechanism.to(device=like.device, dtype=like.dtype)
-            mechanism.train(site.module.training)
-            if not like.is_meta:
-                mechanism.reset_parameters()
-                if initialise:
-                    for name, origin in mechanism.initialise_from(source).items():
-                        origins[f"{site.name}.{CHILD}.{name}"] = origin
-            for name in mechanism.shared_parameters():
-                owned = getattr(mechanism, name)
-                setattr(mechanism, name, shared.setdefault((config, name), owned))
-                if getattr(mechanism, name) is not owned:
-                    # save_pretrained looks here for duplicates that it may leave out
-                    mechanism._tied_weights_keys = {name: name}  # type: ignore[assignment]
-            site.module.register_module(CHILD, mechanism)
-            if mechanism.needs_project:
-                mechanism.host_projection = family.project
-            if mechanism.needs_hidden_states:
-                site.module.register_forward_pre_hook(pass_hidden_states, with_kwargs=True)
-        for module in stack.cross_attention:
-            module.register_module(CHILD, None)
-        family.swap_in(stack)
-        stack.module._efficient_info = StackInfo(family, stack)  # type: ignore[assignment]
-        stack.module.register_forward_pre_hook(check_call, with_kwargs=True)
-        origins |= extra_tokens.install(family, stack, initialise)
-        length_change.install(family, stack)
-    for config in _configs_of(model):
-        config._attn_implementation = IMPLEMENTATION
-        # a public key is honoured on load: without this package or its classes, loading fails instead of degrading
-        config.attn_implementation = IMPLEMENTATION
+    try:
+        for stack in host.stacks:
+            origins |= _install_in_stack(host.family, stack, chosen, initialise)
+        for config in _configs_of(host.model):
+            config._attn_implementation = IMPLEMENTATION
+            # a public key is honoured on load: without this package or its classes, loading fails instead of degrading
+            config.attn_implementation = IMPLEMENTATION
+    except BaseException:
+        uninstall(host, before)
+        raise
     return origins
 
 
-def uninstall(model: PreTrainedModel, attn_implementation: str = "sdpa") -> None:
+def _install_in_stack(
+    family: ModelFamily, stack: Stack, chosen: dict[str, EfficientAttentionConfig], initialise: bool
+) -> dict[str, str]:
+    origins: dict[str, str] = {}
+    shared: dict[tuple[EfficientAttentionConfig, str], nn.Parameter] = {}
+    for site in stack.sites:
+        mechanism = None
+        if site.name in chosen:
+            mechanism, origin = _make_mechanism(family, stack, site, chosen[site.name], initialise)
+            origins |= {f"{site.name}.{CHILD}.{name}": text for name, text in origin.items()}
+            _share_parameters(mechanism, shared)
+            if mechanism.needs_hidden_states:
+                site.module.register_forward_pre_hook(pass_hidden_states, with_kwargs=True)
+        site.module.register_module(CHILD, mechanism)
+    for module in stack.cross_attention:
+        module.register_module(CHILD, None)
+    family.swap_in(stack)
+    stack.module._efficient_info = StackInfo(family, stack)  # type: ignore[assignment]
+    stack.module.register_forward_pre_hook(check_call, with_kwargs=True)
+    origins |= extra_tokens.install(family, stack, initialise)
+    length_change.install(family, stack)
+    return origins
+
+
+def _make_mechanism(
+    family: ModelFamily, stack: Stack, site: AttentionSite, config: EfficientAttentionConfig, initialise: bool
+) -> tuple[EfficientAttention, dict[str, str]]:
+    """The mechanism of one layer, and {its tensor: where the values came from} of those that were initialised."""
+    source = family.source_attention(site.module)._replace(relative_bias=family.relative_bias(stack, site))
+    like = source.query.weight
+    mechanism = config.attention_class(config, family.geometry(stack, site))
+    mechanism.to(device=like.device, dtype=like.dtype)
+    mechanism.train(site.module.training)
+    if mechanism.needs_project:
+        mechanism.host_projection = family.project
+    if like.is_meta:
+        return mechanism, {}
+    mechanism.reset_parameters()
+    return mechanism, mechanism.initialise_from(source) if initialise else {}
+
+
+def _share_parameters(
+    mechanism: EfficientAttention, shared: dict[tuple[EfficientAttentionConfig, str], nn.Parameter]
+) -> None:
+    """Layers of one stack and config have the parameters in common that their mechanism says it shares."""
+    for name in mechanism.shared_parameters():
+        owned = getattr(mechanism, name)
+        setattr(mechanism, name, shared.setdefault((mechanism.config, name), owned))
+        if getattr(mechanism, name) is not owned:
+            # save_pretrained looks here for duplicates that it may leave out
+            mechanism._tied_weights_keys = {name: name}  # type: ignore[assignment]
+
+
+def uninstall(host: HostModel, attn_implementation: str = "sdpa") -> None:
     """Remove every trace of `install`, even of half of one; the model is what it was, unless it was trained since."""
-    family = family_of(model)
-    for stack in family.stacks(model):
-        family.swap_out(stack)
-        extra_tokens.remove(family, stack)
+    for stack in host.stacks:
+        host.family.swap_out(stack)
+        extra_tokens.remove(host.family, stack)
         length_change.remove(stack)
         for module in [site.module for site in stack.sites] + stack.cross_attention:
             module._modules.pop(CHILD, None)
             _remove_hook(module, pass_hidden_states)
         _remove_hook(stack.module, check_call)
         stack.module.__dict__.pop("_efficient_info", None)
-    for config in _configs_of(model):
+    for config in _configs_of(host.model):
         config._attn_implementation = attn_implementation
         config.__dict__.pop("attn_implementation", None)
 
@@ -189,7 +207,7 @@ class PatchHandle:
     def undo(self) -> None:
         """Give the model back as it was; a second call does nothing."""
         if self.active:
-            uninstall(self.model, self._attn_implementation)
+            uninstall(HostModel.of(self.model), self._attn_implementation)
             self.active = False
 
     def __enter__(self) -> PreTrainedModel:
@@ -212,6 +230,6 @@ def patch_attention(model: PreTrainedModel, attention: ConfigLike, **options: An
     Raises:
         ValueError: unsupported model, setting or combination: all reasons at once; the model is unchanged then.
     """
-    before = model.config._attn_implementation
-    install(model, attention_configs(attention, **options))
+    host, before = HostModel.of(model), model.config._attn_implementation
+    install(host, plan(host, attention_configs(attention, **options)))
     return PatchHandle(model, before)

@@ -11,6 +11,7 @@ from tiny import save_source
 
 import hf_efficient as he
 from hf_efficient.conversion import saving
+from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import convert_in_place
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
@@ -19,7 +20,7 @@ SMALL = dict(attention_window=4)
 
 def converted(model_type: str, **options):
     model = tiny_model(model_type)
-    convert_in_place(model, [he.attention_config("longformer", **SMALL, **options)])
+    convert_in_place(HostModel.of(model), [he.attention_config("longformer", **SMALL, **options)])
     return model
 
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 import hf_efficient as he
 from hf_efficient.cache import bounded as decoding
 from hf_efficient.cache.bounded import BoundedLayer
+from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import convert_in_place
 from hf_efficient.ops.decoding import rows_attention
 from hf_efficient.ops.relative_bias import RelativeBias
@@ -167,7 +168,7 @@ def test_generation_equals_generation_without_cache(pair: Pair, slack: int, beam
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_converted_models_decode_boundedly(family: str, sharp):
     model = tiny_model(family).double()
-    convert_in_place(model, [he.attention_config("local", attention_window=6, side="decoder")])
+    convert_in_place(HostModel.of(model), [he.attention_config("local", attention_window=6, side="decoder")])
     inputs = generation_inputs(model)
     options: dict[str, Any] = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
     cached = model.generate(**inputs, **options)

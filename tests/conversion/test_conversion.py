@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +18,9 @@ from tiny import converted, save_source, tiny_tokenizer, words
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import hf_efficient as he
-from hf_efficient.families import family_of
+from hf_efficient.experts.install import install_experts
+from hf_efficient.families import ModelFamily, family_of
+from hf_efficient.patching.install import plan
 from hf_efficient.patching.names import IMPLEMENTATION
 from hf_efficient.testing import FAMILIES, TINY, inputs_for, tiny_model
 
@@ -356,3 +362,41 @@ def test_a_hub_repository_brings_its_side_files(tmp_path, monkeypatch):
     assert asked["name"] == "somebody/something" and asked["revision"] == "v1"
     assert {"modules.json", "[0-9]*_*/*"} <= set(asked["allow_patterns"])
     assert side_files.checkpoint_folder(str(tmp_path)) == tmp_path
+
+
+# ---- once found, handed on ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counted_calls(*functions: Any) -> Iterator[dict[str, int]]:
+    """{name: calls} of these functions inside the block, whoever calls them and under which name."""
+    names = {function.__code__: function.__name__ for function in functions}
+    calls = dict.fromkeys(names.values(), 0)
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code in names:
+            calls[names[frame.f_code]] += 1
+
+    sys.setprofile(count)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_family_stacks_and_plan_are_found_once(family: str, tmp_path: Path) -> None:
+    stock = tiny_model(family)
+    save_source(tmp_path, family)
+    with counted_calls(family_of, ModelFamily.stacks, plan) as calls:
+        he.convert(str(tmp_path), "local", attention_window=8, max_positions=128)
+    assert calls == {"family_of": 1, "stacks": 1, "plan": 1}
+    with counted_calls(family_of, ModelFamily.stacks, plan) as calls:
+        handle = he.patch_attention(stock, "local", attention_window=8)
+    assert calls == {"family_of": 1, "stacks": 1, "plan": 1}
+    with counted_calls(family_of, ModelFamily.stacks, plan) as calls:
+        handle.undo()
+    assert calls == {"family_of": 1, "stacks": 1, "plan": 0}
+    with counted_calls(family_of, ModelFamily.stacks, install_experts) as calls:
+        he.upcycle(str(tmp_path), 2)
+    assert calls == {"family_of": 1, "stacks": 1, "install_experts": 1}
