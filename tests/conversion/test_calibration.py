@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from typer.testing import CliRunner
 
 import hf_efficient as he
 from hf_efficient.cli.app import app
-from hf_efficient.conversion import calibrate as calibration
 from hf_efficient.conversion.calibrate import calibrate, occupancy
 from hf_efficient.ops.cluster_attention import spherical_kmeans
 from hf_efficient.patching.exact import converted_layers, mechanism_of
@@ -107,7 +107,7 @@ def test_padding_and_batch_size_do_not_matter():
 
 
 def test_no_more_tokens_are_read_than_are_used(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(calibration, "TOKENS", 50)
+    monkeypatch.setattr(sys.modules["hf_efficient.conversion.calibrate"], "TOKENS", 50)
     model, read = converted(), []
 
     def batches() -> Any:
