@@ -299,7 +299,7 @@ def test_revert_of_a_model_that_never_had_an_original():
 
 
 def test_revert_refuses_what_was_never_converted():
-    with pytest.raises(ValueError, match="no converted model"):
+    with pytest.raises(ValueError, match="not a converted model"):
         he.revert(tiny_model("bert"))
 
 
