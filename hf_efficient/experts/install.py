@@ -1,7 +1,7 @@
 """How experts get into a model and out of it again, and how a call tells them which tokens are real.
 
 The mask travels as a keyword from the stack to the attention module beside the experts, as a checkpointed layer that is
-computed again meets the same keywords. Hooks are plain functions, and what they need to know lies beside them.
+computed again meets the same keywords.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_efficient.experts.layer import ExpertLayer, ExpertsConfig, expert_layers
 from hf_efficient.families import AttentionSite, HostModel, Stack
+from hf_efficient.patching.hooks import attach, detach, state_of
 from hf_efficient.patching.names import CHILD, IMPLEMENTATION
 
 KEYWORD = "efficient_tokens"
-NOTE = "_efficient_experts"
+PART = "experts"
 IN_FP32 = "DenseReluDense.down"  # T5's second product overflows in fp16
 _MISSING = object()
 
 
 @dataclass
-class _StackNote:
+class _StackState:
     """What the hooks of one stack know: the parameters of its forward, and its sparse layers."""
 
     parameters: list[str]
@@ -53,13 +53,6 @@ def sparse_sites(stack: Stack, config: ExpertsConfig) -> list[AttentionSite]:
     return [site for site in stack.sites if site.layer in wanted]
 
 
-def layer_of(stack: Stack, site: AttentionSite) -> nn.Module:
-    """The host's layer around a self-attention module."""
-    path = (site.name.removeprefix(f"{stack.name}.") if stack.name else site.name).split(".")
-    around = [stack.module.get_submodule(".".join(path[:end])) for end in range(1, len(path))]
-    return next(module for module in around if isinstance(module, GradientCheckpointingLayer))
-
-
 def install_experts(host: HostModel, config: ExpertsConfig) -> None:
     """Put experts into a model in place, each a copy of the layer's feed-forward part.
 
@@ -69,7 +62,7 @@ def install_experts(host: HostModel, config: ExpertsConfig) -> None:
     """
     family, stacks, model = host.family, host.stacks, host.model
     # refuse before anything changes
-    layers = {site.name: layer_of(stack, site) for stack in stacks for site in sparse_sites(stack, config)}
+    layers = {site.name: stack.layer_around(site) for stack in stacks for site in sparse_sites(stack, config)}
     names = {name: family.feed_forward_name(layer) for name, layer in layers.items()}
     if any(getattr(layer, "chunk_size_feed_forward", 0) for layer in layers.values()):
         raise ValueError(
@@ -77,7 +70,7 @@ def install_experts(host: HostModel, config: ExpertsConfig) -> None:
         )
     generator = torch.Generator().manual_seed(config.seed)
     for stack in stacks:
-        note = _StackNote(list(inspect.signature(type(stack.module).forward).parameters)[1:], [])
+        state = _StackState(list(inspect.signature(type(stack.module).forward).parameters)[1:], [])
         for site in stack.sites:
             experts = None
             if site.name in layers:
@@ -86,12 +79,9 @@ def install_experts(host: HostModel, config: ExpertsConfig) -> None:
                 experts.train(layer.training)
                 layer.set_submodule(names[site.name], experts)
                 family.clear_feed_forward(layer)
-                note.layers.append(experts)
-            site.module.__dict__[NOTE] = experts
-            site.module.register_forward_pre_hook(_take_tokens, with_kwargs=True)
-        stack.module.__dict__[NOTE] = note
-        stack.module.register_forward_pre_hook(_begin, with_kwargs=True)
-        stack.module.register_forward_hook(_end)
+                state.layers.append(experts)
+            attach(site.module, PART, experts, before=_take_tokens)
+        attach(stack.module, PART, state, before=_begin, after=_end)
         if "wo" in (stack.module._keep_in_fp32_modules or ()):
             model._keep_in_fp32_modules = {*(model._keep_in_fp32_modules or ()), IN_FP32}
     for module in model.modules():
@@ -121,9 +111,9 @@ def uninstall_experts(host: HostModel) -> None:
             )
     for stack in host.stacks:
         for site in stack.sites:
-            experts: ExpertLayer | None = site.module.__dict__[NOTE]
+            experts: ExpertLayer | None = state_of(site.module, PART)
             if experts is not None:
-                layer = layer_of(stack, site)
+                layer = stack.layer_around(site)
                 host.family.restore_feed_forward(layer, experts.dense(0), stack.module.config)
                 layer.train(layer.training)
     _detach(host.model)
@@ -145,13 +135,7 @@ def unchanged_on_error(model: Any) -> Iterator[None]:
 
 def _detach(model: Any) -> None:
     """Take away everything that `install_experts` put beside the experts."""
-    for module in model.modules():
-        module.__dict__.pop(NOTE, None)
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook in (_begin, _take_tokens)]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key in [key for key, hook in module._forward_hooks.items() if hook is _end]:
-            del module._forward_hooks[key]
+    detach(model, PART)
     if IN_FP32 in (model._keep_in_fp32_modules or ()):
         model._keep_in_fp32_modules = {*model._keep_in_fp32_modules} - {IN_FP32}
 
@@ -161,10 +145,10 @@ def _detach(model: Any) -> None:
 
 def _begin(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In training, send the padding mask along and take routings down."""
-    note: _StackNote = stack.__dict__[NOTE]
+    state: _StackState = state_of(stack, PART)
     if not stack.training:
         return None
-    mask = (dict(zip(note.parameters, args, strict=False)) | kwargs).get("attention_mask")
+    mask = (dict(zip(state.parameters, args, strict=False)) | kwargs).get("attention_mask")
     # both stacks of an encoder-decoder model get the keyword, which is meant for the decoder
     if mask is None and KEYWORD in kwargs and stack.config.is_decoder:
         mask = kwargs[KEYWORD]
@@ -173,19 +157,19 @@ def _begin(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             f"attention_mask of shape {tuple(mask.shape)}: experts in training must know which tokens are real; give a "
             "(batch, tokens) padding mask."
         )
-    for layer in note.layers:
+    for layer in state.layers:
         layer.recording = True
     return args, kwargs | {KEYWORD: mask}
 
 
-def _end(stack: Any, args: Any, output: Any) -> None:
-    for layer in stack.__dict__[NOTE].layers:
+def _end(stack: Any, args: Any, kwargs: Any, output: Any) -> None:
+    for layer in state_of(stack, PART).layers:
         layer.recording = False
 
 
 def _take_tokens(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand the mask to the experts behind this attention module; where the layer runs on slots, the mask of slots."""
-    experts: ExpertLayer | None = attention.__dict__[NOTE]
+    experts: ExpertLayer | None = state_of(attention, PART)
     kwargs = dict(kwargs)
     tokens = kwargs.pop(KEYWORD, _MISSING)
     if experts is None or not experts.training:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_efficient.attention.base.geometry import AttentionGeometry, LinearWeights, SourceAttention
 from hf_efficient.families.feed_forward import Dense
@@ -34,6 +35,15 @@ class Stack:
     side: str
     sites: list[AttentionSite] = field(default_factory=list)
     cross_attention: list[nn.Module] = field(default_factory=list)
+
+    def modules_around(self, site: AttentionSite) -> list[nn.Module]:
+        """The modules inside the stack that hold a self-attention module, from the outside in."""
+        path = (site.name.removeprefix(f"{self.name}.") if self.name else site.name).split(".")
+        return [self.module.get_submodule(".".join(path[:end])) for end in range(1, len(path))]
+
+    def layer_around(self, site: AttentionSite) -> nn.Module:
+        """The host's layer, with its feed-forward part, around a self-attention module."""
+        return next(m for m in self.modules_around(site) if isinstance(m, GradientCheckpointingLayer))
 
 
 @dataclass(frozen=True, kw_only=True)

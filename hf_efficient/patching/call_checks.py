@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from hf_efficient.families import ModelFamily, Stack
 from hf_efficient.ops.packing import Segments, Steps, position_steps
 from hf_efficient.patching.caches import bounded_cache, prepare_layers
+from hf_efficient.patching.hooks import state_of
 from hf_efficient.patching.names import CHILD, IMPLEMENTATION
 
 # keywords that reach the attention function without being in any forward's signature
@@ -21,6 +23,9 @@ KNOWN_KEYWORDS = {
     "use_cache", "position_ids", "logits_to_keep", "token_type_ids", "encoder_attention_mask",
     "encoder_hidden_states", "labels", "efficient_tokens",
 }  # fmt: skip
+
+
+PART = "calls"
 
 
 class StackInfo:
@@ -43,12 +48,17 @@ class StackInfo:
         ]
         self.bounded = {i: m for i, m in placed if m is not None and m.cache_layer() is not None}
 
+    def without_mechanism(self) -> StackInfo:
+        plain = copy.copy(self)
+        plain.bounded, plain.needs_input_ids = {}, False
+        return plain
+
 
 def check_call(
     stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Refuse what the installed mechanisms can't honour, and route what they need."""
-    info: StackInfo = stack._efficient_info  # type: ignore[assignment]
+    info: StackInfo = state_of(stack, PART)
     call = dict(zip(info.parameters, args, strict=False)) | kwargs
     config: Any = stack.config
     _check_form(call, config, info)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_efficient.attention.base.mechanism import EfficientAttention
-from hf_efficient.patching.extra_tokens import NOTE
+from hf_efficient.patching.hooks import without_mechanisms
 from hf_efficient.patching.names import CHILD
 
 
@@ -52,26 +51,14 @@ def substituted(model: nn.Module, make: Callable[[Any], EfficientAttention | Non
     """Inside, `make(mechanism)` stands in place of every mechanism; `None` = full attention. Extra tokens are off."""
     layers = converted_layers(model)
     before = {name: mechanism_of(layer) for name, layer in layers.items()}
-    stacks = [module for module in model.modules() if "_efficient_info" in module.__dict__]
-    infos = [stack.__dict__["_efficient_info"] for stack in stacks]
-    notes = [note for module in model.modules() if (note := module.__dict__.get(NOTE)) is not None]
-    active = [note.active for note in notes]
     try:
         for name, layer in layers.items():
             layer._modules[CHILD] = make(before[name])
-        for stack, info in zip(stacks, infos, strict=True):
-            plain = stack.__dict__["_efficient_info"] = copy.copy(info)
-            plain.bounded, plain.needs_input_ids = {}, False
-        for note in notes:
-            note.active = False
-        yield
+        with without_mechanisms(model):
+            yield
     finally:
         for name, layer in layers.items():
             layer._modules[CHILD] = before[name]
-        for stack, info in zip(stacks, infos, strict=True):
-            stack.__dict__["_efficient_info"] = info
-        for note, was in zip(notes, active, strict=True):
-            note.active = was
 
 
 @contextmanager

@@ -3,12 +3,12 @@
 A mechanism that wants them says how many (`EfficientAttention.num_extra_tokens`); everything else happens here. The tokens
 are a parameter `global_tokens` (g, hidden_size) of the first layer's mechanism. Hooks prepend it to the embeddings, lengthen
 `attention_mask` by g ones, and cut the g tokens off every output, so that positions, pooler, heads, recorded hidden states
-and cross-attention see the N tokens of the input only. The hooks are plain functions, and what they need to know lies beside
-them, so that copies and pickles are whole and undoing is exact.
+and cross-attention see the N tokens of the input only.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.families import ModelFamily, Stack
+from hf_efficient.patching.hooks import attach, state_of
 from hf_efficient.patching.names import CHILD
 
-NOTE = "_efficient_extra_tokens"
+PART = "extra_tokens"
 
 
 class _ExtraTokens:
@@ -38,6 +39,11 @@ class _ExtraTokens:
         self.parameters = parameters
         self.as_embeddings = as_embeddings
         self.active = True
+
+    def without_mechanism(self) -> _ExtraTokens:
+        off = copy.copy(self)
+        off.active = False
+        return off
 
     def prepend(self, embeddings: Tensor) -> Tensor:
         """(B, g + N, hidden_size) from (B, N, hidden_size)."""
@@ -92,38 +98,18 @@ def install(family: ModelFamily, stack: Stack, initialise: bool) -> dict[str, st
         with torch.no_grad():
             tokens.copy_(_mean_words(family, stack, count)) if initialise else tokens.normal_(std=0.02)
     mechanism.register_parameter("global_tokens", nn.Parameter(tokens))
-    note = _ExtraTokens(
+    state = _ExtraTokens(
         count,
         site.module,
         list(inspect.signature(type(stack.module).forward).parameters)[1:],
         as_embeddings=not family.embeddings_module,
     )
-    for module in _places(family, stack):
-        setattr(module, NOTE, note)
-    stack.module.register_forward_pre_hook(_enter_stack, with_kwargs=True)
-    stack.module.register_forward_hook(_leave_stack)
+    attach(stack.module, PART, state, before=_enter_stack, after=_leave_stack)
     if family.embeddings_module:
-        _, embeddings, layers = _places(family, stack)
-        embeddings.register_forward_hook(_leave_embeddings)
-        layers.register_forward_hook(_leave_layers)
+        attach(stack.module.get_submodule(family.embeddings_module), PART, state, after=_leave_embeddings)
+        attach(stack.module.get_submodule(family.layers_module or ""), PART, state, after=_leave_layers)
     origin = "means of disjoint sets of word embeddings" if initialise else "random"
     return {f"{site.name}.{CHILD}.global_tokens": origin}
-
-
-def remove(family: ModelFamily, stack: Stack) -> None:
-    """Undo `install`, whether it was done or not; the parameter goes with the mechanism."""
-    for module in _places(family, stack):
-        module.__dict__.pop(NOTE, None)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in HOOKS]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def _places(family: ModelFamily, stack: Stack) -> list[nn.Module]:
-    """The stack, and the modules inside it at which the tokens enter and leave, if it has them."""
-    inside = (family.embeddings_module, family.layers_module)
-    return [stack.module, *(stack.module.get_submodule(path) for path in inside if path)]
 
 
 def _mean_words(family: ModelFamily, stack: Stack, count: int) -> Tensor:
@@ -139,38 +125,35 @@ def _mean_words(family: ModelFamily, stack: Stack, count: int) -> Tensor:
 
 def _enter_stack(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Lengthen the mask, and where the embeddings are no module of their own, the embeddings."""
-    note: _ExtraTokens = stack.__dict__[NOTE]
-    if not note.active:
+    state: _ExtraTokens = state_of(stack, PART)
+    if not state.active:
         return args, kwargs
-    call = dict(zip(note.parameters, args, strict=False)) | kwargs
+    call = dict(zip(state.parameters, args, strict=False)) | kwargs
     mask = call.get("attention_mask")
     if mask is not None:
-        call["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], note.count), mask], dim=1)
-    if note.as_embeddings:
+        call["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], state.count), mask], dim=1)
+    if state.as_embeddings:
         if call.get("inputs_embeds") is None and call.get("input_ids") is not None:
             call["inputs_embeds"] = stack.get_input_embeddings()(call.pop("input_ids"))
         if call.get("inputs_embeds") is not None:
-            call["inputs_embeds"] = note.prepend(call["inputs_embeds"])
+            call["inputs_embeds"] = state.prepend(call["inputs_embeds"])
     return (), call
 
 
-def _leave_embeddings(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    note: _ExtraTokens = module.__dict__[NOTE]
-    return note.prepend(output) if note.active else output
+def _leave_embeddings(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> Tensor:
+    state: _ExtraTokens = state_of(module, PART)
+    return state.prepend(output) if state.active else output
 
 
-def _leave_layers(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return module.__dict__[NOTE].cut(output, _length(output))
+def _leave_layers(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
+    return state_of(module, PART).cut(output, _length(output))
 
 
-def _leave_stack(stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def _leave_stack(stack: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
     """Cut the recorded hidden states; the last one was cut before the pooler where there is one."""
-    note: _ExtraTokens = stack.__dict__[NOTE]
-    return note.cut(output, _length(output) + (0 if note.as_embeddings else note.count))
+    state: _ExtraTokens = state_of(stack, PART)
+    return state.cut(output, _length(output) + (0 if state.as_embeddings else state.count))
 
 
 def _length(output: Any) -> int:
     return output[0].shape[1]
-
-
-HOOKS = (_enter_stack, _leave_embeddings, _leave_layers, _leave_stack)

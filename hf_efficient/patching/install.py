@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -11,15 +10,14 @@ from transformers import PreTrainedModel
 from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.families import AttentionSite, HostModel, ModelFamily, Stack
-from hf_efficient.patching import downsampling as length_change
-from hf_efficient.patching import extra_tokens
-from hf_efficient.patching.call_checks import StackInfo, check_call, pass_hidden_states
+from hf_efficient.patching import call_checks, downsampling, extra_tokens
+from hf_efficient.patching.hooks import attach, detach, state_of
 from hf_efficient.patching.names import CHILD, IMPLEMENTATION
 
 
 def is_installed(model: nn.Module) -> bool:
     """Whether some attention layer of `model` carries a mechanism."""
-    return any(hasattr(module, "_efficient_info") for module in model.modules())
+    return any(state_of(module, call_checks.PART) is not None for module in model.modules())
 
 
 def plan(
@@ -127,15 +125,14 @@ def _install_in_stack(
             origins |= {f"{site.name}.{CHILD}.{name}": text for name, text in origin.items()}
             _share_parameters(mechanism, shared)
             if mechanism.needs_hidden_states:
-                site.module.register_forward_pre_hook(pass_hidden_states, with_kwargs=True)
+                attach(site.module, call_checks.PART, before=call_checks.pass_hidden_states)
         site.module.register_module(CHILD, mechanism)
     for module in stack.cross_attention:
         module.register_module(CHILD, None)
     family.swap_in(stack)
-    stack.module._efficient_info = StackInfo(family, stack)  # type: ignore[assignment]
-    stack.module.register_forward_pre_hook(check_call, with_kwargs=True)
+    attach(stack.module, call_checks.PART, call_checks.StackInfo(family, stack), before=call_checks.check_call)
     origins |= extra_tokens.install(family, stack, initialise)
-    length_change.install(family, stack)
+    downsampling.install(family, stack)
     return origins
 
 
@@ -172,22 +169,12 @@ def uninstall(host: HostModel, attn_implementation: str = "sdpa") -> None:
     """Remove every trace of `install`, even of half of one; the model is what it was, unless it was trained since."""
     for stack in host.stacks:
         host.family.swap_out(stack)
-        extra_tokens.remove(host.family, stack)
-        length_change.remove(stack)
         for module in [site.module for site in stack.sites] + stack.cross_attention:
             module._modules.pop(CHILD, None)
-            _remove_hook(module, pass_hidden_states)
-        _remove_hook(stack.module, check_call)
-        stack.module.__dict__.pop("_efficient_info", None)
+    detach(host.model, call_checks.PART, extra_tokens.PART, downsampling.PART)
     for config in _configs_of(host.model):
         config._attn_implementation = attn_implementation
         config.__dict__.pop("attn_implementation", None)
-
-
-def _remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
-    for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
-        del module._forward_pre_hooks[key]
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _configs_of(model: nn.Module) -> list[Any]:

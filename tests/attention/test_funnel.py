@@ -17,6 +17,8 @@ from hf_efficient.attention.funnel import FunnelAttentionConfig
 from hf_efficient.families import family_of
 from hf_efficient.ops.pooling import Runs, slot_bias
 from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.patching.downsampling import FULL_LENGTH
+from hf_efficient.patching.hooks import state_of
 from hf_efficient.profiling.counters import flops
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 from hf_efficient.training import AttentionTransfer, layer_errors
@@ -518,7 +520,7 @@ def test_layer_errors_are_those_of_heads_at_full_length() -> None:
             own = runs.repeat(found[0], 97)
             error = relative(own, expected[index], inputs["attention_mask"]).sqrt()
             assert errors[index] == pytest.approx(error.item(), rel=1e-6), index
-        assert not any("_efficient_full_length" in module.__dict__ for module in model.modules())
+        assert not any(state_of(module, FULL_LENGTH) for module in model.modules())
 
 
 def test_transfer_end_to_end_teaches_a_funnel() -> None:

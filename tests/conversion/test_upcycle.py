@@ -330,18 +330,32 @@ def test_padding_is_left_out_behind_slots_and_extra_tokens(
         assert_close(one, other, 1e-9)
 
 
+def traces(model: Any) -> dict[str, Any]:
+    """What every module is, holds, and has hooked to it."""
+    return {
+        name: (
+            type(module),
+            sorted(set(vars(module)) - {"_is_hf_initialized"}),
+            [len(hooks) for kind, hooks in sorted(vars(module).items()) if kind.startswith("_forward_")],
+        )
+        for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("way", ["itself", "deepcopy", "pickle"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_revert_is_exact_until_training(family: str):
+def test_revert_is_exact_until_training(family: str, way: str):
     model = tiny_model(family)
     inputs = inputs_for(model)
     before, expected, kind = snapshot(model), logits(model, inputs), type(model)
-    modules = [(name, type(module)) for name, module in model.named_modules()]
-    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    found = traces(model)
     he.upcycle(model, 4)
+    assert traces(model)[""] != found[""]
+    if way != "itself":
+        model = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
     assert he.revert(model) is model and type(model) is kind
     assert_same(model, before)
-    assert [(name, type(module)) for name, module in model.named_modules()] == modules
-    assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
+    assert traces(model) == found
     assert torch.equal(logits(model, inputs), expected)
     assert not [key for key in model.config.to_dict() if "efficient" in key or "experts" in key]
     he.upcycle(model, 4)
