@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.conversion.calibrate import calibrate, calibration_batches
 from hf_efficient.conversion.loading import Source, load_stock, open_source
-from hf_efficient.conversion.saving import REPORT_NAME, Result
+from hf_efficient.conversion.saving import REPORT_NAME, Report, Result
 from hf_efficient.conversion.sentence_transformers import max_seq_length
 from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import convert_in_place, revert, stock_class
@@ -24,7 +24,7 @@ from hf_efficient.profiling.environment import versions
 
 
 @dataclass
-class ConversionReport:
+class ConversionReport(Report):
     """What a conversion did, tensor by tensor.
 
     Attributes:
@@ -48,14 +48,7 @@ class ConversionReport:
     ignored: list[str] = field(default_factory=list)
     fidelity: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=versions)
-
-    def counts(self) -> dict[str, int]:
-        """Number of tensors by status."""
-        statuses = [tensor["status"] for tensor in self.tensors.values()]
-        return {status: statuses.count(status) for status in ("copied", "extended", "initialised", "random")}
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    statuses: ClassVar[tuple[str, ...]] = ("copied", "extended", "initialised", "random")
 
 
 class ConversionResult(Result):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel
 
 from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
 from hf_efficient.conversion.saving import REPORT_NAME
-from hf_efficient.families import ModelFamily, Stack, family_of
+from hf_efficient.families import AttentionSite, ModelFamily, Stack, family_of
 from hf_efficient.models.registry import MODELS
 from hf_efficient.patching.names import CHILD
 
@@ -38,19 +38,6 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = named[0](config) if named else AutoModel.from_config(config)
     stacks = family.stacks(model)
-    layers = []
-    for stack in stacks:
-        for site in stack.sites:
-            mechanism: Any = site.module._modules.get(CHILD)
-            options = {} if mechanism is None else mechanism.config.to_dict()
-            layers.append(
-                {
-                    "side": stack.side,
-                    "layer": site.layer,
-                    "mechanism": options.pop("mechanism", EXACT),
-                    "options": {key: value for key, value in options.items() if key not in ("layers", "side")},
-                }
-            )
     report = Path(name) / REPORT_NAME
     return {
         "checkpoint": name,
@@ -61,8 +48,19 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
         "source": json.loads(report.read_text())["source"] if converted and report.is_file() else None,
         "max_positions": family.max_positions(config),
         "experts": getattr(config, "efficient_experts", None),
-        "layers": layers,
+        "layers": [_layer(stack, site) for stack in stacks for site in stack.sites],
         "mechanisms": [] if converted else [_fit(n, family, stack) for stack in stacks for n in list_mechanisms()],
+    }
+
+
+def _layer(stack: Stack, site: AttentionSite) -> dict[str, Any]:
+    mechanism: Any = site.module._modules.get(CHILD)
+    options = {} if mechanism is None else mechanism.config.to_dict()
+    return {
+        "side": stack.side,
+        "layer": site.layer,
+        "mechanism": options.pop("mechanism", EXACT),
+        "options": {key: value for key, value in options.items() if key not in ("layers", "side")},
     }
 
 

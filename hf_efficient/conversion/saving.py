@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,6 +74,21 @@ def _swap(new: Path, path: Path) -> None:
         aside.rmdir()
         raise
     shutil.rmtree(aside)
+
+
+class Report:
+    """What was done to a checkpoint, tensor by tensor: the base of dataclasses, each with the statuses that it knows."""
+
+    statuses: ClassVar[tuple[str, ...]]
+    tensors: dict[str, dict[str, Any]]
+
+    def counts(self) -> dict[str, int]:
+        """Number of tensors by status."""
+        found = [tensor["status"] for tensor in self.tensors.values()]
+        return {status: found.count(status) for status in self.statuses}
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload]
 
 
 @dataclass

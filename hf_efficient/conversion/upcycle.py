@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_efficient.conversion.loading import load_as_it_is, open_source
-from hf_efficient.conversion.saving import UPCYCLING_NAME, Result
+from hf_efficient.conversion.saving import UPCYCLING_NAME, Report, Result
 from hf_efficient.experts.install import install_experts, mark_experts, unchanged_on_error
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import HostModel
@@ -26,7 +26,7 @@ TOLERANCE = 1e-5
 
 
 @dataclass
-class UpcyclingReport:
+class UpcyclingReport(Report):
     """What `upcycle` did, tensor by tensor.
 
     Attributes:
@@ -52,14 +52,7 @@ class UpcyclingReport:
     tensors: dict[str, dict[str, Any]]
     fidelity: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=versions)
-
-    def counts(self) -> dict[str, int]:
-        """Number of tensors by status."""
-        statuses = [tensor["status"] for tensor in self.tensors.values()]
-        return {status: statuses.count(status) for status in ("copied", "initialised")}
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    statuses: ClassVar[tuple[str, ...]] = ("copied", "initialised")
 
 
 class UpcyclingResult(Result):
@@ -119,18 +112,15 @@ def upcycle(
     difference, tolerance = upcycle_in_place(host, config)
     if opened.tokenizer is None:
         warnings.warn(f"{opened.name} has no tokenizer: only the model is upcycled.", stacklevel=2)
-    sparse = expert_layers(model)
-    unused = (config.num_experts - config.top_k) / config.num_experts
-    copies = sum(p.numel() for layer in sparse.values() for p in layer.parameters(recurse=False))
     report = UpcyclingReport(
         source=opened.name,
         revision=revision,
         model_class=stock_class(model).__name__,
         efficient_experts=config.to_dict(),
-        layers=list(sparse),
+        layers=list(expert_layers(model)),
         source_parameters=before,
         parameters=model.num_parameters(),
-        active_parameters=model.num_parameters() - round(unused * copies),
+        active_parameters=_active_parameters(model, config),
         difference=difference,
         tolerance=tolerance,
         tensors=_account(model, config, opened.missing),
@@ -190,6 +180,13 @@ def _outputs(host: HostModel) -> Tensor:
                 inputs["encoder_hidden_states"] = last[0]
             last.append(stack.module(**inputs).last_hidden_state)
     return torch.cat([states.float().flatten() for states in last])
+
+
+def _active_parameters(model: PreTrainedModel, config: ExpertsConfig) -> int:
+    """Parameters that one token meets."""
+    unused = (config.num_experts - config.top_k) / config.num_experts
+    copies = sum(p.numel() for layer in expert_layers(model).values() for p in layer.parameters(recurse=False))
+    return model.num_parameters() - round(unused * copies)
 
 
 def _account(model: PreTrainedModel, config: ExpertsConfig, missing: set[str]) -> dict[str, dict[str, Any]]:

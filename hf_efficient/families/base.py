@@ -194,11 +194,12 @@ class ModelFamily:
 
     def position_tables(self, stacks: list[Stack]) -> list[tuple[nn.Module, str, nn.Module]]:
         """(owner, attribute name, table) of every table of absolute positions."""
-        if self.position_table is None:
-            return []
-        path, _, leaf = self.position_table.rpartition(".")
-        owners = [stack.module.get_submodule(path) for stack in stacks]
-        return [(owner, leaf, getattr(owner, leaf)) for owner in owners]
+        return [] if self.position_table is None else [self._table(stack) for stack in stacks]
+
+    def _table(self, stack: Stack) -> tuple[nn.Module, str, Any]:
+        path, _, leaf = (self.position_table or "").rpartition(".")
+        owner = stack.module.get_submodule(path)
+        return owner, leaf, getattr(owner, leaf)
 
     @torch.no_grad()
     def resize_positions(
@@ -215,34 +216,26 @@ class ModelFamily:
         """
         if self.position_table is None:
             return []
-        changed = []
         for stack in stacks:
-            config = stack.module.config
-            offset = self.position_offset(config)
-            path, _, leaf = self.position_table.rpartition(".")
-            owner = stack.module.get_submodule(path)
-            old = getattr(owner, leaf)
-            weight = old.weight.data
-            rows = resize_rows(weight[offset:], max_positions, method)
-            new = nn.Embedding(
-                offset + max_positions,
-                weight.shape[1],
-                padding_idx=old.padding_idx,
-                device=weight.device,
-                dtype=weight.dtype,
-            )
-            new.weight.data = torch.cat([weight[:offset], rows])
-            new.weight.requires_grad_(old.weight.requires_grad)
-            setattr(owner, leaf, new)
-            for name, fill in self.position_buffers:
-                entries = (
-                    torch.arange(offset + max_positions) if fill == "arange" else torch.zeros(offset + max_positions)
-                )
-                owner.register_buffer(name, entries.long().expand(1, -1).to(weight.device), persistent=False)
-            config.max_position_embeddings = offset + max_positions
-            changed.append(f"{stack.name}.{self.position_table}.weight".lstrip("."))
-        model.config.max_position_embeddings = offset + max_positions
-        return changed
+            self._resize_table(stack, max_positions, method)
+        model.config.max_position_embeddings = self.position_offset(model.config) + max_positions
+        return [f"{stack.name}.{self.position_table}.weight".lstrip(".") for stack in stacks]
+
+    def _resize_table(self, stack: Stack, max_positions: int, method: str) -> None:
+        config = stack.module.config
+        offset = self.position_offset(config)
+        owner, leaf, old = self._table(stack)
+        weight = old.weight.data
+        rows = resize_rows(weight[offset:], max_positions, method)
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        new = nn.Embedding(offset + max_positions, weight.shape[1], padding_idx=old.padding_idx, **like)
+        new.weight.data = torch.cat([weight[:offset], rows])
+        new.weight.requires_grad_(old.weight.requires_grad)
+        setattr(owner, leaf, new)
+        for name, fill in self.position_buffers:
+            entries = torch.arange(len(new.weight)) if fill == "arange" else torch.zeros(len(new.weight))
+            owner.register_buffer(name, entries.long().expand(1, -1).to(weight.device), persistent=False)
+        config.max_position_embeddings = offset + max_positions
 
     # for families whose host code must be replaced while patched
 

@@ -106,51 +106,61 @@ class EfficientModelMixin:
             ValueError: an original checkpoint without `efficient_attention`, a converted one with it, a checkpoint of
                 another architecture, or converted weights with mechanism tensors missing.
         """
+        name = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)  # weights of unknown origin are never unpickled
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
-            location = {k: kwargs[k] for k in LOCATION_KEYWORDS if k in kwargs}
-            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **location)
+            config = AutoConfig.from_pretrained(name, **{k: kwargs[k] for k in LOCATION_KEYWORDS if k in kwargs})
         stock_type = cls.stock_class.config_class.model_type
         if config.model_type.removeprefix(PREFIX) != stock_type:
             raise ValueError(
-                f"{cls.__name__} loads {stock_type} checkpoints, but {pretrained_model_name_or_path} is "
-                f"{config.model_type!r}; use the Efficient class of that architecture, or hf_efficient.convert."
+                f"{cls.__name__} loads {stock_type} checkpoints, but {name} is {config.model_type!r}; use the Efficient "
+                "class of that architecture, or hf_efficient.convert."
             )
         if config.model_type == stock_type:
-            if efficient_attention is None:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} is an original {stock_type} checkpoint: say what to convert it to "
-                    "with efficient_attention='longformer' (or a config), or load it with the stock class."
-                )
-            if kwargs.get("attn_implementation") not in (None, IMPLEMENTATION):
-                raise ValueError(
-                    f"attn_implementation={kwargs['attn_implementation']!r} contradicts efficient_attention; give one of "
-                    "them."
-                )
-            loaded = cls.stock_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            configs = _configs_for(name, config, efficient_attention, kwargs)
+            loaded = cls.stock_class.from_pretrained(name, *model_args, **kwargs)
             model = loaded[0] if kwargs.get("output_loading_info") else loaded
-            convert_in_place(HostModel.of(model), attention_configs(efficient_attention), max_positions, positions)
+            convert_in_place(HostModel.of(model), configs, max_positions, positions)
             return loaded
         if efficient_attention is not None or max_positions is not None:
-            if not getattr(config, "efficient_attention", None):
-                raise ValueError(f"{pretrained_model_name_or_path} has experts; convert it with hf_efficient.convert.")
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is already converted, to {config.efficient_attention}; revert it before "
-                "converting it to something else."
-            )
+            raise ValueError(_already(name, config))
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        experts = tuple(f"{name}." for name in expert_layers(model))
-        missing = sorted(k for k in info["missing_keys"] if f".{CHILD}." in k or (experts and k.startswith(experts)))
-        if missing:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of its efficient attention or experts, e.g. "
-                f"{missing[0]}: the checkpoint is incomplete; convert the original again."
-            )
+        model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        _check_complete(name, model, info["missing_keys"])
         return (model, info) if wants_info else model
+
+
+def _configs_for(
+    name: Any, config: Any, attention: ConfigLike | None, kwargs: dict[str, Any]
+) -> list[EfficientAttentionConfig]:
+    """What an original checkpoint is to be converted to."""
+    if attention is None:
+        raise ValueError(
+            f"{name} is an original {config.model_type} checkpoint: say what to convert it to with "
+            "efficient_attention='longformer' (or a config), or load it with the stock class."
+        )
+    if kwargs.get("attn_implementation") not in (None, IMPLEMENTATION):
+        raise ValueError(
+            f"attn_implementation={kwargs['attn_implementation']!r} contradicts efficient_attention; give one of them."
+        )
+    return attention_configs(attention)
+
+
+def _already(name: Any, config: Any) -> str:
+    if not getattr(config, "efficient_attention", None):
+        return f"{name} has experts; convert it with hf_efficient.convert."
+    return f"{name} is already converted, to {config.efficient_attention}; revert it before converting it to something else."
+
+
+def _check_complete(name: Any, model: Any, missing_keys: list[str]) -> None:
+    experts = tuple(f"{layer}." for layer in expert_layers(model))
+    missing = sorted(k for k in missing_keys if f".{CHILD}." in k or (experts and k.startswith(experts)))
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} tensors of its efficient attention or experts, e.g. {missing[0]}: the "
+            "checkpoint is incomplete; convert the original again."
+        )
 
 
 def stock_heads(model_type: str) -> list[Any]:
