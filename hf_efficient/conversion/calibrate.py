@@ -13,7 +13,7 @@ from hf_efficient.corpus import text_batches
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.dense import _exact_attention
 from hf_efficient.patching.exact import converted_layers, eval_mode, mechanism_of, substituted
-from hf_efficient.patching.names import CHILD
+from hf_efficient.patching.names import MODULE_NAME
 
 # enough for dozens of clusters per head; bounds memory to 2 · TOKENS · H · D numbers per layer
 TOKENS = 8192
@@ -92,7 +92,9 @@ def calibrate(model: Any, batches: Batches) -> dict[str, str]:
     """
     origins: dict[str, str] = {}
     for name, (mechanism, query, key) in _heads(model, batches).items():
-        origins |= {f"{name}.{CHILD}.{tensor}": origin for tensor, origin in mechanism.calibrate(query, key).items()}
+        origins |= {
+            f"{name}.{MODULE_NAME}.{tensor}": origin for tensor, origin in mechanism.calibrate(query, key).items()
+        }
     return origins
 
 

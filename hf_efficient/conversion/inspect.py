@@ -13,7 +13,7 @@ from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
 from hf_efficient.conversion.saving import REPORT_NAME
 from hf_efficient.families import AttentionSite, ModelFamily, Stack, family_of
 from hf_efficient.models.registry import MODELS
-from hf_efficient.patching.names import CHILD
+from hf_efficient.patching.names import MODULE_NAME
 
 EXACT = "full attention"
 
@@ -54,7 +54,7 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
 
 
 def _layer(stack: Stack, site: AttentionSite) -> dict[str, Any]:
-    mechanism: Any = site.module._modules.get(CHILD)
+    mechanism: Any = site.module._modules.get(MODULE_NAME)
     options = {} if mechanism is None else mechanism.config.to_dict()
     return {
         "side": stack.side,

@@ -27,7 +27,7 @@ from hf_efficient.experts.layer import expert_layers
 from hf_efficient.families import HostModel, family_of
 from hf_efficient.models import EfficientModelMixin
 from hf_efficient.patching.install import patch_attention
-from hf_efficient.patching.names import CHILD
+from hf_efficient.patching.names import MODULE_NAME
 from hf_efficient.profiling.environment import versions
 from hf_efficient.profiling.memory import fresh_python
 
@@ -161,7 +161,7 @@ def _copied_tensors(model: Any, source: PreTrainedModel) -> Rung:
             extended.append(name)
         elif not torch.equal(ours[name].cpu(), tensor.cpu()):
             different.append(name)
-    extra = [name for name in ours if name not in theirs and f".{CHILD}." not in name]
+    extra = [name for name in ours if name not in theirs and f".{MODULE_NAME}." not in name]
     detail = {"tensors": len(theirs), "extended": extended, "different": different, "unexplained": extra}
     rule = "every tensor of the source is bit-equal, in each expert; only position tables may be longer"
     return Rung("copied tensors", "failed" if different or extra else "passed", detail, rule)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from hf_efficient.experts.layer import ExpertLayer, ExpertsConfig, expert_layers
 from hf_efficient.families import AttentionSite, HostModel, Stack
 from hf_efficient.patching.hooks import attach, detach, state_of
-from hf_efficient.patching.names import CHILD, IMPLEMENTATION
+from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 
 KEYWORD = "efficient_tokens"
 PART = "experts"
@@ -182,7 +182,7 @@ def _take_tokens(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if rows is not None and tokens is None and rows.segments is not None:
         tokens = torch.ones(rows.segments.shape, device=rows.segments.place.device)
     if rows is not None and tokens is not None:
-        runs = attention._modules[CHILD].pooling.queries
+        runs = attention._modules[MODULE_NAME].pooling.queries
         tokens = rows.means(tokens.unsqueeze(-1).float(), runs).squeeze(-1) > 0
     experts.tokens = tokens
     return args, kwargs

@@ -13,7 +13,7 @@ from hf_efficient.families import HostModel
 from hf_efficient.families.base import POSITION_METHODS
 from hf_efficient.models.registry import CONFIGS, MODELS, is_efficient
 from hf_efficient.patching.install import install, plan, resolve_side, uninstall
-from hf_efficient.patching.names import CHILD, IMPLEMENTATION
+from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 
 
 def stock_class(model: PreTrainedModel) -> Any:
@@ -40,7 +40,7 @@ def shared_parameters(model: PreTrainedModel) -> dict[str, str]:
     owners: dict[int, str] = {}
     ties = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if f".{CHILD}." in name:
+        if f".{MODULE_NAME}." in name:
             owner = owners.setdefault(id(parameter), name)
             if owner != name:
                 ties[name] = owner
@@ -175,5 +175,5 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(old, type(config)):
             replace_config(model, old, config_of_class(old, type(model) if keeps_experts else stock))
     change_class(model, type(model) if keeps_experts else stock, model.config)
-    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if f".{CHILD}." not in k}
+    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if f".{MODULE_NAME}." not in k}
     return model

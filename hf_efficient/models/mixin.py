@@ -15,7 +15,7 @@ from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import PREFIX, HostModel, family_of
 from hf_efficient.models.in_place import convert_in_place, shared_parameters
 from hf_efficient.patching.install import install, plan
-from hf_efficient.patching.names import CHILD, IMPLEMENTATION
+from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 
 LOCATION_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -155,7 +155,7 @@ def _already(name: Any, config: Any) -> str:
 
 def _check_complete(name: Any, model: Any, missing_keys: list[str]) -> None:
     experts = tuple(f"{layer}." for layer in expert_layers(model))
-    missing = sorted(k for k in missing_keys if f".{CHILD}." in k or (experts and k.startswith(experts)))
+    missing = sorted(k for k in missing_keys if f".{MODULE_NAME}." in k or (experts and k.startswith(experts)))
     if missing:
         raise ValueError(
             f"{name} lacks {len(missing)} tensors of its efficient attention or experts, e.g. {missing[0]}: the "

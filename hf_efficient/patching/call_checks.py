@@ -14,7 +14,7 @@ from hf_efficient.families import ModelFamily, Stack
 from hf_efficient.ops.packing import Segments, Steps, position_steps
 from hf_efficient.patching.caches import bounded_cache, prepare_layers
 from hf_efficient.patching.hooks import state_of
-from hf_efficient.patching.names import CHILD, IMPLEMENTATION
+from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 
 # keywords that reach the attention function without being in any forward's signature
 KNOWN_KEYWORDS = {
@@ -33,7 +33,7 @@ class StackInfo:
 
     def __init__(self, family: ModelFamily, stack: Stack):
         config = stack.module.config
-        mechanisms: list[Any] = [m for site in stack.sites if (m := site.module._modules[CHILD]) is not None]
+        mechanisms: list[Any] = [m for site in stack.sites if (m := site.module._modules[MODULE_NAME]) is not None]
         self.parameters = list(inspect.signature(type(stack.module).forward).parameters)[1:]
         self.known = set(self.parameters) | KNOWN_KEYWORDS
         self.warned: set[str] = set()
@@ -44,7 +44,7 @@ class StackInfo:
         self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
         self.has_extra_tokens = any(m.num_extra_tokens(m.config) for m in mechanisms)
         placed: list[Any] = [
-            (site.module.layer_idx, site.module._modules[CHILD]) for site in stack.sites if self.is_causal
+            (site.module.layer_idx, site.module._modules[MODULE_NAME]) for site in stack.sites if self.is_causal
         ]
         self.bounded = {i: m for i, m in placed if m is not None and m.cache_layer() is not None}
 

@@ -24,7 +24,7 @@ from hf_efficient.ops.packing import Segments
 from hf_efficient.ops.padding import first_real_token, shift_rows
 from hf_efficient.ops.pooling import Rows
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.patching.names import CHILD, IMPLEMENTATION
+from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 from hf_efficient.patching.packing import attend_segments
 
 _MISSING = object()
@@ -97,7 +97,7 @@ def efficient_attention_forward(
     Returns:
         (B, N, H, D) and `None`: there are no attention weights to show.
     """
-    mechanism: Any = module._modules.get(CHILD, _MISSING)
+    mechanism: Any = module._modules.get(MODULE_NAME, _MISSING)
     if mechanism is _MISSING:
         raise RuntimeError(
             f"attn_implementation={IMPLEMENTATION!r} was selected, but no mechanism is installed in "

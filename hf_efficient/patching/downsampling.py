@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hf_efficient.families import ModelFamily, Stack
 from hf_efficient.ops.pooling import Pooling, Rows
 from hf_efficient.patching.hooks import attach, detach, state_of
-from hf_efficient.patching.names import CHILD
+from hf_efficient.patching.names import MODULE_NAME
 
 PART = "downsampling"
 FULL_LENGTH = "full_length"
@@ -37,7 +37,7 @@ class _Shortened(NamedTuple):
     def pooling(self) -> Pooling | None:
         """`None` = the layer runs on all tokens: its mechanism is off (`exact_attention`), or is watched."""
         # by name at every call: something else may have been put in the mechanism's place
-        mechanism: Any = self.attention._modules[CHILD]
+        mechanism: Any = self.attention._modules[MODULE_NAME]
         return None if mechanism is None or state_of(mechanism, FULL_LENGTH) else mechanism.pooling
 
 
@@ -55,7 +55,7 @@ class FullLength:
 def install(family: ModelFamily, stack: Stack) -> None:
     """Shorten the layers of the stack whose mechanisms ask for it."""
     for site in stack.sites:
-        mechanism: Any = site.module._modules[CHILD]
+        mechanism: Any = site.module._modules[MODULE_NAME]
         if mechanism is None or mechanism.pooling is None or mechanism.pooling.queries.size == 1:
             continue
         state = _Shortened(site.module, family)

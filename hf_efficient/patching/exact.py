@@ -11,17 +11,17 @@ from torch import nn
 
 from hf_efficient.attention.base.mechanism import EfficientAttention
 from hf_efficient.patching.hooks import without_mechanisms
-from hf_efficient.patching.names import CHILD
+from hf_efficient.patching.names import MODULE_NAME
 
 
 def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{qualified name: self-attention module} of every layer that carries a mechanism, in order of the modules."""
-    return {name: module for name, module in model.named_modules() if module._modules.get(CHILD) is not None}
+    return {name: module for name, module in model.named_modules() if module._modules.get(MODULE_NAME) is not None}
 
 
 def mechanism_of(attention: nn.Module) -> Any:
     """The mechanism in a converted self-attention module (with adapters: the trained copy, in its wrapper)."""
-    return attention._modules[CHILD]
+    return attention._modules[MODULE_NAME]
 
 
 def host_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -53,12 +53,12 @@ def substituted(model: nn.Module, make: Callable[[Any], EfficientAttention | Non
     before = {name: mechanism_of(layer) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            layer._modules[CHILD] = make(before[name])
+            layer._modules[MODULE_NAME] = make(before[name])
         with without_mechanisms(model):
             yield
     finally:
         for name, layer in layers.items():
-            layer._modules[CHILD] = before[name]
+            layer._modules[MODULE_NAME] = before[name]
 
 
 @contextmanager

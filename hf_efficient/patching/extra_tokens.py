@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.families import ModelFamily, Stack
 from hf_efficient.patching.hooks import attach, state_of
-from hf_efficient.patching.names import CHILD
+from hf_efficient.patching.names import MODULE_NAME
 
 PART = "extra_tokens"
 
@@ -48,7 +48,7 @@ class _ExtraTokens:
     def prepend(self, embeddings: Tensor) -> Tensor:
         """(B, g + N, hidden_size) from (B, N, hidden_size)."""
         # by name at every call: adapters may have put a trained copy in the mechanism's place
-        tokens: Any = getattr(self.owner._modules[CHILD], "global_tokens")  # noqa: B009
+        tokens: Any = getattr(self.owner._modules[MODULE_NAME], "global_tokens")  # noqa: B009
         tokens = tokens.to(embeddings.device, embeddings.dtype).expand(embeddings.shape[0], -1, -1)
         return torch.cat([tokens, embeddings], dim=1)
 
@@ -88,7 +88,7 @@ def install(family: ModelFamily, stack: Stack, initialise: bool) -> dict[str, st
     training could not tell apart), as it leaves the embeddings at the first position.
     """
     site = stack.sites[0]
-    mechanism: Any = site.module._modules[CHILD]
+    mechanism: Any = site.module._modules[MODULE_NAME]
     count = 0 if mechanism is None else mechanism.num_extra_tokens(mechanism.config)
     if count == 0:
         return {}
@@ -109,7 +109,7 @@ def install(family: ModelFamily, stack: Stack, initialise: bool) -> dict[str, st
         attach(stack.module.get_submodule(family.embeddings_module), PART, state, after=_leave_embeddings)
         attach(stack.module.get_submodule(family.layers_module or ""), PART, state, after=_leave_layers)
     origin = "means of disjoint sets of word embeddings" if initialise else "random"
-    return {f"{site.name}.{CHILD}.global_tokens": origin}
+    return {f"{site.name}.{MODULE_NAME}.global_tokens": origin}
 
 
 def _mean_words(family: ModelFamily, stack: Stack, count: int) -> Tensor:

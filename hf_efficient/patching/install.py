@@ -12,7 +12,7 @@ from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.families import AttentionSite, HostModel, ModelFamily, Stack
 from hf_efficient.patching import call_checks, downsampling, extra_tokens
 from hf_efficient.patching.hooks import attach, detach, state_of
-from hf_efficient.patching.names import CHILD, IMPLEMENTATION
+from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 
 
 def is_installed(model: nn.Module) -> bool:
@@ -122,13 +122,13 @@ def _install_in_stack(
         mechanism = None
         if site.name in chosen:
             mechanism, origin = _make_mechanism(family, stack, site, chosen[site.name], initialise)
-            origins |= {f"{site.name}.{CHILD}.{name}": text for name, text in origin.items()}
+            origins |= {f"{site.name}.{MODULE_NAME}.{name}": text for name, text in origin.items()}
             _share_parameters(mechanism, shared)
             if mechanism.needs_hidden_states:
                 attach(site.module, call_checks.PART, before=call_checks.pass_hidden_states)
-        site.module.register_module(CHILD, mechanism)
+        site.module.register_module(MODULE_NAME, mechanism)
     for module in stack.cross_attention:
-        module.register_module(CHILD, None)
+        module.register_module(MODULE_NAME, None)
     family.swap_in(stack)
     attach(stack.module, call_checks.PART, call_checks.StackInfo(family, stack), before=call_checks.check_call)
     origins |= extra_tokens.install(family, stack, initialise)
@@ -170,7 +170,7 @@ def uninstall(host: HostModel, attn_implementation: str = "sdpa") -> None:
     for stack in host.stacks:
         host.family.swap_out(stack)
         for module in [site.module for site in stack.sites] + stack.cross_attention:
-            module._modules.pop(CHILD, None)
+            module._modules.pop(MODULE_NAME, None)
     detach(host.model, call_checks.PART, extra_tokens.PART, downsampling.PART)
     for config in _configs_of(host.model):
         config._attn_implementation = attn_implementation

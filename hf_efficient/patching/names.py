@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 IMPLEMENTATION = "hf_efficient"
-CHILD = "efficient"
+MODULE_NAME = "efficient"

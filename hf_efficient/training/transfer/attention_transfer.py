@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from hf_efficient.patching.exact import Teacher, converted_layers, eval_mode, mechanism_of
-from hf_efficient.patching.names import CHILD
+from hf_efficient.patching.names import MODULE_NAME
 from hf_efficient.training.transfer.layer_errors import LayerCall, is_mechanism, watch
 from hf_efficient.training.transfer.losses import END_TO_END, LOCAL, end_to_end, layer_loss_parts, quotient
 
@@ -197,8 +197,8 @@ class AttentionTransfer:
         self._cleanup.callback(torch.set_grad_enabled, self._learns)
         torch.set_grad_enabled(False)
         for layer, mechanism in self._resting:
-            self._cleanup.callback(layer._modules.__setitem__, CHILD, mechanism)
-            layer._modules[CHILD] = None
+            self._cleanup.callback(layer._modules.__setitem__, MODULE_NAME, mechanism)
+            layer._modules[MODULE_NAME] = None
 
     def _finish(self, model: Any, args: tuple[Any, ...], output: Any) -> TransferOutput | None:
         if self._asks_teacher:
@@ -281,7 +281,7 @@ def trainable(model: Any, what: str) -> int:
 def _projections(model: Any, name: str, attention: nn.Module) -> Iterator[nn.Parameter]:
     """Query, key, value and output projections of one attention layer."""
     for child, module in attention.named_children():
-        if child not in (CHILD, "relative_attention_bias"):
+        if child not in (MODULE_NAME, "relative_attention_bias"):
             yield from module.parameters()
     # BERT and its relatives keep the output projection beside the module that mixes
     output = getattr(model.get_submodule(name.rpartition(".")[0]), "output", None)

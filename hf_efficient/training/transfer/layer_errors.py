@@ -16,7 +16,7 @@ from hf_efficient.ops.dense import _exact_attention
 from hf_efficient.patching.dispatch import aligned_call
 from hf_efficient.patching.downsampling import FullLength
 from hf_efficient.patching.exact import converted_layers, eval_mode, mechanism_of
-from hf_efficient.patching.names import CHILD
+from hf_efficient.patching.names import MODULE_NAME
 from hf_efficient.training.transfer.losses import relative_parts
 
 
@@ -85,7 +85,7 @@ def _call(
 
 def is_mechanism(name: str) -> bool:
     """Whether a module of this qualified name is (part of) a mechanism."""
-    return CHILD in name.split(".")
+    return MODULE_NAME in name.split(".")
 
 
 @torch.no_grad()
