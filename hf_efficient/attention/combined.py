@@ -18,7 +18,7 @@ from hf_efficient.attention.base import (
     list_mechanisms,
     register_mechanism,
 )
-from hf_efficient.attention.base.pattern import OF_THE_WHOLE, PatternAttention, PatternAttentionConfig
+from hf_efficient.attention.base.pattern import SHARED_OPTIONS, PatternAttention, PatternAttentionConfig
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead
 
@@ -58,7 +58,7 @@ class CombinedAttentionConfig(PatternAttentionConfig):
         self._require("heads", fits or self.heads is None, f"None, or {len(parts)} integers ≥ 1, one per pattern")
 
     def to_dict(self) -> dict[str, Any]:
-        plain = [{k: v for k, v in part.to_dict().items() if k not in OF_THE_WHOLE} for part in self.patterns]
+        plain = [{k: v for k, v in part.to_dict().items() if k not in SHARED_OPTIONS} for part in self.patterns]
         return super().to_dict() | {"patterns": plain}
 
     def places(self, geometry: AttentionGeometry) -> Iterator[tuple[PatternAttentionConfig, AttentionGeometry]]:
@@ -90,7 +90,7 @@ def _part(given: Any, number: int) -> PatternAttentionConfig:
             f"combined, pattern {number}: what {config.mechanism} shows a query is no matter of positions alone; the "
             f"mechanisms that are patterns: {', '.join(kinds)}."
         )
-    for name, default in OF_THE_WHOLE.items():
+    for name, default in SHARED_OPTIONS.items():
         if getattr(config, name) != default:
             raise ValueError(
                 f"combined, pattern {number}: {name}={getattr(config, name)!r} of {config.mechanism} belongs to the whole: "

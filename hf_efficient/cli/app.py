@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_efficient.attention.base.pattern import OF_THE_WHOLE
+from hf_efficient.attention.base.pattern import SHARED_OPTIONS
 from hf_efficient.attention.base.registry import describe, list_mechanisms
 from hf_efficient.cli.common import Checkpoint, Json, Out, Overwrite, _emit, _require_free, _require_source, _running
 from hf_efficient.cli.options import as_text, chosen_configs, read_texts, refuse_strays, with_mechanism_options
@@ -257,7 +257,7 @@ def show(
     with _running():
         if mechanism in list_mechanisms():
             require_drawable(mechanism)
-        refuse_strays([mechanism, *context.args], mechanism, "show", ("MECHANISM",), OF_THE_WHOLE)
+        refuse_strays([mechanism, *context.args], mechanism, "show", ("MECHANISM",), SHARED_OPTIONS)
         configs = chosen_configs(mechanism, None, given, option or [])
         picture = draw(
             configs, length=length, is_causal=causal, num_heads=num_heads, layer=layer, num_layers=num_layers
@@ -272,7 +272,7 @@ def show(
 
 
 app.command("show", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    with_mechanism_options(show, drawable_mechanisms(), OF_THE_WHOLE)
+    with_mechanism_options(show, drawable_mechanisms(), SHARED_OPTIONS)
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
-from hf_efficient.attention.base.pattern import OF_THE_WHOLE
+from hf_efficient.attention.base.pattern import SHARED_OPTIONS
 from hf_efficient.patterns.kinds import Columns, Rows
 from hf_efficient.patterns.pattern import Pattern, parts_of
 from hf_efficient.patterns.random_blocks import BigBirdBlocks
@@ -60,7 +60,7 @@ def _described(config: EfficientAttentionConfig) -> str:
             return (" + " if isinstance(value[0], EfficientAttentionConfig) else " ").join(map(plain, value))
         return _described(value) if isinstance(value, EfficientAttentionConfig) else str(value)
 
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in OF_THE_WHOLE}
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in SHARED_OPTIONS}
     options = ", ".join(f"{name} {plain(value)}" for name, value in values.items() if value is not None)
     return f"{config.mechanism} ({options})"
 

@@ -19,7 +19,7 @@ from hf_efficient.ops.decoding import rows_attention
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead
 
-OF_THE_WHOLE: dict[str, Any] = {"layers": None, "side": None, "implementation": "auto"}
+SHARED_OPTIONS: dict[str, Any] = {"layers": None, "side": None, "implementation": "auto"}
 """What a pattern inside a combination leaves to the combination."""
 
 
@@ -49,13 +49,13 @@ class PatternAttentionConfig(EfficientAttentionConfig):
         """
         if not isinstance(other, EfficientAttentionConfig):
             return NotImplemented
-        mine, theirs = ({n: getattr(c, n, default) for n, default in OF_THE_WHOLE.items()} for c in (self, other))
+        mine, theirs = ({n: getattr(c, n, default) for n, default in SHARED_OPTIONS.items()} for c in (self, other))
         if mine != theirs:
             raise ValueError(
                 f"{self.mechanism} | {other.mechanism}: {mine} and {theirs} differ; give both the same, or none."
             )
         bare = (
-            dataclasses.replace(c, **{n: v for n, v in OF_THE_WHOLE.items() if hasattr(c, n)}) for c in (self, other)
+            dataclasses.replace(c, **{n: v for n, v in SHARED_OPTIONS.items() if hasattr(c, n)}) for c in (self, other)
         )
         both = attention_config("combined", patterns=tuple(bare), **mine)
         assert isinstance(both, PatternAttentionConfig)
