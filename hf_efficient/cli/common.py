@@ -7,7 +7,8 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,53 +19,71 @@ from hf_efficient.cli.options import as_text
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT, if there is one.")]
 Checkpoint = Annotated[str, typer.Argument(help="Hub id or folder of a checkpoint.")]
+Converted = Annotated[str, typer.Argument(help="Folder or Hub id of a converted checkpoint.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
-
-
-# ---- what all commands share -------------------------------------------------------------------------------------
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
+Option = Annotated[list[str] | None, typer.Option(help="NAME=VALUE, for any option of the mechanism.")]
+Texts = Annotated[
+    Path | None,
+    typer.Option(help=".txt with one text per line, or .jsonl.", show_default="English text that is always at hand"),
+]
+is_quiet = ContextVar("is_quiet", default=False)
 
 
 @contextmanager
-def _running() -> Iterator[None]:
+def running() -> Iterator[None]:
     """Errors become one message on stderr and exit code 1; stdout stays free for the result."""
 
     def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
         typer.echo(f"warning: {message}", err=True)
 
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-        warnings.showwarning = show
-        try:
-            yield
-        except (ValueError, OSError, ImportError) as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from None
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
+            warnings.showwarning = show
+            stream = nowhere if is_quiet.get() else sys.stderr
+            with redirect_stdout(stream), redirect_stderr(stream):
+                yield
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
-def _emit(document: Any, as_json: bool, title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """The result on stdout: as one JSON document or as a table."""
+def emit(document: Any, as_json: bool, title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """The result on stdout: one JSON document, or a table; a paragraph for each row where a table would break words."""
     if as_json:
         typer.echo(json.dumps(document, indent=2, default=str))
         return
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Table
 
+    # in a file or a pipe there is no window to fit into
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+    console = Console(markup=False, highlight=False, emoji=False, width=width)
+    texts = [[as_text(value) for value in row] for row in rows]
+    longest = [max(map(len, " ".join(column).split()), default=0) for column in zip(columns, *texts, strict=True)]
+    if sum(longest) + 3 * len(columns) + 1 > console.width:
+        console.print(title)
+        for first, *others in texts:
+            console.print(first)
+            for column, text in zip(columns[1:], others, strict=True):
+                console.print(Padding(f"{column}: {text}", (0, 0, 0, 4)))
+        return
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*map(as_text, row))
-    # in a file or a pipe there is no window to fit into
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
-    Console(markup=False, highlight=False, emoji=False, width=width).print(table)
+    for row in texts:
+        table.add_row(*row)
+    console.print(table)
 
 
-def _require_source(name: str) -> None:
+def require_source(name: str) -> None:
     """A mistyped folder is refused before the Hub is asked for a repository of that name."""
     if (name.startswith((".", "~", os.sep)) or name.count("/") > 1) and not Path(name).exists():
         raise FileNotFoundError(f"{name} does not exist.")
 
 
-def _require_free(out: Path, overwrite: bool, source: str) -> None:
+def require_free(out: Path, overwrite: bool, source: str) -> None:
     """Refuse what saving would refuse, before minutes of work; and never replace the source itself."""
     from hf_efficient.conversion.saving import require_free
 

@@ -9,13 +9,15 @@ import types
 import typing
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
-from hf_efficient.attention.base.registry import attention_config, attention_configs, get_mechanism, list_mechanisms
+if TYPE_CHECKING:
+    from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 
+GIVEN = "hf_efficient.mechanism_options"
 WORDS: dict[Any, dict[str, Any]] = {types.NoneType: {"none": None}, bool: {"true": True, "false": False}}
 
 
@@ -28,7 +30,7 @@ def parse_option(config_class: type[EfficientAttentionConfig], name: str, text: 
     known = [field.name for field in dataclasses.fields(config_class)]
     if name not in known:
         raise ValueError(
-            f"{config_class.mechanism} has no option {_flag(name)}; its options are {', '.join(map(_flag, known))}."
+            f"{config_class.mechanism} has no option {flag(name)}; its options are {', '.join(map(flag, known))}."
         )
     hint = typing.get_type_hints(config_class)[name]
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -42,7 +44,7 @@ def parse_option(config_class: type[EfficientAttentionConfig], name: str, text: 
     names = " or ".join(
         getattr(kind, "__name__", str(kind)) if kind is not types.NoneType else "none" for kind in kinds
     )
-    raise ValueError(f"{_flag(name)} {text!r} can't be read: {config_class.mechanism} wants {names} there.")
+    raise ValueError(f"{flag(name)} {text!r} can't be read: {config_class.mechanism} wants {names} there.")
 
 
 def _parse(kind: Any, text: str) -> Any:
@@ -75,7 +77,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
@@ -83,6 +85,13 @@ def chosen_configs(
     attention: str | None, config: Path | None, given: dict[str, str | None], extra: list[str]
 ) -> list[EfficientAttentionConfig]:
     """The configs that the options of `convert` describe."""
+    from hf_efficient.attention.base.registry import (
+        attention_config,
+        attention_configs,
+        get_mechanism,
+        list_mechanisms,
+    )
+
     options = {name: text for name, text in given.items() if text is not None}
     for pair in extra:
         name, equals, text = pair.partition("=")
@@ -90,14 +99,14 @@ def chosen_configs(
             raise ValueError(f"--option {pair!r} can't be read; write --option NAME=VALUE.")
         name = name.strip().replace("-", "_")
         if name in options:
-            raise ValueError(f"{_flag(name)} is given twice.")
+            raise ValueError(f"{flag(name)} is given twice.")
         options[name] = text
     if (attention is None) == (config is None):
         raise ValueError(f"give either --attention (one of {', '.join(list_mechanisms())}) or --config FILE.json.")
     if attention is not None and attention.lstrip()[:1] in ("{", "["):
         if options:
             raise ValueError(
-                f"{', '.join(map(_flag, options))}: options go into the JSON of --attention, not beside it."
+                f"{', '.join(map(flag, options))}: options go into the JSON of --attention, not beside it."
             )
         return attention_configs(attention)
     if attention is not None:
@@ -107,7 +116,7 @@ def chosen_configs(
         return [attention_config(attention, **values, layers=None if layers is None else parse_layers(layers))]
     assert config is not None
     if options:
-        raise ValueError(f"{', '.join(map(_flag, options))}: options go into {config}, not beside --config.")
+        raise ValueError(f"{', '.join(map(flag, options))}: options go into {config}, not beside --config.")
     try:
         return attention_configs(json.loads(config.read_text()))
     except (ValueError, TypeError) as error:
@@ -126,44 +135,65 @@ def refuse_strays(
     Raises:
         ValueError: there are some, or more arguments than the `command` takes.
     """
+    from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
+
     for word in words:
         if word.startswith("-"):
             names = [attention] if attention in list_mechanisms() else list_mechanisms()
             fields = {field.name for name in names for field in dataclasses.fields(get_mechanism(name).Config)}
-            known = map(_flag, fields.difference(without))
+            known = map(flag, fields.difference(without))
             owner = attention if attention in list_mechanisms() else "all mechanisms together"
             raise ValueError(f"no option {word}; the options of {owner} are {', '.join(sorted(known))}.")
     if len(words) > len(takes):
         raise ValueError(f"unexpected argument {words[len(takes)]!r}; {command} takes {' and '.join(takes)}.")
 
 
-def with_mechanism_options(
-    command: Any, mechanisms: Collection[str] | None = None, without: Collection[str] = ()
-) -> Any:
-    """Give `command` one option per config field of the mechanisms (default: all), in place of its `**given`."""
-    signature = inspect.signature(command, eval_str=True)
-    fixed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    owners: dict[str, list[str]] = {}
-    for mechanism in list_mechanisms() if mechanisms is None else mechanisms:
-        for field in dataclasses.fields(get_mechanism(mechanism).Config):
-            default = "required" if field.default is dataclasses.MISSING else as_text(field.default)
-            owners.setdefault(field.name, []).append(f"{mechanism}: {default}")
-    # a field with the name of one of the command's own options stays reachable through --option
-    for name in sorted(set(owners).difference(without, (parameter.name for parameter in fixed))):
-        info = typer.Option(
-            _flag(name),
-            help="; ".join(owners[name]),
-            metavar="VALUE",
-            show_default=False,
-            rich_help_panel="Options of mechanisms, with their defaults",
+class MechanismCommand(TyperCommand):
+    """A command with one option per config field of its mechanisms; what was given is in `context.meta[GIVEN]`.
+
+    The fields are looked up when the command is called, since mechanisms import torch.
+    """
+
+    def offered(self) -> tuple[Collection[str], Collection[str]]:
+        """The mechanisms, and the fields of theirs that are no options here."""
+        from hf_efficient.attention.base.registry import list_mechanisms
+
+        return list_mechanisms(), ()
+
+    def mechanism_options(self) -> list[Any]:
+        """Typer's parameters for the fields, but for those with the name of an option of the command itself."""
+        from hf_efficient.attention.base.registry import get_mechanism
+
+        mechanisms, without = self.offered()
+        fields = {field.name for name in mechanisms for field in dataclasses.fields(get_mechanism(name).Config)}
+        names = sorted(fields.difference(without, (parameter.name for parameter in self.params)))
+
+        def probe(**given: str | None) -> None: ...
+
+        probe.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[str | None, typer.Option(flag(name), metavar="VALUE", hidden=True)],
+                )
+                for name in names
+            ]
         )
-        fixed.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, info]
-            )
-        )
-    command.__signature__ = signature.replace(parameters=fixed)
-    return command
+        app = typer.Typer(add_completion=False)
+        app.command()(probe)
+        return list(typer.main.get_command(app).params)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        if GIVEN not in ctx.meta:
+            ctx.meta[GIVEN] = self.mechanism_options()
+        return [*super().get_params(ctx), *ctx.meta[GIVEN]]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        ctx.meta[GIVEN] = {option.name: ctx.params.pop(option.name) for option in ctx.meta[GIVEN]}
+        return rest
 
 
 def read_texts(path: Path) -> list[str]:

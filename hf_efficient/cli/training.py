@@ -1,7 +1,4 @@
-"""`hf-efficient card` and `hf-efficient distill`: thin layers over checkpoint_card and training.distill.
-
-What all commands share is imported from `cli` when one runs: `cli` itself imports this file.
-"""
+"""`hf-efficient card` and `hf-efficient distill`."""
 
 from __future__ import annotations
 
@@ -15,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_efficient.cli.common import Json, Texts, emit, running
 from hf_efficient.cli.options import as_text, read_texts
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of a checkpoint.")]
 
 
@@ -31,26 +28,19 @@ def card(
     as_json: Json = False,
 ) -> None:
     """Write the model card of a checkpoint from what was recorded: conversion, fidelity, runs. Nothing is measured."""
-    from hf_efficient.cli.common import _emit, _running
-
-    with _running():
-        _require_folder(checkpoint)
+    with running():
+        require_folder(checkpoint)
         from hf_efficient.cards.checkpoint import write_card
 
         document = write_card(checkpoint, out, results, overwrite)
     rows = [[name, value] for name, value in document["metadata"].items() if name != "model-index"]
-    _emit(document, as_json, f"{checkpoint} → {document['out']}", ["front matter", "value"], rows)
+    emit(document, as_json, f"{checkpoint} → {document['out']}", ["front matter", "value"], rows)
 
 
 def distill(
     checkpoint: Folder,
     out: Annotated[Path, typer.Argument(help="Folder to write: model, result.json, stages.")],
-    texts: Annotated[
-        Path | None,
-        typer.Option(
-            help=".txt with one text per line, or .jsonl.", show_default="English text that is always at hand"
-        ),
-    ] = None,
+    texts: Texts = None,
     steps: Annotated[int, typer.Option(help="Steps layer by layer.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 2,
     length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
@@ -63,8 +53,6 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Teach a converted checkpoint's mechanisms what full attention does; the result is OUT/model."""
-    from hf_efficient.cli.common import _emit, _running
-
     settings = dict(
         steps=steps,
         batch_size=batch_size,
@@ -74,20 +62,20 @@ def distill(
         train=train,
         seed=seed,
     )
-    with _running():
-        _require_folder(checkpoint)
+    with running():
+        require_folder(checkpoint)
         if resume and overwrite:
             raise ValueError("--resume goes on with the run in OUT and --overwrite replaces it; give one of them.")
         if not resume and not overwrite and out.exists() and any(out.iterdir()):
             raise FileExistsError(f"{out} is not empty: choose another folder, or give --resume or --overwrite.")
         with _room_for_a_run(checkpoint, out, overwrite):
             document = _distill(checkpoint, out, texts, resume, settings)
-    _emit(document, as_json, f"{checkpoint} → {out / 'model'}: relative error by layer", *_layer_rows(document))
+    emit(document, as_json, f"{checkpoint} → {out / 'model'}: relative error by layer", *_layer_rows(document))
     if not as_json:
-        _emit(document, False, "closeness to full attention on held-out text", *_fidelity_rows(document))
+        emit(document, False, "closeness to full attention on held-out text", *_fidelity_rows(document))
 
 
-def _require_folder(checkpoint: Path) -> None:
+def require_folder(checkpoint: Path) -> None:
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint} is no folder; give that of a checkpoint.")
 

@@ -1,21 +1,18 @@
-"""`hf-efficient upcycle`: a thin layer over upcycling.
-
-What all commands share is imported from `cli` when one runs: `cli` itself imports this file.
-"""
+"""`hf-efficient upcycle`."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hf_efficient.cli.common import Json, Out, Overwrite, Revision, emit, require_free, require_source, running
 from hf_efficient.cli.options import parse_layers
 
 
 def upcycle(
     source: Annotated[str, typer.Argument(help="Hub id or folder of a checkpoint, converted or not.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    out: Out,
     num_experts: Annotated[int, typer.Option(help="Copies of the feed-forward part in each sparse layer.")] = 8,
     top_k: Annotated[int, typer.Option(help="Experts of a token: 1 or 2.")] = 1,
     capacity_factor: Annotated[
@@ -31,18 +28,14 @@ def upcycle(
     ] = 1e-2,
     router_z_loss_coef: Annotated[float, typer.Option(help="Weight of the z-loss in the training loss.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of the routers' start.")] = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT, if there is one.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Turn feed-forward layers into sparse experts, each a copy, and write the checkpoint with a report to OUT."""
-    from hf_efficient.cli.common import _emit, _require_free, _require_source, _running
-
-    with _running():
-        _require_source(source)
-        _require_free(out, overwrite, source)
+    with running():
+        require_source(source)
+        require_free(out, overwrite, source)
         from hf_efficient.conversion.upcycle import upcycle as upcycle_checkpoint
 
         result = upcycle_checkpoint(
@@ -65,4 +58,4 @@ def upcycle(
         ["outputs differ by", f"{report.difference:.1e} of the largest (at most {report.tolerance:.0e})"],
     ]
     document = {"out": str(out), "counts": report.counts(), **report.to_dict()}
-    _emit(document, as_json, f"{source} → {out} ({report.model_class})", ["what", "value"], rows)
+    emit(document, as_json, f"{source} → {out} ({report.model_class})", ["what", "value"], rows)

@@ -20,7 +20,7 @@ from transformers import AutoModelForMaskedLM
 
 import hf_efficient as he
 from hf_efficient.cards.checkpoint import NOT_MEASURED, NOT_RECORDED, STAGES, checkpoint_card, write_card
-from hf_efficient.cli.app import _record
+from hf_efficient.cli.verify import record_fidelity
 from hf_efficient.conversion.loading import load_converted
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
@@ -396,7 +396,7 @@ def test_card_of_experts_alone(sparse):
 def test_card_of_verified_experts(sparse):
     rungs = [rung("fidelity", embedding_cosine=0.98765), rung("exact limit", relative_difference=0.5)]
     settings = {"efficient_attention": [], "texts": 61}
-    _record(sparse, {"passed": True, "rungs": rungs, "settings": settings, "versions": {"torch": "9.8.7"}})
+    record_fidelity(sparse, {"passed": True, "rungs": rungs, "settings": settings, "versions": {"torch": "9.8.7"}})
     text = str(checkpoint_card(sparse))
     assert "| figure | upcycled |" in text and "| embedding cosine | 0.9877 |" in text and "the rule of exact" in text
     assert "mean of values" not in text and "torch 9.8.7" in text

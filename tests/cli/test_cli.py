@@ -18,6 +18,7 @@ from command_line import document, error, run
 from tiny import SPECIALS, converted, save_source, tiny_tokenizer, words
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.main import get_command
+from typer.testing import CliRunner
 
 import hf_efficient as he
 from hf_efficient.benchmarks.suites import SUITES
@@ -25,6 +26,7 @@ from hf_efficient.cli.app import app
 from hf_efficient.cli.options import as_text, parse_layers, parse_option, read_texts
 from hf_efficient.conversion.loading import load_converted, load_stock
 from hf_efficient.evaluation.verify import FidelityReport, Rung
+from hf_efficient.profiling.memory import fresh_python
 
 FAMILIES = sorted(SPECIALS)
 
@@ -100,7 +102,7 @@ def test_convert_names_random_tensors(sources, tmp_path):
 @pytest.mark.parametrize("name", he.list_mechanisms())
 def test_every_option_of_every_mechanism_has_its_name(name):
     command = get_command(app).commands["convert"]  # type: ignore[attr-defined]
-    flags = {flag for parameter in command.params for flag in parameter.opts}
+    flags = {flag for parameter in (*command.params, *command.mechanism_options()) for flag in parameter.opts}
     own = {"attention", "config", "max_positions", "positions", "revision", "option", "overwrite", "as_json"}
     fields = [field.name for field in dataclasses.fields(he.get_mechanism(name).Config)]
     missing = [field for field in fields if "--" + field.replace("_", "-") not in flags]
@@ -530,4 +532,37 @@ def test_help_names_commands_and_options():
     shown = run("bench", "--help").stdout
     assert all(re.search(rf"\b{suite}\b", shown) for suite in SUITES)
     shown = run("convert", "--help").stdout
-    assert "--attention-window" in shown and "longformer: 512" in shown
+    assert "--attention" in shown and "--attention-window" not in shown
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in run("list", "longformer").stdout.splitlines()]
+    row = next(row for row in rows if row[:1] == ["--attention-window"])
+    assert row[2] == "512" and "in tokens" in row[3]
+    assert document("list", "longformer") == next(c for c in document("list") if c["mechanism"] == "longformer")
+    assert "unknown mechanism 'flash'" in error("list", "flash")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_help_and_version_import_no_torch(arguments):
+    program = (
+        "import atexit, sys, hf_efficient_command as program\n"
+        "sys.argv[0] = 'hf-efficient'\n"
+        "atexit.register(lambda: print([m for m in ('torch', 'transformers') if m in sys.modules]))\n"
+        "program.main()"
+    )
+    done = fresh_python("-c", program, *arguments)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    assert "hf-efficient" in done.stdout
+
+
+def test_quiet_leaves_the_result_and_errors(sources, tmp_path):
+    out = converted(tmp_path / "out", "bert")
+    (out / "conversion_report.json").unlink()
+    result = run("--quiet", "verify", out, sources["bert"], "--max-length", 32)
+    assert result.stderr == "" and "passed" in result.stdout.splitlines()[0]
+    assert "does not exist" in run("--quiet", "inspect", tmp_path / "none", code=1).stderr
+
+
+def test_a_narrow_window_breaks_no_words():
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["list"]).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    for card in document("list"):
+        assert all(word in shown.split() or f"{word};" in shown.split() for word in card["exact_when"].split())

@@ -377,8 +377,8 @@ def test_command_errors(arguments, message, tmp_path, monkeypatch):
 
 
 def test_every_option_of_every_pattern_has_its_name():
-    parameters = get_command(app).commands["show"].params  # type: ignore[attr-defined]
-    flags = {flag for parameter in parameters for flag in parameter.opts}
+    command = get_command(app).commands["show"]  # type: ignore[attr-defined]
+    flags = {flag for parameter in (*command.params, *command.mechanism_options()) for flag in parameter.opts}
     own = set(inspect.signature(he.show).parameters)
     for name in drawable_mechanisms():
         fields = {field.name for field in dataclasses.fields(he.get_mechanism(name).Config)}

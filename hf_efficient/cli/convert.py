@@ -1,0 +1,117 @@
+"""`hf-efficient convert` and `hf-efficient revert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_efficient.cli.common import (
+    Checkpoint,
+    Converted,
+    Json,
+    Option,
+    Out,
+    Overwrite,
+    Revision,
+    emit,
+    require_free,
+    require_source,
+    running,
+)
+from hf_efficient.cli.options import GIVEN, chosen_configs, read_texts, refuse_strays
+
+if TYPE_CHECKING:
+    from hf_efficient.conversion.convert import ConversionReport
+
+
+def convert(
+    context: typer.Context,
+    source: Checkpoint,
+    out: Out,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Mechanism, see hf-efficient list, or its JSON. Its options, see hf-efficient list NAME, are options here."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file with a mechanism or, for a hybrid, a list; instead of --attention.")
+    ] = None,
+    max_positions: Annotated[
+        int | None, typer.Option(help="Longest input of the result, in tokens.", show_default="the source's")
+    ] = None,
+    positions: Annotated[str, typer.Option(help="How to lengthen the position table: tile or interpolate.")] = "tile",
+    layers: Annotated[str | None, typer.Option(help="0,1,2 or 0-5.", show_default="all")] = None,
+    side: Annotated[
+        str | None, typer.Option(help="encoder, decoder or both.", show_default="the encoder, if there is one")
+    ] = None,
+    revision: Revision = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Texts for mechanisms that start from data: .txt with one per line, .jsonl, or corpus, English text that "
+            "is always at hand.",
+            show_default="a start without data",
+        ),
+    ] = None,
+    option: Option = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a pretrained checkpoint and write it, with its tokenizer and a report, to OUT."""
+    with running():
+        refuse_strays([source, str(out), *context.args], attention)
+        configs = chosen_configs(
+            attention, config, {"layers": layers, "side": side} | context.meta[GIVEN], option or []
+        )
+        require_source(source)
+        require_free(out, overwrite, source)
+        from hf_efficient.conversion.convert import convert as convert_checkpoint
+
+        places: dict[str, Any] = dict(max_positions=max_positions, positions=positions, revision=revision)
+        result = convert_checkpoint(source, configs, **places, calibration=_calibration_texts(calibration))
+        result.save(out, overwrite)
+        report = result.report
+    document = {"out": str(out), "counts": report.counts(), **report.to_dict()}
+    title, header = f"{source} → {out} ({report.model_class})", ["tensors", "number", "which"]
+    emit(document, as_json, title, header, _tensor_rows(report))
+
+
+def _calibration_texts(given: str | None) -> list[str] | None:
+    if given is None:
+        return None
+    from hf_efficient.corpus import offline_texts
+
+    return offline_texts("train") if given == "corpus" else read_texts(Path(given))
+
+
+def _tensor_rows(report: ConversionReport) -> list[list[Any]]:
+    """Status, number and names of the tensors of a conversion report."""
+    named: dict[str, list[str]] = {status: [] for status in report.counts()}
+    for name, tensor in report.tensors.items():
+        # copied tensors need no explanation, initialised ones only a word on where their values came from
+        entry = {"copied": "bit for bit", "initialised": tensor["from"]}.get(tensor["status"], name)
+        if entry not in named[tensor["status"]]:
+            named[tensor["status"]].append(entry)
+    rows: list[list[Any]] = [[status, report.counts()[status], "\n".join(named[status])] for status in named]
+    if report.ignored:
+        rows.append(["not used", len(report.ignored), "\n".join(report.ignored)])
+    return rows
+
+
+def revert(
+    converted: Converted,
+    out: Out,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write the original checkpoint back: bit for bit, unless it was trained since."""
+    with running():
+        require_source(converted)
+        require_free(out, overwrite, converted)
+        from hf_efficient.conversion.revert import revert_checkpoint
+
+        document = revert_checkpoint(converted, out, overwrite)
+    emit(document, as_json, f"{converted} → {out}", ["what", "value"], [list(item) for item in document.items()])

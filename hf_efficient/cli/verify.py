@@ -1,0 +1,71 @@
+"""`hf-efficient verify`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_efficient.cli.common import Converted, Json, Texts, emit, require_source, running
+from hf_efficient.cli.options import as_text, read_texts
+
+
+def verify(
+    converted: Converted,
+    source: Annotated[str, typer.Argument(help="Hub id or folder of the checkpoint it came from.")],
+    texts: Texts = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per text.", show_default="the source's")] = None,
+    speed: Annotated[
+        str | None, typer.Option(help="Lengths at which to measure speed and memory, e.g. 512,1024.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Climb the proof ladder; exit code 1 if a rung fails. The figures go into CONVERTED's report."""
+    with running():
+        for name in (converted, source):
+            require_source(name)
+        try:
+            lengths = [int(length) for length in speed.split(",")] if speed else []
+        except ValueError:
+            raise ValueError(f"--speed {speed!r} can't be read; write lengths as 512,1024.") from None
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"--max-length {max_length} leaves no text; give at least 2.")
+        from hf_efficient.corpus import offline_texts
+        from hf_efficient.evaluation.verify import verify as climb
+
+        documents = offline_texts() if texts is None else read_texts(texts)
+        report = climb(
+            converted,
+            source,
+            documents,
+            max_length=max_length,
+            speed_lengths=lengths,
+            progress=sys.stderr.isatty(),
+        )
+        if Path(converted).is_dir():
+            record_fidelity(Path(converted), report.to_dict())
+    rows = [
+        [rung.status, f"{rung.name}: {rung.rule}", "\n".join(f"{k}: {as_text(v)}" for k, v in rung.detail.items())]
+        for rung in report.rungs
+    ]
+    title = f"{converted} beside {source}: {'passed' if report.passed else 'FAILED'}"
+    emit(report.to_dict(), as_json, title, ["outcome", "rung", "figures"], rows)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def record_fidelity(folder: Path, fidelity: dict[str, Any]) -> None:
+    """Put the figures into the checkpoint's report, whole or not at all."""
+    from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME
+    from hf_efficient.profiling.json_files import write_json
+
+    # experts alone have no conversion behind them
+    path = next((folder / name for name in (REPORT_NAME, UPCYCLING_NAME) if (folder / name).is_file()), None)
+    if path is None:
+        warnings.warn(f"{folder / REPORT_NAME} does not exist, so the figures are not recorded.", stacklevel=2)
+        return
+    write_json(path, json.loads(path.read_text()) | {"fidelity": fidelity})
