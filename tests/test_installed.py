@@ -1,42 +1,40 @@
-"""What users install: a wheel holds the whole package and works outside the repository."""
+"""What users install: a wheel in a fresh environment, whose program works outside the repository."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+from paths import ROOT
+from tiny import save_source, words
 
-REPOSITORY = Path(__file__).parents[1]
-USE = """
-import sys, torch
 import hf_efficient as he
-from hf_efficient.testing import inputs_for, tiny_model
-from transformers import AutoModelForMaskedLM
 
-target, out = sys.argv[1:]
-assert he.__file__.startswith(target), he.__file__
-names = he.list_mechanisms()
-print("MECHANISMS", *names)
-assert all(he.describe(name)["paper"] for name in names)
-source = tiny_model("bert")
-result = he.convert(source, "longformer", attention_window=8, max_positions=256)
-result.save(out)
-loaded = AutoModelForMaskedLM.from_pretrained(out)
-inputs = inputs_for(loaded, length=200)
-with torch.no_grad():
-    assert torch.equal(loaded(**inputs).logits, result.model(**inputs).logits)
-assert all(module.__file__.startswith(target) for name, module in sys.modules.items() if name.startswith("hf_efficient"))
+pytestmark = pytest.mark.slow
+
+# of each process that the environment starts: the modules that it took from the checkout
+WITNESS = """
+import atexit, json, sys
+
+def written():
+    files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
+    strange = [file for file in files if file.startswith({root!r}) and not file.startswith({libraries!r})]
+    with open({log!r}, "a") as log:
+        print(json.dumps([sys.argv[1:], strange]), file=log)
+
+atexit.register(written)
 """
 
 
-def pip(*arguments: str | Path) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def python(*arguments: str | Path) -> None:
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -45,39 +43,59 @@ def wheel(tmp_path_factory) -> Path:
     # built from a copy, since setuptools leaves build folders beside what it builds
     folder = tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(REPOSITORY / "hf_efficient", folder / "project" / "hf_efficient", ignore=ignored)
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
-        if (REPOSITORY / name).is_file():
-            shutil.copy(REPOSITORY / name, folder / "project")
-    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, folder / "project")
+    shutil.copytree(ROOT / "hf_efficient", folder / "project" / "hf_efficient", ignore=ignored)
+    for name in ("hf_efficient_command.py", "setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, folder / "project")
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir")
+    python("-m", "pip", "--disable-pip-version-check", "wheel", *options, folder, folder / "project")
     (path,) = folder.glob("*.whl")
     return path
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory) -> Path:
+    """A fresh environment with the wheel installed, and the dependencies of this one within its reach."""
+    folder = tmp_path_factory.mktemp("environment")
+    python("-m", "venv", "--without-pip", folder)
+    options = ("--no-deps", "--no-index", "--disable-pip-version-check")
+    python("-m", "pip", "--python", folder / "bin" / "python", "install", *options, wheel)
+    (site,) = folder.glob("lib/python*/site-packages")
+    libraries = sysconfig.get_path("purelib")
+    # a path named in a .pth file lends its packages, but not what its own .pth files point to: no editable installation
+    (site / "dependencies.pth").write_text(libraries + "\n")
+    log = str(folder / "processes.jsonl")
+    (site / "sitecustomize.py").write_text(WITNESS.format(root=str(ROOT), libraries=libraries, log=log))
+    return folder
+
+
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    package = REPOSITORY / "hf_efficient"
-    expected = {
-        str(path.relative_to(REPOSITORY))
-        for path in package.rglob("*")
-        if path.is_file() and (path.suffix == ".py" or path.name == "py.typed")
-    }
-    assert names == expected
+    files = [path for path in (ROOT / "hf_efficient").rglob("*") if path.suffix == ".py" or path.name == "py.typed"]
+    assert names == {str(path.relative_to(ROOT)) for path in files} | {"hf_efficient_command.py"}
     assert "hf_efficient/py.typed" in names
 
 
-@pytest.mark.slow
-def test_installed_wheel_works_outside_the_repository(wheel, tmp_path):
-    import hf_efficient as he
+def test_installed_program_works_outside_the_repository(environment, tmp_path):
+    source, out = save_source(tmp_path / "source", "bert"), tmp_path / "out"
+    (tmp_path / "texts.txt").write_text("\n".join(words(40, seed) for seed in range(3)) + "\n")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
-    target = tmp_path / "site"
-    pip("install", "--no-deps", "--no-index", "--target", target, wheel)
-    environment = os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", USE, str(target), str(tmp_path / "out")],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    listed = next(line for line in done.stdout.splitlines() if line.startswith("MECHANISMS")).split()[1:]
-    assert listed == he.list_mechanisms()
+    def run(*arguments: str | Path) -> str:
+        command = [environment / "bin" / "hf-efficient", *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "convert" in run("--help")
+    assert [card["mechanism"] for card in json.loads(run("list", "--json"))] == he.list_mechanisms()
+    sizes = ("--attention-window", "8", "--max-positions", "256")
+    report = json.loads(run("convert", source, out, "--attention", "longformer", *sizes, "--json"))
+    assert report["counts"]["extended"] == 1
+    assert json.loads(run("verify", out, source, "--texts", "texts.txt", "--max-length", "32", "--json"))["passed"]
+    assert "longformer" in run("card", out) and "longformer" in (out / "README.md").read_text()
+    assert "all 12 heads" in run("show", "local", "--attention-window", "64")
+    lines = (environment / "processes.jsonl").read_text().splitlines()
+    processes = [json.loads(line) for line in lines]
+    # six commands, and the process of its own in which verify loads the checkpoint
+    assert len(processes) >= 7
+    assert [strange for _, strange in processes if strange] == []

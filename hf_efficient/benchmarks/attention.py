@@ -1,7 +1,7 @@
 """Time and memory of the attention alone, against full attention and transformers' own efficient classes.
 
     hf-efficient bench attention --out model_cards/results/attention.json
-    python -m hf_efficient.benchmark_attention model_cards/results/attention.json     # draws attention.png beside it
+    python -m hf_efficient.benchmarks.attention model_cards/results/attention.json     # draws attention.png beside it
 
 All contenders of one place run in turn, round by round, so that ratios compare neighbours in time. On a GPU, times come from
 CUDA events and memory from the allocator; on the CPU, memory is the growth of a process made for one call.

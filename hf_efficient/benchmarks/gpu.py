@@ -2,7 +2,9 @@
 beside flash-linear-attention's, one JSON.
 
     hf-efficient bench gpu --out gpu.json
-    PYTHONPATH=. python -m hf_efficient.benchmark_gpu gpu.json 540    # in a clone, with nothing installed; seconds
+    PYTHONPATH=. python -m hf_efficient.benchmarks.gpu gpu.json 540    # with nothing installed; seconds
+
+Either runs at the root of a checkout, for the sake of the tests.
 
 Tests and the compilation of kernels share the GPU and run in many processes at once; times are taken afterwards, alone.
 """
@@ -34,9 +36,8 @@ from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.memory import fresh_python
 from hf_efficient.profiling.timing import attempt, timed
 
-TESTS = tuple(
-    Path(__file__).parents[2] / "tests" / "kernels" / name for name in ("test_gpu.py", "test_kernels_gpu.py")
-)
+# in the current folder, which therefore has to be a checkout
+TESTS = (Path("tests/kernels/test_gpu.py"), Path("tests/kernels/test_kernels_gpu.py"))
 SHARD = "HF_EFFICIENT_SHARD"
 OUTCOME = re.compile(r"^(\S+\.py::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 REASON = re.compile(r"^(?:FAILED|ERROR) (\S+\.py::.*)$", re.MULTILINE)
@@ -311,18 +312,22 @@ def gpu_suite(
         stages, target: what is measured, by default on the GPU; on other devices for trying this suite out.
 
     Raises:
-        ValueError: there is no CUDA device.
+        ValueError: there is no CUDA device, or the tests are not there.
     """
     if target.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             "the gpu suite needs a CUDA device, and this PyTorch sees none; run it where torch.cuda.is_available(), or "
             "use hf-efficient bench attention, which measures on the CPU too."
         )
+    if missing := [str(path) for path in tests if not path.exists()]:
+        raise ValueError(
+            f"the gpu suite runs {' and '.join(missing)}, which an installed package does not bring: run it at the root of "
+            "a checkout of the repository, or use hf-efficient bench attention, which needs none."
+        )
     start = time.monotonic()
     stages = cuda_stages() if stages is None else stages
     workers = workers or max(2, (os.cpu_count() or 4) - 2)
-    present = [path for path in tests if path.exists()]
-    results, compiled = prepare(present, compile_jobs(stages), workers, start + TEST_SHARE * budget)
+    results, compiled = prepare(tests, compile_jobs(stages), workers, start + TEST_SHARE * budget)
     prepared = time.monotonic()
     bits: Any
     try:
@@ -334,7 +339,7 @@ def gpu_suite(
     rows = attention["results"]
     return {
         "suite": "gpu",
-        "settings": {"budget_seconds": budget, "seed": 0, "tests": [path.name for path in present]},
+        "settings": {"budget_seconds": budget, "seed": 0, "tests": [path.name for path in tests]},
         "seconds": {"tests and compilation": prepared - start, "all": time.monotonic() - start},
         "tests": results,
         "compiled": compiled,

@@ -331,6 +331,12 @@ def test_gpu_suite_refuses_without_cuda():
         suites.SUITES["gpu"]()
 
 
+def test_gpu_suite_says_that_it_needs_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"tests/kernels/test_gpu.py.*at the root of a checkout"):
+        benchmark_gpu.gpu_suite(target=point(128))
+
+
 TESTS = """
 import pytest
 pytestmark = pytest.mark.gpu
