@@ -13,7 +13,7 @@ from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionCon
 from hf_efficient.attention.base.segment import CHUNK, Far, SegmentAttention, SegmentAttentionConfig, pieces
 from hf_efficient.cache.segments import SegmentLayer
 from hf_efficient.ops import compression as ops
-from hf_efficient.ops.compression import DILATION, MemorySlots, Span
+from hf_efficient.ops.compression import DILATION, CompressedMemory, Span
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.padding import shift_rows
 from hf_efficient.ops.pooled_keys import log_count
@@ -138,7 +138,7 @@ class CompressiveAttention(SegmentAttention):
     def _needs_queries(self) -> bool:
         return self.config.compression == "most_used" or self._learns
 
-    def _slots(self, span: Span, scaling: float) -> MemorySlots:
+    def _slots(self, span: Span, scaling: float) -> CompressedMemory:
         """Slots of the blocks of `span`, through whose keys backward meets the reconstruction loss where there is one."""
         config = self.config
         key, value = (x.detach() if config.stop_gradient else x for x in (span.key, span.value))
@@ -156,17 +156,17 @@ class CompressiveAttention(SegmentAttention):
             keys = ops.with_loss(keys, loss, config.reconstruction_weight)
         number = torch.arange(keys.shape[2], device=key.device) + span.first[:, None] * self._per_block
         tokens = index + (span.first * config.segment_length - config.memory_length)[:, None, None, None]
-        return MemorySlots(keys, values, real, tokens, number)
+        return CompressedMemory(keys, values, real, tokens, number)
 
-    def _far(self, slots: MemorySlots, rows: Tensor, context: AttentionContext) -> Far:
+    def _far(self, slots: CompressedMemory, rows: Tensor, context: AttentionContext) -> Far:
         """The `slots` as queries at (B or 1, N) `rows` see them."""
         limit = (rows // self.config.segment_length * self._per_block)[:, None, :, None]
         number = slots.number[:, None, None]
-        visible = slots.there.any(-1)[:, :, None] & (number < limit)
+        visible = slots.token_mask.any(-1)[:, :, None] & (number < limit)
         visible = visible & (number >= limit - self.config.compressed_memory_length)
-        logits = log_count(slots.there.sum(-1))[:, :, None].masked_fill(~visible, float("-inf"))
+        logits = log_count(slots.token_mask.sum(-1))[:, :, None].masked_fill(~visible, float("-inf"))
         if context.relative_bias is not None:
-            logits = logits + ops.mean_slot_bias(context.relative_bias, slots, rows)
+            logits = logits + ops.mean_bias(context.relative_bias, slots, rows)
         return Far(slots.keys, slots.values, logits.to(slots.keys.dtype))
 
     def _far_of_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Any:
@@ -192,7 +192,8 @@ class CompressiveAttention(SegmentAttention):
             low = max(0, last * per_block - self.config.compressed_memory_length)
             keys, values = (torch.cat(pieces(part, low, per_block, last), dim=2) for part in parts)
             here = slice(low, last * per_block)
-            seen = MemorySlots(keys, values, slots.there[:, :, here], slots.tokens[:, :, here], slots.number[:, here])
+            mask, tokens = slots.token_mask[:, :, here], slots.tokens[:, :, here]
+            seen = CompressedMemory(keys, values, mask, tokens, slots.number[:, here])
             return self._far(seen, u * size + torch.arange(count, device=key.device)[None], context)
 
         return far_of
@@ -211,13 +212,13 @@ class CompressiveAttention(SegmentAttention):
         if layer is not None and layer.dropped is not None:
             self._append(layer, slots, span.there & local(layer.dropped, 1))
         if before is not None:
-            slots = ops.joined_slots(before, slots)
+            slots = before.followed_by(slots)
         return lambda rows: self._far(self._in_reach(slots, rows), rows, context)
 
-    def _in_reach(self, slots: MemorySlots, rows: Tensor) -> MemorySlots:
+    def _in_reach(self, slots: CompressedMemory, rows: Tensor) -> CompressedMemory:
         """The `slots` that a whole chunk of queries at (B or 1, N) `rows` may see; of fewer queries all are looked at."""
         size, most = self.config.segment_length, self.config.compressed_memory_length
-        reach = slots.there.any(-1).any(1) & (slots.number < rows[:, -1:] // size * self._per_block)
+        reach = slots.token_mask.any(-1).any(1) & (slots.number < rows[:, -1:] // size * self._per_block)
         count = most + ((CHUNK - 1) // size + 1) * self._per_block
         return slots if rows.shape[1] < CHUNK or reach.shape[1] <= count else slots.last(reach, count)
 
@@ -238,7 +239,7 @@ class CompressiveAttention(SegmentAttention):
         known = torch.arange(there.shape[1], device=there.device) >= unknown
         return ops.cut(query, 2, -unknown, there.shape[1]), there & known
 
-    def _append(self, layer: SegmentLayer, slots: MemorySlots, dropped: Tensor) -> None:
+    def _append(self, layer: SegmentLayer, slots: CompressedMemory, dropped: Tensor) -> None:
         """Keep what the cache forgot, (B, L) bool `dropped` real tokens: always whole blocks."""
         gone = dropped.unflatten(1, (-1, self.config.segment_length)).any(-1).repeat_interleave(self._per_block, dim=1)
-        layer.append(slots.expanded(gone.shape[0]), gone, self.config.compressed_memory_length)
+        layer.append(slots.expanded(gone.shape[0]), gone[..., None], self.config.compressed_memory_length)

@@ -20,7 +20,7 @@ from hf_efficient.attention.base import (
 from hf_efficient.cache.pooled import CompressedLayer
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.windows import ExtraKeys
-from hf_efficient.ops.compression import CompressedMemory, joined, mean_bias
+from hf_efficient.ops.compression import CompressedMemory, mean_bias
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.padding import first_real_token, shift_rows
 from hf_efficient.ops.pooled_keys import in_slots, log_count, strided_convolution
@@ -133,12 +133,13 @@ class MemoryCompressedAttention(EfficientAttention):
         n, block = key.shape[2], self.config.block_size
         there = key.new_ones(key.shape[0], n, dtype=torch.bool) if keep is None else keep
         slots = self._slots(key, value, there, 0)
-        own, other = torch.arange(n, device=key.device)[:, None] // block, slots.first[:1] // block
+        own = torch.arange(n, device=key.device)[:, None] // block
+        other = slots.number[:1] // (block // self.config.compression_rate)
         visible = other < own if context.is_causal else other != own
-        bias = log_count(slots.there.sum(-1))[:, None, None]
+        bias = log_count(slots.token_mask.sum(-1))[:, :, None]
         if context.relative_bias is not None:
-            bias = bias + slot_bias(context.relative_bias, slots.there, n)
-        extra = ExtraKeys(slots.keys, slots.values, visible & slots.there.any(-1)[:, None], bias)
+            bias = bias + slot_bias(context.relative_bias, slots.token_mask[:, 0], n)
+        extra = ExtraKeys(slots.keys, slots.values, visible & slots.token_mask.any(-1), bias)
         out = block_sparse_attention(
             query,
             key,
@@ -158,8 +159,10 @@ class MemoryCompressedAttention(EfficientAttention):
         rate = self.config.compression_rate
         keys = strided_convolution(key, there, self.key_convolution)
         values = strided_convolution(value, there, self.value_convolution)
-        place = rate * torch.arange(keys.shape[2], device=key.device) + first
-        return CompressedMemory(keys, values, in_slots(there, rate), place.expand(key.shape[0], -1))
+        mask = in_slots(there, rate)[:, None]
+        tokens = torch.arange(keys.shape[2] * rate, device=key.device).unflatten(0, (-1, rate))
+        tokens = (tokens + first).expand(mask.shape)
+        return CompressedMemory(keys, values, mask, tokens, tokens[:, 0, :, 0] // rate)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         """New queries over the slots of the cache and the keys that it kept, whose complete blocks are seen as slots."""
@@ -174,14 +177,14 @@ class MemoryCompressedAttention(EfficientAttention):
         key, value = (shift_rows(x, shift, 2) for x in (key, value))
         there = shift_rows(exists if keep is None else exists & keep, shift, 1)
         first = (positions.expand(batch, -1).gather(1, shift[:, None]) - start[:, None]).clamp(min=0)
-        slots = self._slots(key, value, there, first)
+        slots = self._slots(key, value, there, first[..., None, None])
         layer = context.recurrent
         before = layer.state if isinstance(layer, CompressedLayer) else None
         if isinstance(layer, CompressedLayer) and layer.dropped is not None:
             layer.append(slots, in_slots(shift_rows(layer.dropped, shift, 1), self.config.compression_rate))
-        slots = slots if before is None else joined(before, slots)
+        slots = slots if before is None else before.followed_by(slots)
         new = torch.arange(query.shape[2], device=key.device) + context.query_offset
-        rows = (new - start[:, None]).expand(batch, -1)[..., None]
+        rows = (new - start[:, None]).expand(batch, -1)
         tokens = (first + torch.arange(key.shape[2], device=key.device))[:, None]
         keys, values = (torch.cat(pair, dim=2) for pair in ((slots.keys, key), (slots.values, value)))
         outputs = []
@@ -196,14 +199,16 @@ class MemoryCompressedAttention(EfficientAttention):
         return torch.cat(outputs, dim=2)
 
     def _logits(
-        self, row: Tensor, token: Tensor, there: Tensor, slots: CompressedMemory, bias: RelativeBias | None
+        self, rows: Tensor, token: Tensor, there: Tensor, slots: CompressedMemory, bias: RelativeBias | None
     ) -> Tensor:
-        """(B, 1 or H, N, G + S) what is added to the logits of slots and of keys (B, 1, S) at queries (B, N, 1)."""
-        block = self.config.block_size
+        """(B, 1 or H, N, G + S) what is added to the logits of slots and of keys (B, 1, S) at queries (B, N)."""
+        block, row = self.config.block_size, rows[..., None]
         near = there[:, None] & (token // block == row // block) & (token <= row)
-        far = slots.there.any(-1)[:, None] & (slots.first[:, None] // block < row // block)
-        counts = log_count(slots.there.sum(-1))[:, None].expand_as(far)
+        far = slots.token_mask.any(-1) & (
+            slots.number[:, None] // (block // self.config.compression_rate) < row // block
+        )
+        counts = log_count(slots.token_mask.sum(-1)).expand_as(far)
         logits = torch.cat([counts, torch.zeros_like(near)], dim=-1)[:, None]
         if bias is not None:
-            logits = logits + torch.cat([mean_bias(bias, slots, row), bias.at(token - row).transpose(0, 1)], dim=-1)
+            logits = logits + torch.cat([mean_bias(bias, slots, rows), bias.at(token - row).transpose(0, 1)], dim=-1)
         return logits.masked_fill(~torch.cat([far, near], dim=-1)[:, None], float("-inf"))

@@ -5,19 +5,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_efficient.cache.recurrent import RecurrentLayer
-from hf_efficient.ops.compression import CompressedMemory, compacted, joined
-from hf_efficient.ops.padding import real_length
+from hf_efficient.ops.compression import CompressedMemory
 
 
 class CompressedLayer(RecurrentLayer):
-    """Cache layer that keeps the keys of the last blocks, and of all before them their slots."""
+    """Cache layer that keeps the keys of the last blocks, and pooled keys of all before them."""
 
     state: CompressedMemory | None  # type: ignore[assignment]
 
-    def append(self, slots: CompressedMemory, dropped: Tensor) -> None:
-        """Keep those `slots` whose tokens the last `update` forgot: (B, G, c) bool `dropped`."""
-        there = slots.there & dropped
-        count = int(real_length(there.any(-1)).max())
-        keys, values = (x.detach()[:, :, :count] for x in slots[:2])
-        new = CompressedMemory(keys, values, there[:, :count], slots.first[:, :count])
-        self.state = compacted(new if self.state is None else joined(self.state, new))
+    def append(self, memory: CompressedMemory, dropped: Tensor, most: int | None = None) -> None:
+        """Keep those pooled keys whose tokens the last `update` forgot, and of all in each row the newest `most`.
+
+        Args:
+            dropped: (B, G, 1 or c) bool.
+        """
+        memory = memory._replace(token_mask=memory.token_mask & dropped[:, None])
+        memory = CompressedMemory(*(x.detach() for x in memory))
+        if self.state is not None:
+            memory = self.state.followed_by(memory)
+        exists = memory.token_mask.any(-1).any(1)
+        count = int(exists.sum(-1).max())
+        self.state = memory.last(exists, count if most is None else min(most, count))

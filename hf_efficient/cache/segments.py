@@ -7,11 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_efficient.cache.recurrent import RecurrentLayer
-from hf_efficient.ops.compression import MemorySlots, joined_slots
+from hf_efficient.cache.pooled import CompressedLayer
+from hf_efficient.ops.compression import CompressedMemory
+
+_MEMORY_NAMES = ("slots.keys", "slots.values", "slots.there", "slots.tokens", "slots.number")
+"""Names of the fields of a `CompressedMemory` in the files of training runs."""
 
 
-class SegmentLayer(RecurrentLayer):
+class SegmentLayer(CompressedLayer):
     """Cache layer of attention in segments: the keys of the last segments, and where a mechanism has them slots before.
 
     It can also be the memory of a training run: `restart` begins new texts in some rows, `rebase` keeps counts small.
@@ -20,24 +23,9 @@ class SegmentLayer(RecurrentLayer):
         queries: (B, H, R, D) of the keys that are kept, where a mechanism asked for them; `None` = it did not.
     """
 
-    state: MemorySlots | None  # type: ignore[assignment]
-
     def _forget(self) -> None:
         super()._forget()
         self.queries: Tensor | None = None
-
-    def append(self, slots: MemorySlots, gone: Tensor, most: int) -> None:
-        """Keep those `slots` whose tokens the last `update` forgot, and of all in each row the newest `most`.
-
-        Args:
-            gone: (B, G) bool.
-        """
-        kept = slots._replace(there=slots.there & gone[:, None, :, None])
-        kept = MemorySlots(*(x.detach() for x in kept))
-        if self.state is not None:
-            kept = joined_slots(self.state, kept)
-        exists = kept.there.any(-1).any(1)
-        self.state = kept.last(exists, min(most, int(exists.sum(-1).max())))
 
     def keep_queries(self, query: Tensor) -> Tensor:
         """Append (B, H, N, D) queries of the last `update`; returns those of all keys that it returned."""
@@ -66,7 +54,7 @@ class SegmentLayer(RecurrentLayer):
         self.positions = self.positions.masked_fill(rows[:, None], -1)
         self.row_start = self.row_start.masked_fill(rows, self.seen)
         if self.state is not None:
-            self.state = self.state._replace(there=self.state.there & ~rows[:, None, None, None])
+            self.state = self.state._replace(token_mask=self.state.token_mask & ~rows[:, None, None, None])
 
     def rebase(self, count: int) -> None:
         """Count from token `count` on, before which no row has any that is held."""
@@ -85,7 +73,7 @@ class SegmentLayer(RecurrentLayer):
         """All that is held, to be saved; see `load`."""
         assert self.row_start is not None
         held = {"keys": self.keys, "values": self.values, "positions": self.positions, "queries": self.queries}
-        held |= {} if self.state is None else {f"slots.{name}": x for name, x in self.state._asdict().items()}
+        held |= {} if self.state is None else dict(zip(_MEMORY_NAMES, self.state, strict=True))
         counts = torch.tensor([self.seen, self.pruned_at, self._kept])
         return {name: x for name, x in held.items() if x is not None} | {"row_start": self.row_start, "counts": counts}
 
@@ -95,5 +83,5 @@ class SegmentLayer(RecurrentLayer):
         self.keys, self.values, self.row_start = (tensors[name] for name in ("keys", "values", "row_start"))
         self.positions, self.queries = tensors.get("positions"), tensors.get("queries")
         self.seen, self.pruned_at, self._kept = tensors["counts"].tolist()
-        if "slots.keys" in tensors:
-            self.state = MemorySlots(*(tensors[f"slots.{name}"] for name in MemorySlots._fields))
+        if _MEMORY_NAMES[0] in tensors:
+            self.state = CompressedMemory(*(tensors[name] for name in _MEMORY_NAMES))

@@ -225,44 +225,37 @@ def with_loss(out: Tensor, loss: Tensor, weight: float) -> Tensor:
 
 
 class CompressedMemory(NamedTuple):
-    """Slots, in order of their tokens.
+    """Pooled keys and values that stand for tokens of the past, in order of their tokens.
 
     Attributes:
         keys, values: (B, H, G, D).
-        there: (B, G, c) bool, which of a slot's tokens are real.
-        first: (B, G) index of a slot's first token, counted from its row's first real one.
+        token_mask: (B, 1 or H, G, c) bool, which tokens of a pooled key are real; one without any does not exist.
+        tokens: (B, 1 or H, G, c) index of these tokens, counted from their row's first real one.
+        number: (B, G) index of the pooled key in its row.
     """
 
     keys: Tensor
     values: Tensor
-    there: Tensor
-    first: Tensor
-
-
-class MemorySlots(NamedTuple):
-    """Slots of a compressed memory, in order.
-
-    Attributes:
-        keys, values: (B, H, G, D).
-        there: (B, 1 or H, G, c) bool, which of a slot's tokens are real.
-        tokens: (B, 1 or H, G, c) index of its tokens, counted from their row's first real one.
-        number: (B, G) of the slot in its row.
-    """
-
-    keys: Tensor
-    values: Tensor
-    there: Tensor
+    token_mask: Tensor
     tokens: Tensor
     number: Tensor
 
-    def expanded(self, batch: int) -> MemorySlots:
+    def expanded(self, batch: int) -> CompressedMemory:
         """For each of `batch` rows, also where they are the same."""
-        return MemorySlots(*(x.expand(batch, *x.shape[1:]) for x in self))
+        return CompressedMemory(*(x.expand(batch, *x.shape[1:]) for x in self))
 
-    def last(self, wanted: Tensor, count: int) -> MemorySlots:
-        """`count` slots of each row: the last that are (B, G) `wanted`, in order, behind others where these are fewer."""
+    def followed_by(self, other: CompressedMemory) -> CompressedMemory:
+        """The pooled keys of both, those of `other` last."""
+        pairs = zip(self, other, _AXES, strict=True)
+        return CompressedMemory(*(torch.cat([first, second], dim=dim) for first, second, dim in pairs))
+
+    def last(self, wanted: Tensor, count: int) -> CompressedMemory:
+        """Of each row the last `count` that are (B, G) `wanted`, in order, behind others where these are fewer."""
         order = wanted.int().argsort(dim=1, stable=True)[:, wanted.shape[1] - count :]
-        return MemorySlots(*(_chosen(x, order, dim) for x, dim in zip(self, (2, 2, 2, 2, 1), strict=True)))
+        return CompressedMemory(*(_chosen(x, order, dim) for x, dim in zip(self, _AXES, strict=True)))
+
+
+_AXES = (2, 2, 2, 2, 1)
 
 
 def _chosen(x: Tensor, order: Tensor, dim: int) -> Tensor:
@@ -271,35 +264,8 @@ def _chosen(x: Tensor, order: Tensor, dim: int) -> Tensor:
     return x.gather(dim, index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
 
 
-def joined_slots(one: MemorySlots, other: MemorySlots) -> MemorySlots:
-    """The slots of both, those of `other` behind."""
-    pairs = zip(one, other, (2, 2, 2, 2, 1), strict=True)
-    return MemorySlots(*(torch.cat([first, second], dim=dim) for first, second, dim in pairs))
-
-
-def joined(one: CompressedMemory, other: CompressedMemory) -> CompressedMemory:
-    """The slots of both, those of `other` behind."""
-    keys, values = (torch.cat(pair, dim=2) for pair in zip(one[:2], other[:2], strict=True))
-    return CompressedMemory(keys, values, *(torch.cat(pair, dim=1) for pair in zip(one[2:], other[2:], strict=True)))
-
-
-def compacted(slots: CompressedMemory) -> CompressedMemory:
-    """Without what no row needs: rows that start late have fewer slots, whose places are left empty in front."""
-    exists = slots.there.any(-1)
-    order = exists.int().argsort(dim=1, stable=True)[:, exists.shape[1] - int(exists.sum(-1).max()) :]
-    return CompressedMemory(*(_chosen(x, order, dim) for x, dim in zip(slots, (2, 2, 1, 1), strict=True)))
-
-
-def mean_bias(bias: RelativeBias, slots: CompressedMemory, row: Tensor) -> Tensor:
-    """(B, H, N, G) mean bias of the real tokens of each slot at queries (B, N, 1)."""
-    size = slots.there.shape[-1]
-    token = slots.first[..., None] + torch.arange(size, device=row.device)
-    share = _shares(slots.there, bias)
-    return (bias.at(token[:, None] - row[..., None]) * share[:, None]).sum(-1).transpose(0, 1)
-
-
-def mean_slot_bias(bias: RelativeBias, slots: MemorySlots, rows: Tensor) -> Tensor:
-    """(B or 1, H, N, G) mean bias of the real tokens of each slot at queries (B or 1, N). O(N · G · c) time and memory."""
-    offset = slots.tokens[:, :, None] - rows[:, None, :, None, None]
-    share = _shares(slots.there, bias)
+def mean_bias(bias: RelativeBias, memory: CompressedMemory, rows: Tensor) -> Tensor:
+    """(B or 1, H, N, G) mean bias of the real tokens of each pooled key at (B or 1, N) `rows`. O(N · G · c)."""
+    offset = memory.tokens[:, :, None] - rows[:, None, :, None, None]
+    share = _shares(memory.token_mask, bias)
     return (bias.per_head(offset, 1) * share[:, :, None]).sum(-1)

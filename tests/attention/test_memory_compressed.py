@@ -179,7 +179,7 @@ def test_rows_that_start_at_different_tokens_keep_no_empty_slots():
             )
             cache = step.past_key_values
     for layer in cache.layers:
-        slots = layer.state.there.any(-1)
+        slots = layer.state.token_mask.any(-1)[:, 0]
         assert slots.shape[1] == slots.sum(-1).max() <= length // rate
 
 
