@@ -36,7 +36,7 @@ from hf_efficient.evaluation.fidelity import compare, mean_pool
 from hf_efficient.families import HostModel
 from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.forward import forward_call, random_inputs
-from hf_efficient.profiling.timing import interleaved, ratios
+from hf_efficient.profiling.timing import table_of, timed
 
 # ---- settings ----
 MAX_POSITIONS = 4096
@@ -184,7 +184,7 @@ def show_speed(folder: Path) -> list[dict]:
         for length in tqdm(SPEED_LENGTHS, desc="speed", leave=False):
             inputs = random_inputs(full.config, length)
             calls = {name: forward_call(model, inputs) for name, model in models.items()}
-            rows.append({"length": length, "time": ratios(interleaved(calls, SPEED_REPEATS), "full")})
+            rows.append({"length": length, "time": table_of(timed(calls, SPEED_REPEATS), "full")})
         peaks = peak_memory([(path, row["length"]) for row in rows for path in paths.values()], "memory")
         for index, row in enumerate(rows):
             row["memory"] = dict(zip(paths, peaks[index * len(paths) :], strict=False))

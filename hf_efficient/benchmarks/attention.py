@@ -42,7 +42,7 @@ from hf_efficient.benchmarks.work import ceilings, work_of
 from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.forward import forward_call
 from hf_efficient.profiling.memory import growth_of, peaks
-from hf_efficient.profiling.timing import attempt, cuda_peak, interleaved, ratios, reason_of, speedups, timed
+from hf_efficient.profiling.timing import attempt, cuda_peak, ratios, reason_of, table_of, timed
 
 PRODUCTS = {"forward": 2, "training": 7}
 # query, key, value, output; backward reads them and the output's gradient again, and writes three gradients
@@ -131,7 +131,7 @@ def run_stage(
         except Exception as error:
             reasons[name] = reason_of(error)
     title = f"{stage.kind}, {point.length} tokens, {point.dtype}" if progress else None
-    times, failed = timed(calls, stage.rounds, stage.seconds, point.device, title)
+    times = timed(calls, stage.rounds, stage.seconds, point.device, title, reasons)
     rows = []
     for name, samples in times.items():
         row: dict[str, Any] = {"contender": name, "ours": name not in THEIRS, **place, "rounds": len(samples)}
@@ -147,9 +147,9 @@ def run_stage(
             base = name.split(",")[0]
             row |= _achieved(base, stage, row["seconds"], best)
             against = [n for n in (*DENSE, *SAME.get(base, ())) if n in times]
-            row["faster_than"] = {other: speedups(times[other], samples) for other in against}
+            row["faster_than"] = {other: ratios(times[other], samples) for other in against}
         rows.append(row)
-    return rows, [{"contender": name, **place, "reason": why} for name, why in (reasons | failed).items()]
+    return rows, [{"contender": name, **place, "reason": why} for name, why in reasons.items()]
 
 
 def _achieved(name: str, stage: Stage, seconds: float, best: dict[str, float]) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def over_floor(length: int = 8192, repeats: int = 5, device: str = "cpu") -> dic
     (model, inputs), (other, _) = (wide_model("bert", spec, length, "encoder") for _ in range(2))
     models = {"local": model.to(device), "no attention": without_attention(other).to(device)}
     calls = {name: forward_call(x, inputs) for name, x in models.items()}
-    figures = ratios(interleaved(calls, repeats), "no attention")["local"]
+    figures = table_of(timed(calls, repeats, device=device), "no attention")["local"]
     met = figures["ratio"] <= OVER_FLOOR
     return {"length": length, "layers": 2, "window": WINDOW, **figures, "limit": OVER_FLOOR, "met": met}
 
@@ -324,7 +324,7 @@ def attention_suite(
 # ---- for people --------------------------------------------------------------------------------------------------
 
 
-def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def attention_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Headings and rows: what every contender took, and how many times longer full attention and its rival took."""
     headings = ["contender", "pass", "tokens", "batch, width, dtype", "ms", "slowest", "TFLOP/s", "× floor"]
     headings += ["full, masked ×", "rival ×", "rival"]

@@ -86,7 +86,7 @@ def fidelity_suite(texts: int = 16, length: int = 512, progress: bool = True) ->
     }
 
 
-def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def fidelity_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Headings and rows for people, the control last."""
     results = document["results"]
     named = {(name, options): row for name, settings in results.items() for options, row in settings.items()}

@@ -28,8 +28,7 @@ from typing import Any
 
 import torch
 
-from hf_efficient.benchmarks.attention import Stage, attention_suite, cuda_stages
-from hf_efficient.benchmarks.attention import as_rows as attention_rows
+from hf_efficient.benchmarks.attention import Stage, attention_rows, attention_suite, cuda_stages
 from hf_efficient.benchmarks.baselines import THEIRS, Point, build
 from hf_efficient.ops.linear_attention import linear_attention
 from hf_efficient.profiling.environment import hardware, versions
@@ -285,12 +284,12 @@ def linear_rows(point: Point, features: Sequence[int] = FEATURES, seconds: float
         for kind in ("forward", "training"):
             contenders, missing = linear_contenders(point.device)
             calls = {name: attempt(call, kind, (*logs, value, gradient)) for name, call in contenders.items()}
-            times, failed = timed(calls, 5, seconds, point.device)
+            times = timed(calls, 5, seconds, point.device, failed=missing)
             place = asdict(point) | {"features": count, "pass": kind}
             for name, samples in times.items():
                 row = {"contender": name, **place, "seconds": statistics.median(t.total for t in samples)}
                 rows.append(row | {"reason": ""})
-            for name, reason in (missing | failed).items():
+            for name, reason in missing.items():
                 rows.append({"contender": name, **place, "seconds": None, "reason": reason})
     return rows
 
@@ -362,7 +361,7 @@ def _triton() -> str | None:
     return version
 
 
-def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def gpu_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Headings and rows of the times, with the tests' counts and the target in front."""
     headings, rows = attention_rows(document["attention"])
     facts = {"tests": {k: v for k, v in document["tests"].items() if isinstance(v, int)}}

@@ -16,7 +16,7 @@ from hf_efficient.patching.install import plan
 from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.forward import forward_call, random_inputs
 from hf_efficient.profiling.memory import peaks
-from hf_efficient.profiling.timing import interleaved, ratios
+from hf_efficient.profiling.timing import table_of, timed
 
 BASE_WIDTH = 768
 # options of the encoder benchmark; what transformers' own classes are compared at
@@ -83,9 +83,9 @@ def encoder_suite(lengths: Sequence[int] = (1024, 4096), repeats: int = 5, progr
         ).eval()
         inputs = random_inputs(models["full attention (SDPA)"].config, length)
         calls = {name: forward_call(model, inputs) for name, model in models.items()}
-        seconds = interleaved(calls, repeats, f"{length} tokens" if progress else None)
-        table = ratios(seconds, "full attention (SDPA)")
-        against = ratios(seconds, "transformers LongformerModel, window 512")
+        times = timed(calls, repeats, progress=f"{length} tokens" if progress else None)
+        table = table_of(times, "full attention (SDPA)")
+        against = table_of(times, "transformers LongformerModel, window 512")
         for name, row in table.items():
             row["ratio_to_transformers_longformer"] = against[name]["ratio"]
         results[str(length)] = table
@@ -157,3 +157,19 @@ def memory_suite(lengths: Sequence[int] = (8192, 16384), progress: bool = True) 
         "hardware": hardware(),
         "versions": versions(),
     }
+
+
+def encoder_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and rows for people."""
+    results = document["results"].items()
+    return rounded([{"model": name, "tokens": n} | row for n, table in results for name, row in table.items()])
+
+
+def memory_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and rows for people."""
+    return rounded(document["results"])
+
+
+def rounded(results: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """The names of all values as headings, and rows of the values with three decimals."""
+    return list(results[0]), [[round(v, 3) if isinstance(v, float) else v for v in row.values()] for row in results]

@@ -88,7 +88,7 @@ def recovery_suite(progress: bool = True) -> dict[str, Any]:
     }
 
 
-def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def recovery_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Headings and rows for people: embedding cosine and layer error along the road."""
     rows = []
     for mechanism, runs in document["results"].items():

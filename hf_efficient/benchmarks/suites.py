@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from hf_efficient.benchmarks.models import encoder_suite, memory_suite
+from hf_efficient.benchmarks.attention import attention_rows, attention_suite
+from hf_efficient.benchmarks.content import content_rows, content_suite
+from hf_efficient.benchmarks.fidelity import fidelity_rows, fidelity_suite
+from hf_efficient.benchmarks.gpu import gpu_rows, gpu_suite
+from hf_efficient.benchmarks.linear import linear_rows, linear_suite
+from hf_efficient.benchmarks.models import encoder_rows, encoder_suite, memory_rows, memory_suite
+from hf_efficient.benchmarks.recovery import recovery_rows, recovery_suite
 
-
-def _elsewhere(suite: str) -> Any:
-    """The module of a suite that has one of its own."""
-    return importlib.import_module(f".{suite}", __package__)
-
-
-def _run_elsewhere(suite: str, **options: Any) -> dict[str, Any]:
-    return getattr(_elsewhere(suite), f"{suite}_suite")(**options)
+Document = dict[str, Any]
 
 
-def as_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Headings and rows of a suite's results, for people."""
-    if document["suite"] in OWN_MODULE:
-        return _elsewhere(document["suite"]).as_rows(document)
-    results = document["results"]
-    if document["suite"] == "memory":
-        flat = results
-    else:
-        flat = [{"model": name, "tokens": n} | row for n, table in results.items() for name, row in table.items()]
-    rows = [[round(v, 3) if isinstance(v, float) else v for v in row.values()] for row in flat]
-    return list(flat[0]), rows
+class Suite(NamedTuple):
+    """`run` measures and returns a JSON document; `rows` makes headings and rows of it, for people."""
+
+    run: Callable[..., Document]
+    rows: Callable[[Document], tuple[list[str], list[list[Any]]]]
 
 
-OWN_MODULE = ("attention", "content", "fidelity", "gpu", "linear", "recovery")
-SUITES: dict[str, Callable[..., dict[str, Any]]] = {
-    "encoder": encoder_suite,
-    "memory": memory_suite,
-    **{suite: partial(_run_elsewhere, suite) for suite in OWN_MODULE},
+SUITES = {
+    "encoder": Suite(encoder_suite, encoder_rows),
+    "memory": Suite(memory_suite, memory_rows),
+    "attention": Suite(attention_suite, attention_rows),
+    "content": Suite(content_suite, content_rows),
+    "fidelity": Suite(fidelity_suite, fidelity_rows),
+    "gpu": Suite(gpu_suite, gpu_rows),
+    "linear": Suite(linear_suite, linear_rows),
+    "recovery": Suite(recovery_suite, recovery_rows),
 }

@@ -23,12 +23,12 @@ def bench(
 ) -> None:
     """Measure: time and memory against full attention, or fidelity to it; minutes each."""
     with running():
-        from hf_efficient.benchmarks.suites import SUITES, as_rows
+        from hf_efficient.benchmarks.suites import SUITES
         from hf_efficient.profiling.json_files import write_json
 
         if suite not in SUITES:
             raise ValueError(f"no suite {suite!r}; there are {', '.join(SUITES)}.")
-        document = SUITES[suite]()
+        document = SUITES[suite].run()
         if out is not None:
             write_json(out, document)
-    emit(document, as_json, f"{suite}: {document['hardware']['cpu']}", *as_rows(document))
+    emit(document, as_json, f"{suite}: {document['hardware']['cpu']}", *SUITES[suite].rows(document))

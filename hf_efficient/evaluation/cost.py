@@ -16,7 +16,7 @@ from hf_efficient.families import PREFIX, HostModel
 from hf_efficient.profiling.environment import hardware
 from hf_efficient.profiling.forward import forward_call, random_inputs
 from hf_efficient.profiling.memory import growth_of, peaks
-from hf_efficient.profiling.timing import interleaved, ratios
+from hf_efficient.profiling.timing import table_of, timed
 
 
 def compare_with_full_attention(
@@ -42,7 +42,8 @@ def compare_with_full_attention(
         for length in lengths:
             inputs = random_inputs(full.config, length)
             calls = {"full": forward_call(full, inputs), "efficient": forward_call(model, inputs)}
-            figures = ratios(interleaved(calls, repeats, f"{length} tokens" if progress else None), "full")
+            bar = f"{length} tokens" if progress else None
+            figures = table_of(timed(calls, repeats, device=str(model.device), progress=bar), "full")
             rows.append(
                 {
                     "length": length,
@@ -83,5 +84,5 @@ def _checkpoint_peak(path: str, length: int) -> float:
 
 def _forward_peak(model: Any, inputs: dict[str, torch.Tensor]) -> float:
     # what is made once and kept is no part of a pass
-    forward_call(model, {k: v[:, :16] for k, v in inputs.items()})()
-    return growth_of(forward_call(model, inputs))
+    forward_call(model, {k: v[:, :16] for k, v in inputs.items()})(lambda: None)
+    return growth_of(lambda: forward_call(model, inputs)(lambda: None))

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hf_efficient.profiling.timing import Mark
+
 
 def random_inputs(config: Any, length: int) -> dict[str, torch.Tensor]:
     """One row of random tokens; encoder-decoder models get 16 decoder tokens."""
@@ -17,16 +19,13 @@ def random_inputs(config: Any, length: int) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def forward_call(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+def forward_call(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[Mark], None]:
     """A forward pass without gradients and without a cache, to be timed."""
-
     inputs = {k: v.to(model.device) for k, v in inputs.items()}
     options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
-    def call() -> None:
+    def call(mark: Mark) -> None:
         with torch.no_grad():
             model(**inputs, **options)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
 
     return call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import sys
 import time
@@ -66,40 +67,55 @@ def timed_call(call: Callable[[Mark], None], repeat: int, device: str) -> Times:
 
 
 def timed(
-    calls: dict[str, Callable[[Mark], None]], rounds: int, seconds: float, device: str, progress: str | None = None
-) -> tuple[dict[str, list[Times]], dict[str, str]]:
-    """Times of each call, all in turn, until `rounds` rounds are made or, after the first, `seconds` are used.
+    calls: dict[str, Callable[[Mark], None]],
+    rounds: int,
+    seconds: float = math.inf,
+    device: str = "cpu",
+    progress: str | None = None,
+    failed: dict[str, str] | None = None,
+) -> dict[str, list[Times]]:
+    """Times of each call, all in turn, so that drifting speed hits all alike: after a round that warms up, `rounds` rounds,
+    or fewer once `seconds` are used.
 
-    Returns:
-        times by name, and the reason for every call that failed in the round that warms up.
+    Args:
+        failed: is given the reason for every call that fails in the round that warms up; `None` = its error is raised.
     """
-    repeat, failed = {}, {}
+    repeat = {}
     for name, call in tqdm(calls.items(), desc=progress, disable=progress is None, leave=False, file=sys.stderr):
         try:
             call(lambda: None)
             once = timed_call(call, 1, device).total if device.startswith("cuda") else 1.0
-        except Exception as error:  # a contender that can't run here is a result, not an accident
+        except Exception as error:
+            if failed is None:
+                raise
             failed[name] = reason_of(error)
             continue
         # short kernels many times in a row, or the events measure the launch
         repeat[name] = max(1, min(50, int(0.002 / once)))
     times: dict[str, list[Times]] = {name: [] for name in repeat}
     start = time.perf_counter()
-    for done in range(rounds):
+    for done in tqdm(range(rounds), desc=progress, disable=progress is None, leave=False, file=sys.stderr):
         if done and time.perf_counter() - start > seconds:
             break
         for name, count in repeat.items():
             times[name].append(timed_call(calls[name], count, device))
-    return times, failed
+    return times
 
 
-def speedups(theirs: list[Times], ours: list[Times]) -> dict[str, float]:
-    """How many times longer they take, round by round: median, least and most, and the median by time of all threads."""
-    shares = [a.total / b.total for a, b in zip(theirs, ours, strict=True)]
+def ratios(times: list[Times], baseline: list[Times]) -> dict[str, float]:
+    """`times` ÷ `baseline`, round by round: median, least and most, and on the CPU the median by time of all threads."""
+    shares = [a.total / b.total for a, b in zip(times, baseline, strict=True)]
     figures = {"ratio": statistics.median(shares), "ratio_min": min(shares), "ratio_max": max(shares)}
-    if all(t.cpu for t in ours):
-        figures["cpu_ratio"] = statistics.median(a.cpu / b.cpu for a, b in zip(theirs, ours, strict=True))  # type: ignore[operator]
-    return figures
+    on_cpu = [a.cpu / b.cpu for a, b in zip(times, baseline, strict=True) if a.cpu and b.cpu]
+    return figures | ({"cpu_ratio": statistics.median(on_cpu)} if len(on_cpu) == len(shares) else {})
+
+
+def table_of(times: dict[str, list[Times]], baseline: str) -> dict[str, dict[str, float]]:
+    """Per call: median seconds, and its `ratios` to the call named `baseline`."""
+    return {
+        name: {"seconds": statistics.median(t.total for t in taken), **ratios(taken, times[baseline])}
+        for name, taken in times.items()
+    }
 
 
 def cuda_peak(call: Callable[[Mark], None]) -> float:
@@ -116,31 +132,3 @@ def reason_of(error: Exception) -> str:
     gc.collect()
     torch.cuda.empty_cache()
     return f"{type(error).__name__}: {str(error)[:300]}"
-
-
-def interleaved(
-    calls: dict[str, Callable[[], Any]], repeats: int, progress: str | None = None
-) -> dict[str, list[float]]:
-    """Seconds of each call, all calls in turn, `repeats` times after one warm-up: drifting speed hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in tqdm(range(repeats + 1), desc=progress, disable=progress is None, leave=False, file=sys.stderr):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
-    """Per call: median seconds, and median, minimum and maximum over rounds of its time divided by the baseline's."""
-    table = {}
-    for name, times in seconds.items():
-        shares = [a / b for a, b in zip(times, seconds[baseline], strict=True)]
-        table[name] = {
-            "seconds": statistics.median(times),
-            "ratio": statistics.median(shares),
-            "ratio_min": min(shares),
-            "ratio_max": max(shares),
-        }
-    return table

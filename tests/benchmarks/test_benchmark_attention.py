@@ -196,12 +196,12 @@ def test_crossover_is_where_it_stays_faster(ratios: dict[int, float], expected: 
     assert found[8]["length"] == 512
 
 
-def test_speedups_are_medians_of_ratios_of_one_round():
+def test_ratios_are_medians_of_ratios_of_one_round():
     theirs, ours = (
         [Times(t, t, c) for t, c in pairs] for pairs in ([(8, 9), (2, 2), (30, 30)], [(2, 3), (1, 1), (3, 5)])
     )
-    assert timing.speedups(theirs, ours) == {"ratio": 4, "ratio_min": 2, "ratio_max": 10, "cpu_ratio": 3}
-    assert "cpu_ratio" not in timing.speedups([Times(8, 8, None)], [Times(2, 2, None)])
+    assert timing.ratios(theirs, ours) == {"ratio": 4, "ratio_min": 2, "ratio_max": 10, "cpu_ratio": 3}
+    assert "cpu_ratio" not in timing.ratios([Times(8, 8, None)], [Times(2, 2, None)])
 
 
 def test_timing_takes_turns_splits_at_the_mark_and_keeps_failures():
@@ -217,11 +217,14 @@ def test_timing_takes_turns_splits_at_the_mark_and_keeps_failures():
         raise RuntimeError("no room")
 
     calls = {"slow": slow, "quick": lambda mark: order.append("quick"), "fails": fails}
-    times, failed = timing.timed(calls, 3, 60, "cpu")
+    failed: dict[str, str] = {}
+    times = timing.timed(calls, 3, 60, failed=failed)
     assert order == ["slow", "quick"] * 4 and failed == {"fails": "RuntimeError: no room"}
     assert all(t.total >= 0.024 and 0.004 <= t.forward < t.total - 0.019 for t in times["slow"])
     assert all(t.forward == t.total for t in times["quick"])
-    assert len(timing.timed(calls, 3, 0, "cpu")[0]["slow"]) == 1, "out of time after the first round"
+    assert len(timing.timed(calls, 3, 0, failed=failed)["slow"]) == 1, "out of time after the first round"
+    with pytest.raises(RuntimeError, match="no room"):
+        timing.timed(calls, 3)
 
 
 # ---- the suites --------------------------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ def test_suite_is_json_and_complete(document: dict[str, Any]):
 
 
 def test_suite_is_readable(document: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
-    headings, rows = suites.as_rows(document)
+    headings, rows = suites.SUITES["attention"].rows(document)
     assert len(rows) == len(document["results"]) and {len(row) for row in rows} == {len(headings)}
     benchmark_attention.draw(document, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").stat().st_size > 10_000
@@ -328,7 +331,7 @@ def test_a_deadline_leaves_stages_out_and_names_them():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_gpu_suite_refuses_without_cuda():
     with pytest.raises(ValueError, match=r"needs a CUDA device.*bench attention"):
-        suites.SUITES["gpu"]()
+        suites.SUITES["gpu"].run()
 
 
 def test_gpu_suite_says_that_it_needs_a_checkout(tmp_path, monkeypatch):
@@ -433,7 +436,7 @@ def test_gpu_suite_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
         rate = work.tile_flops(products) / seconds  # type: ignore[operator]
         assert target[kind]["share"] == pytest.approx(rate / benchmark_gpu.PEAK)
     assert json.loads(json.dumps(document))["attention"]["failed"] == []
-    headings, lines = suites.as_rows(document)
+    headings, lines = suites.SUITES["gpu"].rows(document)
     assert {len(line) for line in lines} == {len(headings)} and lines[0][0].startswith("tests: passed 0")
 
 

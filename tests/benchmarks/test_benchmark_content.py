@@ -14,7 +14,7 @@ from hf_efficient.benchmarks.content import DECODERS, ENCODERS, FULL, THEIRS, Tr
 
 
 def test_the_suite_records_every_contender(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    document = suites.SUITES["content"](lengths=(128,), rounds=2, progress=False)
+    document = suites.SUITES["content"].run(lengths=(128,), rounds=2, progress=False)
     expected = {("encoder", name) for name in (FULL, THEIRS, *ENCODERS)}
     expected |= {("decoder", name) for name in (FULL, THEIRS, *DECODERS)}
     for kind in ("forward", "training"):
@@ -24,7 +24,7 @@ def test_the_suite_records_every_contender(monkeypatch: pytest.MonkeyPatch, tmp_
     ratio = ours["faster_than"][THEIRS]
     assert ratio["ratio_min"] <= ratio["ratio"] <= ratio["ratio_max"] and ours["rounds"] == 2
     assert THEIRS not in theirs["faster_than"] and ours["largest_tensor"] > 128 * 64
-    header, rows = suites.as_rows(document)
+    header, rows = suites.SUITES["content"].rows(document)
     assert len(rows) == len(document["results"]) and len(rows[0]) == len(header)
     monkeypatch.setattr(cards, "RESULTS", tmp_path)
     assert cards.content_table("reformer") == "not measured"

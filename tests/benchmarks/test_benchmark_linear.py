@@ -15,14 +15,14 @@ from hf_efficient.profiling.counters import LargestTensor, flops
 
 
 def test_the_suite_records_every_length_and_the_error(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    document = suites.SUITES["linear"](lengths=(64, 130), rounds=2, checked=200, progress=False)
+    document = suites.SUITES["linear"].run(lengths=(64, 130), rounds=2, checked=200, progress=False)
     assert {(row["pass"], row["length"]) for row in document["results"]} == {
         (kind, length) for kind in ("forward", "training") for length in (64, 130)
     }
     for row in document["results"]:
         assert 0 < row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
         assert row["microseconds_per_token"] == pytest.approx(1e6 * row["seconds"] / row["length"])
-    header, rows = suites.as_rows(document)
+    header, rows = suites.SUITES["linear"].rows(document)
     assert len(rows) == 4 and len(rows[0]) == len(header)
     monkeypatch.setattr(cards, "RESULTS", tmp_path)
     assert cards.part("linear") == "not measured"

@@ -131,8 +131,8 @@ def test_speed_rung_measures_both_models():
 
 
 def test_ratios_are_taken_round_by_round():
-    seconds = {"a": [2.0, 4.0, 8.0], "b": [1.0, 4.0, 2.0]}
-    row = timing.ratios(seconds, "b")["a"]
+    times = {"a": [2.0, 4.0, 8.0], "b": [1.0, 4.0, 2.0]}
+    row = timing.table_of({name: [timing.Times(t, t, None) for t in taken] for name, taken in times.items()}, "b")["a"]
     assert row == {"seconds": 4.0, "ratio": 2.0, "ratio_min": 1.0, "ratio_max": 4.0}
 
 
