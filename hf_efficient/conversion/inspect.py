@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel
 
 from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
 from hf_efficient.conversion.saving import REPORT_NAME
-from hf_efficient.families import AttentionSite, ModelFamily, Stack, family_of
+from hf_efficient.families import AttentionLayer, ModelFamily, Stack, family_of
 from hf_efficient.models.registry import MODELS
 from hf_efficient.patching.names import MODULE_NAME
 
@@ -48,17 +48,17 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
         "source": json.loads(report.read_text())["source"] if converted and report.is_file() else None,
         "max_positions": family.max_positions(config),
         "experts": getattr(config, "efficient_experts", None),
-        "layers": [_layer(stack, site) for stack in stacks for site in stack.sites],
+        "layers": [_layer(stack, layer) for stack in stacks for layer in stack.layers],
         "mechanisms": [] if converted else [_fit(n, family, stack) for stack in stacks for n in list_mechanisms()],
     }
 
 
-def _layer(stack: Stack, site: AttentionSite) -> dict[str, Any]:
-    mechanism: Any = site.module._modules.get(MODULE_NAME)
+def _layer(stack: Stack, layer: AttentionLayer) -> dict[str, Any]:
+    mechanism: Any = layer.module._modules.get(MODULE_NAME)
     options = {} if mechanism is None else mechanism.config.to_dict()
     return {
         "side": stack.side,
-        "layer": site.layer,
+        "layer": layer.index,
         "mechanism": options.pop("mechanism", EXACT),
         "options": {key: value for key, value in options.items() if key not in ("layers", "side")},
     }
@@ -69,7 +69,9 @@ def _fit(mechanism: str, family: ModelFamily, stack: Stack) -> dict[str, Any]:
     cls = get_mechanism(mechanism)
     try:
         config = cls.Config()
-        reasons = [reason for site in stack.sites for reason in cls.unsupported(config, family.geometry(stack, site))]
+        reasons = [
+            reason for layer in stack.layers for reason in cls.unsupported(config, family.geometry(stack, layer))
+        ]
     except (TypeError, ValueError) as error:  # an option without a default
         reasons = [str(error)]
     return {

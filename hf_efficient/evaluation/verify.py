@@ -176,7 +176,7 @@ def _exact_limit(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) 
     family = family_of(source)
     for config in attention_configs(model.config.efficient_attention):
         stack = next(s for s in family.stacks(source) if config.side in (None, "both", s.side))
-        setting = config.attention_class.exact_config(config, family.geometry(stack, stack.sites[0]), length)
+        setting = config.attention_class.exact_config(config, family.geometry(stack, stack.layers[0]), length)
         if setting is None:
             why.append(f"{config.mechanism}: exact {config.attention_class.facts.exact_when}")
         else:
@@ -324,4 +324,4 @@ def _tokenizer_of(*places: Any) -> Any:
 
 def _is_causal(model: Any) -> bool:
     family = family_of(model)
-    return any(site.module.is_causal for stack in family.stacks(model) for site in stack.sites)
+    return any(layer.module.is_causal for stack in family.stacks(model) for layer in stack.layers)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_efficient.experts.layer import ExpertLayer, ExpertsConfig, expert_layers
-from hf_efficient.families import AttentionSite, HostModel, Stack
+from hf_efficient.families import AttentionLayer, HostModel, Stack
 from hf_efficient.patching.hooks import attach, detach, state_of
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 
@@ -35,13 +35,13 @@ class _StackState:
     layers: list[ExpertLayer]
 
 
-def sparse_sites(stack: Stack, config: ExpertsConfig) -> list[AttentionSite]:
-    """The attention modules in whose layers the experts go.
+def sparse_layers(stack: Stack, config: ExpertsConfig) -> list[AttentionLayer]:
+    """The self-attention layers whose blocks get experts.
 
     Raises:
         ValueError: layers that do not exist, or none at all.
     """
-    number = len(stack.sites)
+    number = len(stack.layers)
     wanted = range(1, number, 2) if config.layers is None else config.layers
     beyond = [i for i in wanted if i >= number]
     if beyond:
@@ -50,37 +50,37 @@ def sparse_sites(stack: Stack, config: ExpertsConfig) -> list[AttentionSite]:
         raise ValueError(
             f"the {stack.side} has one layer, and every other one from the second on is none: give layers."
         )
-    return [site for site in stack.sites if site.layer in wanted]
+    return [layer for layer in stack.layers if layer.index in wanted]
 
 
 def install_experts(host: HostModel, config: ExpertsConfig) -> None:
     """Put experts into a model in place, each a copy of the layer's feed-forward part.
 
     Raises:
-        ValueError: see `sparse_sites`, a family whose feed-forward parts are not known, or layers that cut them into chunks;
-            the model is unchanged then.
+        ValueError: see `sparse_layers`, a family whose feed-forward parts are not known, or layers that cut them into
+            chunks; the model is unchanged then.
     """
     family, stacks, model = host.family, host.stacks, host.model
     # refuse before anything changes
-    layers = {site.name: stack.layer_around(site) for stack in stacks for site in sparse_sites(stack, config)}
-    names = {name: family.feed_forward_name(layer) for name, layer in layers.items()}
-    if any(getattr(layer, "chunk_size_feed_forward", 0) for layer in layers.values()):
+    blocks = {layer.name: stack.block_around(layer) for stack in stacks for layer in sparse_layers(stack, config)}
+    names = {name: family.feed_forward_name(block) for name, block in blocks.items()}
+    if any(getattr(block, "chunk_size_feed_forward", 0) for block in blocks.values()):
         raise ValueError(
             "chunk_size_feed_forward cuts rows into chunks, each with a capacity of its own; set it to 0."
         )
     generator = torch.Generator().manual_seed(config.seed)
     for stack in stacks:
         state = _StackState(list(inspect.signature(type(stack.module).forward).parameters)[1:], [])
-        for site in stack.sites:
+        for layer in stack.layers:
             experts = None
-            if site.name in layers:
-                layer = layers[site.name]
-                experts = ExpertLayer(config, family.feed_forward(layer), generator)
-                experts.train(layer.training)
-                layer.set_submodule(names[site.name], experts)
-                family.clear_feed_forward(layer)
+            if layer.name in blocks:
+                block = blocks[layer.name]
+                experts = ExpertLayer(config, family.feed_forward(block), generator)
+                experts.train(block.training)
+                block.set_submodule(names[layer.name], experts)
+                family.clear_feed_forward(block)
                 state.layers.append(experts)
-            attach(site.module, PART, experts, before=_take_tokens)
+            attach(layer.module, PART, experts, before=_take_tokens)
         attach(stack.module, PART, state, before=_begin, after=_end)
         if "wo" in (stack.module._keep_in_fp32_modules or ()):
             model._keep_in_fp32_modules = {*(model._keep_in_fp32_modules or ()), IN_FP32}
@@ -110,12 +110,12 @@ def uninstall_experts(host: HostModel) -> None:
                 "checkpoint that was upcycled."
             )
     for stack in host.stacks:
-        for site in stack.sites:
-            experts: ExpertLayer | None = state_of(site.module, PART)
+        for layer in stack.layers:
+            experts: ExpertLayer | None = state_of(layer.module, PART)
             if experts is not None:
-                layer = stack.layer_around(site)
-                host.family.restore_feed_forward(layer, experts.dense(0), stack.module.config)
-                layer.train(layer.training)
+                block = stack.block_around(layer)
+                host.family.restore_feed_forward(block, experts.dense(0), stack.module.config)
+                block.train(block.training)
     _detach(host.model)
 
 

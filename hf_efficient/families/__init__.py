@@ -1,6 +1,6 @@
 """Model families: one file per architecture, found by itself; a relative is one more row in its file."""
 
-from hf_efficient.families.base import AttentionSite, ModelFamily, Stack
+from hf_efficient.families.base import AttentionLayer, ModelFamily, Stack
 from hf_efficient.families.registry import PREFIX, HostModel, efficient_type, families, family_of
 
-__all__ = ["PREFIX", "AttentionSite", "HostModel", "ModelFamily", "Stack", "efficient_type", "families", "family_of"]
+__all__ = ["PREFIX", "AttentionLayer", "HostModel", "ModelFamily", "Stack", "efficient_type", "families", "family_of"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from hf_efficient.ops.relative_bias import RelativeBias
 POSITION_METHODS = ("tile", "interpolate")
 
 
-class AttentionSite(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
     """One self-attention layer: its qualified name in the model, the module and its index in its stack."""
 
     name: str
     module: nn.Module
-    layer: int
+    index: int
 
 
 @dataclass
@@ -33,17 +34,17 @@ class Stack:
     name: str
     module: PreTrainedModel
     side: str
-    sites: list[AttentionSite] = field(default_factory=list)
+    layers: list[AttentionLayer] = field(default_factory=list)
     cross_attention: list[nn.Module] = field(default_factory=list)
 
-    def modules_around(self, site: AttentionSite) -> list[nn.Module]:
+    def modules_around(self, layer: AttentionLayer) -> list[nn.Module]:
         """The modules inside the stack that hold a self-attention module, from the outside in."""
-        path = (site.name.removeprefix(f"{self.name}.") if self.name else site.name).split(".")
+        path = (layer.name.removeprefix(f"{self.name}.") if self.name else layer.name).split(".")
         return [self.module.get_submodule(".".join(path[:end])) for end in range(1, len(path))]
 
-    def layer_around(self, site: AttentionSite) -> nn.Module:
-        """The host's layer, with its feed-forward part, around a self-attention module."""
-        return next(m for m in self.modules_around(site) if isinstance(m, GradientCheckpointingLayer))
+    def block_around(self, layer: AttentionLayer) -> nn.Module:
+        """The host's own layer (self-attention, feed-forward, norms) around a self-attention module."""
+        return next(m for m in self.modules_around(layer) if isinstance(m, GradientCheckpointingLayer))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class ModelFamily:
     # which modules
 
     def stacks(self, model: nn.Module) -> list[Stack]:
-        """All stacks of `model` in order, each with its self-attention sites in order."""
+        """All stacks of `model` in order, each with its self-attention layers in order."""
         stack_class, attention_class = (getattr(self.modeling, n) for n in (self.stack_class, self.attention_class))
         found = [
             Stack(name, module, self.side(module))
@@ -92,7 +93,7 @@ class ModelFamily:
                     stack.cross_attention.append(module)
                 elif isinstance(module, attention_class):
                     full = f"{stack.name}.{name}" if stack.name else name
-                    stack.sites.append(AttentionSite(full, module, len(stack.sites)))
+                    stack.layers.append(AttentionLayer(full, module, len(stack.layers)))
         return found
 
     def is_cross_attention(self, name: str, module: nn.Module) -> bool:
@@ -104,21 +105,21 @@ class ModelFamily:
 
     # what they are like
 
-    def geometry(self, stack: Stack, site: AttentionSite, max_positions: int | None = None) -> AttentionGeometry:
+    def geometry(self, stack: Stack, layer: AttentionLayer, max_positions: int | None = None) -> AttentionGeometry:
         """Where a mechanism would sit; `max_positions` is that of a table which is still to be lengthened."""
         config = stack.module.config
-        heads, width = self.heads(site.module)
-        bias = self.relative_bias(stack, site)
+        heads, width = self.heads(layer.module)
+        bias = self.relative_bias(stack, layer)
         return AttentionGeometry(
             num_heads=heads,
             head_dim=width,
             hidden_size=config.hidden_size,
-            layer=site.layer,
-            num_layers=len(stack.sites),
+            layer=layer.index,
+            num_layers=len(stack.layers),
             side=stack.side,
             is_causal=stack.side == "decoder",
             has_relative_bias=self.has_relative_bias,
-            projection_bias=self.source_attention(site.module).query.bias is not None,
+            projection_bias=self.source_attention(layer.module).query.bias is not None,
             max_positions=max_positions or self.max_positions(config),
             num_relative_buckets=getattr(config, "relative_attention_num_buckets", 0) if self.has_relative_bias else 0,
             relative_bias_reach=0 if bias is None else bias.reach(is_causal=stack.side == "decoder"),
@@ -137,7 +138,7 @@ class ModelFamily:
         )
         return SourceAttention(query, key, value)
 
-    def relative_bias(self, stack: Stack, site: AttentionSite) -> RelativeBias | None:
+    def relative_bias(self, stack: Stack, layer: AttentionLayer) -> RelativeBias | None:
         """The pretrained bias over offsets that enters this layer's logits, read-only; `None` where there is none."""
         return None
 

@@ -14,7 +14,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
-from hf_efficient.families.base import AttentionSite, ModelFamily, Stack, fill_linear
+from hf_efficient.families.base import AttentionLayer, ModelFamily, Stack, fill_linear
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.ops.relative_bias import RelativeBias
 
@@ -97,9 +97,9 @@ class T5Family(ModelFamily):
         query, key, value = (LinearWeights(p.weight.detach(), None) for p in (module.q, module.k, module.v))
         return SourceAttention(query, key, value)
 
-    def relative_bias(self, stack: Stack, site: AttentionSite) -> RelativeBias | None:
+    def relative_bias(self, stack: Stack, layer: AttentionLayer) -> RelativeBias | None:
         # one table in the first layer serves the whole stack, but UMT5 has one in every layer
-        owner: Any = site.module if site.module.has_relative_attention_bias else stack.sites[0].module
+        owner: Any = layer.module if layer.module.has_relative_attention_bias else stack.layers[0].module
         lazy: Any = SWAPS.get(type(owner), (type(owner),))[0]
         return RelativeBias(
             owner.relative_attention_bias.weight.detach(),
@@ -118,13 +118,13 @@ class T5Family(ModelFamily):
         return None
 
     def swap_in(self, stack: Stack) -> None:
-        for site in stack.sites:
-            site.module.__class__ = SWAPS[type(site.module)][0]
+        for layer in stack.layers:
+            layer.module.__class__ = SWAPS[type(layer.module)][0]
         for module in stack.cross_attention:
             module.__class__ = SWAPS[type(module)][1]
 
     def swap_out(self, stack: Stack) -> None:
-        for module in [site.module for site in stack.sites] + stack.cross_attention:
+        for module in [layer.module for layer in stack.layers] + stack.cross_attention:
             module.__class__ = HOSTS.get(type(module), type(module))
 
     # no biases, with or without a gate

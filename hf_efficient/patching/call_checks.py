@@ -33,18 +33,18 @@ class StackInfo:
 
     def __init__(self, family: ModelFamily, stack: Stack):
         config = stack.module.config
-        mechanisms: list[Any] = [m for site in stack.sites if (m := site.module._modules[MODULE_NAME]) is not None]
+        mechanisms: list[Any] = [m for layer in stack.layers if (m := layer.module._modules[MODULE_NAME]) is not None]
         self.parameters = list(inspect.signature(type(stack.module).forward).parameters)[1:]
         self.known = set(self.parameters) | KNOWN_KEYWORDS
         self.warned: set[str] = set()
         self.max_positions = family.max_positions(config)
         self.first_position = family.position_offset(config)
-        self.is_causal = any(bool(getattr(site.module, "is_causal", False)) for site in stack.sites)
+        self.is_causal = any(bool(getattr(layer.module, "is_causal", False)) for layer in stack.layers)
         self.uses_global_attention_mask = any(getattr(m, "uses_global_attention_mask", False) for m in mechanisms)
         self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
         self.has_extra_tokens = any(m.num_extra_tokens(m.config) for m in mechanisms)
         placed: list[Any] = [
-            (site.module.layer_idx, site.module._modules[MODULE_NAME]) for site in stack.sites if self.is_causal
+            (layer.module.layer_idx, layer.module._modules[MODULE_NAME]) for layer in stack.layers if self.is_causal
         ]
         self.bounded = {i: m for i, m in placed if m is not None and m.cache_layer() is not None}
 

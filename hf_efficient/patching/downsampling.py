@@ -54,14 +54,14 @@ class FullLength:
 
 def install(family: ModelFamily, stack: Stack) -> None:
     """Shorten the layers of the stack whose mechanisms ask for it."""
-    for site in stack.sites:
-        mechanism: Any = site.module._modules[MODULE_NAME]
+    for layer in stack.layers:
+        mechanism: Any = layer.module._modules[MODULE_NAME]
         if mechanism is None or mechanism.pooling is None or mechanism.pooling.queries.size == 1:
             continue
-        state = _Shortened(site.module, family)
-        attach(stack.modules_around(site)[-1], PART, state, before=_enter_attention)
+        state = _Shortened(layer.module, family)
+        attach(stack.modules_around(layer)[-1], PART, state, before=_enter_attention)
         # before all others: what is recorded is the layer's output at full length
-        attach(stack.layer_around(site), PART, state, after=_leave_layer, after_first=True)
+        attach(stack.block_around(layer), PART, state, after=_leave_layer, after_first=True)
 
 
 # ---- hooks -------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class _ExtraTokens:
 
 def problems(family: ModelFamily, stack: Stack, chosen: Mapping[str, EfficientAttentionConfig]) -> list[str]:
     """Why the configs chosen for the layers of `stack`, by name, can't have their extra tokens; empty = they can."""
-    configs = [chosen.get(site.name) for site in stack.sites]
+    configs = [chosen.get(layer.name) for layer in stack.layers]
     counts = [0 if c is None else c.attention_class.num_extra_tokens(c) for c in configs]
     if not any(counts):
         return []
@@ -87,12 +87,12 @@ def install(family: ModelFamily, stack: Stack, initialise: bool) -> dict[str, st
     Token t starts as the mean of the word embeddings t, t + g, t + 2g, … (all near the mean word, and no two alike, which
     training could not tell apart), as it leaves the embeddings at the first position.
     """
-    site = stack.sites[0]
-    mechanism: Any = site.module._modules[MODULE_NAME]
+    layer = stack.layers[0]
+    mechanism: Any = layer.module._modules[MODULE_NAME]
     count = 0 if mechanism is None else mechanism.num_extra_tokens(mechanism.config)
     if count == 0:
         return {}
-    like = family.source_attention(site.module).query.weight
+    like = family.source_attention(layer.module).query.weight
     tokens = torch.empty(count, stack.module.config.hidden_size, device=like.device, dtype=like.dtype)
     if not like.is_meta:
         with torch.no_grad():
@@ -100,7 +100,7 @@ def install(family: ModelFamily, stack: Stack, initialise: bool) -> dict[str, st
     mechanism.register_parameter("global_tokens", nn.Parameter(tokens))
     state = _ExtraTokens(
         count,
-        site.module,
+        layer.module,
         list(inspect.signature(type(stack.module).forward).parameters)[1:],
         as_embeddings=not family.embeddings_module,
     )
@@ -109,7 +109,7 @@ def install(family: ModelFamily, stack: Stack, initialise: bool) -> dict[str, st
         attach(stack.module.get_submodule(family.embeddings_module), PART, state, after=_leave_embeddings)
         attach(stack.module.get_submodule(family.layers_module or ""), PART, state, after=_leave_layers)
     origin = "means of disjoint sets of word embeddings" if initialise else "random"
-    return {f"{site.name}.{MODULE_NAME}.global_tokens": origin}
+    return {f"{layer.name}.{MODULE_NAME}.global_tokens": origin}
 
 
 def _mean_words(family: ModelFamily, stack: Stack, count: int) -> Tensor:

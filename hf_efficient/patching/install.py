@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
-from hf_efficient.families import AttentionSite, HostModel, ModelFamily, Stack
+from hf_efficient.families import AttentionLayer, HostModel, ModelFamily, Stack
 from hf_efficient.patching import call_checks, downsampling, extra_tokens
 from hf_efficient.patching.hooks import attach, detach, state_of
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
@@ -67,17 +67,17 @@ def _choose(
 ) -> list[str]:
     """Enter the layers of one stack that `config` names into `chosen`. Returns what speaks against it."""
     problems = []
-    beyond = [i for i in config.layers or () if i >= len(stack.sites)]
+    beyond = [i for i in config.layers or () if i >= len(stack.layers)]
     if beyond:
-        problems.append(f"layers {beyond} do not exist: the {stack.side} has layers 0 to {len(stack.sites) - 1}")
-    for site in stack.sites:
-        if config.layers is not None and site.layer not in config.layers:
+        problems.append(f"layers {beyond} do not exist: the {stack.side} has layers 0 to {len(stack.layers) - 1}")
+    for layer in stack.layers:
+        if config.layers is not None and layer.index not in config.layers:
             continue
-        if site.name in chosen:
-            problems.append(f"{stack.side} layer {site.layer} is named by more than one config")
-        chosen[site.name] = config
-        problems += config.attention_class.unsupported(config, family.geometry(stack, site, max_positions))
-        if not family.source_attention(site.module).query.weight.is_floating_point():
+        if layer.name in chosen:
+            problems.append(f"{stack.side} layer {layer.index} is named by more than one config")
+        chosen[layer.name] = config
+        problems += config.attention_class.unsupported(config, family.geometry(stack, layer, max_positions))
+        if not family.source_attention(layer.module).query.weight.is_floating_point():
             problems.append("the weights are quantised: convert the original, then quantise the converted one")
     return problems
 
@@ -118,15 +118,15 @@ def _install_in_stack(
 ) -> dict[str, str]:
     origins: dict[str, str] = {}
     shared: dict[tuple[EfficientAttentionConfig, str], nn.Parameter] = {}
-    for site in stack.sites:
+    for layer in stack.layers:
         mechanism = None
-        if site.name in chosen:
-            mechanism, origin = _make_mechanism(family, stack, site, chosen[site.name], initialise)
-            origins |= {f"{site.name}.{MODULE_NAME}.{name}": text for name, text in origin.items()}
+        if layer.name in chosen:
+            mechanism, origin = _make_mechanism(family, stack, layer, chosen[layer.name], initialise)
+            origins |= {f"{layer.name}.{MODULE_NAME}.{name}": text for name, text in origin.items()}
             _share_parameters(mechanism, shared)
             if mechanism.needs_hidden_states:
-                attach(site.module, call_checks.PART, before=call_checks.pass_hidden_states)
-        site.module.register_module(MODULE_NAME, mechanism)
+                attach(layer.module, call_checks.PART, before=call_checks.pass_hidden_states)
+        layer.module.register_module(MODULE_NAME, mechanism)
     for module in stack.cross_attention:
         module.register_module(MODULE_NAME, None)
     family.swap_in(stack)
@@ -137,14 +137,14 @@ def _install_in_stack(
 
 
 def _make_mechanism(
-    family: ModelFamily, stack: Stack, site: AttentionSite, config: EfficientAttentionConfig, initialise: bool
+    family: ModelFamily, stack: Stack, layer: AttentionLayer, config: EfficientAttentionConfig, initialise: bool
 ) -> tuple[EfficientAttention, dict[str, str]]:
     """The mechanism of one layer, and {its tensor: where the values came from} of those that were initialised."""
-    source = family.source_attention(site.module)._replace(relative_bias=family.relative_bias(stack, site))
+    source = family.source_attention(layer.module)._replace(relative_bias=family.relative_bias(stack, layer))
     like = source.query.weight
-    mechanism = config.attention_class(config, family.geometry(stack, site))
+    mechanism = config.attention_class(config, family.geometry(stack, layer))
     mechanism.to(device=like.device, dtype=like.dtype)
-    mechanism.train(site.module.training)
+    mechanism.train(layer.module.training)
     if mechanism.needs_project:
         mechanism.host_projection = family.project
     if like.is_meta:
@@ -169,7 +169,7 @@ def uninstall(host: HostModel, attn_implementation: str = "sdpa") -> None:
     """Remove every trace of `install`, even of half of one; the model is what it was, unless it was trained since."""
     for stack in host.stacks:
         host.family.swap_out(stack)
-        for module in [site.module for site in stack.sites] + stack.cross_attention:
+        for module in [layer.module for layer in stack.layers] + stack.cross_attention:
             module._modules.pop(MODULE_NAME, None)
     detach(host.model, call_checks.PART, extra_tokens.PART, downsampling.PART)
     for config in _configs_of(host.model):

@@ -120,7 +120,7 @@ def test_equals_full_attention_over_tokens_and_globals(family: str) -> None:
     model = tiny_model(family, layers=1).double()
     inputs = inputs_for(model, length=40)
     stack = family_of(model).stacks(model)[0]
-    attention = stack.sites[0].module
+    attention = stack.layers[0].module
     if family == "t5":  # global tokens have labels in place of offsets
         attention.relative_attention_bias.weight.data.zero_()
     mask = torch.nn.functional.pad(inputs["attention_mask"], (3, 0), value=1)
@@ -179,7 +179,7 @@ def test_global_tokens_start_as_different_mean_words(family: str, count: int) ->
     model = tiny_model(family)
     stack = family_of(model).stacks(model)[0]
     with torch.no_grad(), he.patch_attention(model, "etc", attention_window=8, num_global_tokens=count):
-        tokens = stack.sites[0].module.efficient.global_tokens
+        tokens = stack.layers[0].module.efficient.global_tokens
         words = stack.module.get_input_embeddings().weight
         mean = words[1::3].mean(0) if count == 3 else words[1]
         expected = mean if family == "t5" else family_of(model).embedded(stack, mean[None])[0]
@@ -315,7 +315,7 @@ def test_copies_have_global_tokens_of_their_own(family: str) -> None:
     with torch.no_grad():
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             expected = model(**inputs).logits
-            owner = family_of(twin).stacks(twin)[0].sites[0].module.efficient
+            owner = family_of(twin).stacks(twin)[0].layers[0].module.efficient
             owner.global_logits[0] = 0.0
             opened = twin(**inputs).logits
             owner.global_tokens.mul_(-1.0)

@@ -208,8 +208,8 @@ def test_the_reach_of_a_bias_is_where_it_ends():
         model = tiny_model(family, relative_attention_max_distance=128, relative_attention_num_buckets=32)
         reaches = []
         for stack in family_of(model).stacks(model):
-            bias = family_of(model).relative_bias(stack, stack.sites[0])
-            reach = family_of(model).geometry(stack, stack.sites[0]).relative_bias_reach
+            bias = family_of(model).relative_bias(stack, stack.layers[0])
+            reach = family_of(model).geometry(stack, stack.layers[0]).relative_bias_reach
             past = bias.at(-torch.arange(reach - 1, 400))
             assert (past[:, 1:] == past[:, -1:]).all()
             future = bias.at(torch.arange(reach - 1, 400))

@@ -144,7 +144,7 @@ def test_every_attention_layer_is_dispatched_once(model_type: str, probe: Probe)
     model = probed(model_type)
     model(**inputs_for(model, length=12))
     stacks = family_of(model).stacks(model)
-    expected = {id(m) for stack in stacks for m in [site.module for site in stack.sites] + stack.cross_attention}
+    expected = {id(m) for stack in stacks for m in [layer.module for layer in stack.layers] + stack.cross_attention}
     called = [id(call["module"]) for call in probe.calls]
     assert len(called) == len(set(called)) == len(expected)
     assert set(called) == expected
@@ -192,8 +192,8 @@ def test_attention_modules_know_whether_they_are_causal(model_type: str) -> None
         with he.patch_attention(model, "local", layers=[1], side=None if len(model_sides(model)) == 1 else "both"):
             for stack in family_of(model).stacks(model):
                 causal = stack.side == "decoder"
-                assert [bool(site.module.is_causal) for site in stack.sites] == [causal] * 2
-                assert stack.sites[1].module.efficient.geometry.is_causal == causal
+                assert [bool(layer.module.is_causal) for layer in stack.layers] == [causal] * 2
+                assert stack.layers[1].module.efficient.geometry.is_causal == causal
                 assert len(stack.cross_attention) == (2 if model is models[0] and causal else 0)
                 assert not any(module.is_causal for module in stack.cross_attention)
     assert model_sides(models[-1])[0] == ("decoder" if model_type == "gpt2" else "encoder")
@@ -206,7 +206,7 @@ def test_t5_hands_one_bias_from_layer_to_layer(probe: Probe) -> None:
         model(**inputs_for(model, length=12))
         by_module = {call["module"]: call["kwargs"]["position_bias"] for call in probe.calls}
         for stack in family_of(model).stacks(model):
-            biases = [by_module[site.module] for site in stack.sites]
+            biases = [by_module[layer.module] for layer in stack.layers]
             assert all(bias is biases[0] for bias in biases)
             assert all((by_module[module] == 0).all() for module in stack.cross_attention)
 

@@ -37,8 +37,8 @@ def test_every_pattern_has_its_mask() -> None:
 def masked(stack: Any, masks: list[Tensor]) -> Iterator[None]:
     """Full attention in which layer l adds the float mask `masks[l]` (B, 1 or H, N, N)."""
     handles = []
-    for site, mask in zip(stack.sites, masks, strict=True):
-        names = list(inspect.signature(type(site.module).forward).parameters)[1:]
+    for layer, mask in zip(stack.layers, masks, strict=True):
+        names = list(inspect.signature(type(layer.module).forward).parameters)[1:]
         position = names.index("mask" if "mask" in names else "attention_mask")
 
         def replace(
@@ -48,7 +48,7 @@ def masked(stack: Any, masks: list[Tensor]) -> Iterator[None]:
                 return (*args[:position], mask, *args[position + 1 :]), kwargs
             return args, {**kwargs, names[position]: mask}
 
-        handles.append(site.module.register_forward_pre_hook(replace, with_kwargs=True))
+        handles.append(layer.module.register_forward_pre_hook(replace, with_kwargs=True))
     try:
         yield
     finally:
@@ -99,7 +99,10 @@ def test_pattern_equals_masked_full_attention(name: str, family: str, options: d
     with he.patch_attention(model, name, side="both" if family == "t5" else None, **options):
         actual = stack_outputs(model, inputs)
         masks = [
-            [additive(PATTERNS[name](site.module.efficient, keep, stack.side == "decoder"), keep) for site in s.sites]
+            [
+                additive(PATTERNS[name](layer.module.efficient, keep, stack.side == "decoder"), keep)
+                for layer in s.layers
+            ]
             for s in family_of(model).stacks(model)
             for stack in (s,)
         ]

@@ -44,10 +44,10 @@ def logits(model: Any, **options: Any) -> torch.Tensor:
 def mechanisms(model: Any) -> dict[str, str]:
     """{"side layer": mechanism} of every converted layer."""
     return {
-        f"{stack.side} {site.layer}": site.module.efficient.config.mechanism
+        f"{stack.side} {layer.index}": layer.module.efficient.config.mechanism
         for stack in family_of(model).stacks(model)
-        for site in stack.sites
-        if site.module._modules["efficient"] is not None
+        for layer in stack.layers
+        if layer.module._modules["efficient"] is not None
     }
 
 

@@ -62,7 +62,7 @@ class Pair:
         family = family_of(model)
         side = "encoder" if self.side == "both" else self.side
         stack = next(stack for stack in family.stacks(model) if side in (None, stack.side))
-        return family.geometry(stack, stack.sites[0])
+        return family.geometry(stack, stack.layers[0])
 
     def exact_config(self, model: Any, length: int) -> Any:
         """The exact limit at `length`; skips where the mechanism has none."""
