@@ -30,10 +30,10 @@ class _Collector(EfficientAttention):
         self.room = TOKENS
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        keep = context.key_padding_mask
-        if keep is None:
-            keep = query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool)
-        q, k = (x.transpose(1, 2)[keep][: self.room] for x in (query, key))
+        token_mask = context.key_padding_mask
+        if token_mask is None:
+            token_mask = query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool)
+        q, k = (x.transpose(1, 2)[token_mask][: self.room] for x in (query, key))
         self.heads.append((q, k))
         self.room -= len(q)
         return _exact_attention(query, key, value, context)

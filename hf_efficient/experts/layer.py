@@ -166,10 +166,10 @@ class ExpertLayer(nn.Module):
         # one expert: 1 with the gradient of log p
         weights = best / (best.detach() if self.config.top_k == 1 else best.sum(-1, keepdim=True))
         if self.training:
-            keep = self._real(hidden_states)
-            kept = self._within_capacity(chosen, keep)
+            token_mask = self._real(hidden_states)
+            kept = self._within_capacity(chosen, token_mask)
             weights = weights * kept
-            routing = describe_routing(logits, probs, chosen, kept, keep)
+            routing = describe_routing(logits, probs, chosen, kept, token_mask)
             if self.recording:
                 self.routing = routing
         out = self.run_experts(rows, chosen, weights)
@@ -184,17 +184,17 @@ class ExpertLayer(nn.Module):
         tokens = self.tokens[:, -n:].bool()
         return F.pad(tokens, (n - tokens.shape[1], 0), value=True).reshape(-1)
 
-    def _within_capacity(self, chosen: Tensor, keep: Tensor) -> Tensor:
+    def _within_capacity(self, chosen: Tensor, token_mask: Tensor) -> Tensor:
         """(T, k) bool, False = the expert was full; (T, k) chosen experts, (T,) real tokens."""
         if self.config.capacity_factor is None:
             return torch.ones_like(chosen, dtype=torch.bool)
         experts = self.config.num_experts
-        capacity = torch.ceil(keep.sum().double() * self.config.capacity_factor / experts)
+        capacity = torch.ceil(token_mask.sum().double() * self.config.capacity_factor / experts)
         queue = chosen.T.reshape(-1, 1)
-        real = keep.repeat(self.config.top_k)
+        real = token_mask.repeat(self.config.top_k)
         arrived = F.one_hot(queue[:, 0], experts) * real[:, None]
-        place = arrived.cumsum(0).gather(1, queue)[:, 0]
-        return ((place <= capacity) | ~real).view(self.config.top_k, -1).T
+        position = arrived.cumsum(0).gather(1, queue)[:, 0]
+        return ((position <= capacity) | ~real).view(self.config.top_k, -1).T
 
     def run_experts(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """(T, hidden) sums of the chosen experts' outputs; (T, k) indices and weights."""
@@ -252,10 +252,10 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: Tensor, 
     return out if bias is None else out + bias.to(dtype)[expert]
 
 
-def describe_routing(logits: Tensor, probs: Tensor, chosen: Tensor, kept: Tensor, keep: Tensor) -> Routing:
+def describe_routing(logits: Tensor, probs: Tensor, chosen: Tensor, kept: Tensor, token_mask: Tensor) -> Routing:
     """`Routing` of (T, E) logits and probabilities, (T, k) choices and which of them were kept, (T,) real tokens."""
     experts, k = probs.shape[-1], chosen.shape[-1]
-    real = keep.to(probs.dtype)
+    real = token_mask.to(probs.dtype)
     count = real.sum().clamp(min=1)
     assigned = (F.one_hot(chosen, experts).sum(1) * real[:, None]).sum(0) / count
     mean = (probs * real[:, None]).sum(0) / count

@@ -43,10 +43,10 @@ class StackInfo:
         self.uses_global_attention_mask = any(getattr(m, "uses_global_attention_mask", False) for m in mechanisms)
         self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
         self.has_extra_tokens = any(m.num_extra_tokens(m.config) for m in mechanisms)
-        placed: list[Any] = [
+        causal: list[Any] = [
             (layer.module.layer_idx, layer.module._modules[MODULE_NAME]) for layer in stack.layers if self.is_causal
         ]
-        self.bounded = {i: m for i, m in placed if m is not None and m.cache_layer() is not None}
+        self.bounded = {i: m for i, m in causal if m is not None and m.cache_layer() is not None}
 
     def without_mechanism(self) -> StackInfo:
         plain = copy.copy(self)
@@ -174,21 +174,23 @@ def _find_segments(call: dict[str, Any], info: StackInfo) -> Segments | None:
         return None
     length = positions.shape[-1]
     positions = positions.reshape(-1, length).expand(tokens.shape[0], -1)
-    keep = None if mask is None else mask[:, -length:].bool()
-    if keep is not None and keep.shape != positions.shape:
+    token_mask = None if mask is None else mask[:, -length:].bool()
+    if token_mask is not None and token_mask.shape != positions.shape:
         return None  # the host or the mask function says what is wrong with it
-    steps = position_steps(positions, keep, info.first_position)
+    steps = position_steps(positions, token_mask, info.first_position)
     if not bool((steps.restart | steps.jump).any()):
         return None
     if not bool(steps.restart.any()):
         if mask is None and info.is_causal and _seen(call) == 0:
             raise ValueError(_jump(positions, steps))
         return None
-    _check_packed(call, positions, keep, steps, info)
-    return Segments.find(steps, keep)
+    _check_packed(call, positions, token_mask, steps, info)
+    return Segments.find(steps, token_mask)
 
 
-def _check_packed(call: dict[str, Any], positions: Tensor, keep: Tensor | None, steps: Steps, info: StackInfo) -> None:
+def _check_packed(
+    call: dict[str, Any], positions: Tensor, token_mask: Tensor | None, steps: Steps, info: StackInfo
+) -> None:
     """Refuse packed rows that can't be honoured."""
     if bool(steps.jump.any()):
         raise ValueError(_jump(positions, steps))
@@ -214,7 +216,7 @@ def _check_packed(call: dict[str, Any], positions: Tensor, keep: Tensor | None, 
             f"global_attention_mask of shape {tuple(marked.shape)} must be {tuple(positions.shape)} on packed rows, one "
             "entry per token."
         )
-    real = positions if keep is None else positions[keep]
+    real = positions if token_mask is None else positions[token_mask]
     low, high = int(real.min()), int(real.max())
     if low < info.first_position:
         raise ValueError(
@@ -267,10 +269,10 @@ def _refuse_compiled(positions: Tensor, mask: Tensor | None, first: int, has_cac
             + advice
         )
     length = positions.shape[-1]
-    keep = None if mask is None else mask[:, -length:].bool()
-    if keep is None or keep.shape[-1] == length:
-        positions = positions if keep is None else positions.expand(keep.shape[0], -1)
-        torch._assert_async(~position_steps(positions, keep, first).restart.any(), f"torch.compile: {advice}")
+    token_mask = None if mask is None else mask[:, -length:].bool()
+    if token_mask is None or token_mask.shape[-1] == length:
+        positions = positions if token_mask is None else positions.expand(token_mask.shape[0], -1)
+        torch._assert_async(~position_steps(positions, token_mask, first).restart.any(), f"torch.compile: {advice}")
 
 
 # ---- caches ------------------------------------------------------------------------------------------------------
@@ -291,9 +293,9 @@ def _bound_cache(
     masks = call.get("attention_mask"), kwargs.get("global_attention_mask")
     if prepare_layers(own, info.bounded, tokens, *masks):
         kwargs["efficient_cache"] = own
-    place = info.parameters.index("past_key_values")
-    if len(args) > place:
-        args = (*args[:place], cache, *args[place + 1 :])
+    position = info.parameters.index("past_key_values")
+    if len(args) > position:
+        args = (*args[:position], cache, *args[position + 1 :])
     else:
         kwargs["past_key_values"] = cache
     return args, kwargs

@@ -70,8 +70,8 @@ def install(family: ModelFamily, stack: Stack) -> None:
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Rows]:
     """The (B, N, hidden_size) states that a layer, or its attention part, was called with, and their rows."""
     states = args[0] if args else kwargs["hidden_states"]
-    keep = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    return states, Rows(states, keep, kwargs.get("efficient_segments"))
+    token_mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    return states, Rows(states, token_mask, kwargs.get("efficient_segments"))
 
 
 def _enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
