@@ -1,4 +1,4 @@
-"""convert: a pretrained checkpoint to efficient attention, every tensor accounted for."""
+"""convert: a pretrained checkpoint to efficient attention, and a report of where each tensor came from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ConversionReport(Report):
         max_positions, positions: usable positions after conversion, and how the table was lengthened.
         tensors: {name: {"status": "copied" | "extended" | "initialised" | "random", "from": …, "shape": […]}}; "random"
             are tensors that the source checkpoint lacks, e.g. a fresh classification head.
-        ignored: tensors of the source checkpoint that its class has no place for.
+        ignored: tensors of the source checkpoint that its class does not use.
         fidelity: filled by `verify`, if it was run.
     """
 
@@ -85,14 +85,14 @@ def convert(
         positions: `"tile"` or `"interpolate"`: how the position table is lengthened.
         tokenizer: for a loaded model, or to use another than the source's.
         revision: of the Hub repository.
-        calibration: texts, or batches of inputs, from which mechanisms set what they take from data (centroids); see
-            `calibration.calibrate`. Without it they keep a start that does without, and the report says so.
+        calibration: texts, or batches of inputs, from which mechanisms set constants such as centroids; see `calibrate`.
+            Without it they start without data, and the report says so.
 
     Returns:
         `.model` (an Efficient class), `.tokenizer`, `.report`; `.save(path)` writes a checkpoint for the Auto classes.
 
     Raises:
-        ValueError: an impossible setting, an unsupported architecture, unreadable weights, a tensor unaccounted for.
+        ValueError: an impossible setting, an unsupported architecture, unreadable weights, a tensor of unknown origin.
         OSError: the source can't be found.
     """
     configs = attention_configs(attention, **options)

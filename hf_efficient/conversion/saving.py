@@ -1,4 +1,4 @@
-"""Writing checkpoint folders: all of one or nothing, and nothing deleted that is no checkpoint."""
+"""Writing checkpoint folders: completely or not at all, and only checkpoints are ever overwritten."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def require_free(path: str | Path, overwrite: bool = False) -> None:
             f"{path} exists; choose another folder, or overwrite it with --overwrite / overwrite=True."
         )
     if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").is_file()):
-        raise FileExistsError(f"{path} is no checkpoint folder (it has no config.json), so it is not overwritten.")
+        raise FileExistsError(f"{path} is not a checkpoint folder (it has no config.json), so it is not overwritten.")
 
 
 @contextmanager
 def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block succeeds, and vanishes when it does not.
+    """A temporary folder next to `path` that takes its place when the block succeeds, and vanishes when it does not.
 
     Raises:
         FileExistsError: see `require_free`.
-        OSError: the finished folder could not be put in place; what stood there is back, or the message says where it is.
+        OSError: the finished folder could not be put in place; the former content is back, or the message says where it is.
     """
     path = Path(path)
     require_free(path, overwrite)

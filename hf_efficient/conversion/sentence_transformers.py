@@ -1,4 +1,4 @@
-"""What sentence-transformers keeps beside a model: pooling and similarity settings, copied along with it."""
+"""Files of sentence-transformers next to a model: pooling and similarity settings, which are copied along with it."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class UpcyclingReport(Report):
         difference, tolerance: of the outputs on random tokens before and after, relative to the largest; and what was
             allowed: 1e-5, or 8 times the precision of the weights where that is more.
         tensors: {name: {"status": "copied" | "initialised", "from": …, "shape": […]}}.
-        fidelity: filled by `verify`, if it was run and there is no conversion's report to hold it.
+        fidelity: filled by `verify`, if it was run and the checkpoint has no conversion report, which would hold it.
     """
 
     source: str

@@ -1,7 +1,7 @@
 """How experts get into a model and out of it again, and how a call tells them which tokens are real.
 
-The mask travels as a keyword from the stack to the attention module beside the experts, as a checkpointed layer that is
-computed again meets the same keywords.
+The mask travels as a keyword from the stack to the attention module of the layer with experts, because a checkpointed layer
+that is computed again gets the same keywords.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def unchanged_on_error(model: Any) -> Iterator[None]:
 
 
 def _detach(model: Any) -> None:
-    """Take away everything that `install_experts` put beside the experts."""
+    """Remove everything that `install_experts` added but the experts themselves."""
     detach(model, PART)
     if IN_FP32 in (model._keep_in_fp32_modules or ()):
         model._keep_in_fp32_modules = {*model._keep_in_fp32_modules} - {IN_FP32}
@@ -144,7 +144,7 @@ def _detach(model: Any) -> None:
 
 
 def _begin(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """In training, send the padding mask along and take routings down."""
+    """In training, send the padding mask along and have routings recorded."""
     state: _StackState = state_of(stack, PART)
     if not stack.training:
         return None
@@ -168,7 +168,7 @@ def _end(stack: Any, args: Any, kwargs: Any, output: Any) -> None:
 
 
 def _take_tokens(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hand the mask to the experts behind this attention module; where the layer runs on slots, the mask of slots."""
+    """Hand the mask to the experts behind this attention module; a layer on means of tokens gets the mask of the means."""
     experts: ExpertLayer | None = state_of(attention, PART)
     kwargs = dict(kwargs)
     tokens = kwargs.pop(KEYWORD, _MISSING)

@@ -133,8 +133,9 @@ class ExpertLayer(nn.Module):
     statistic. O(top_k · B · N · hidden · inner) time, E times the weights.
 
     Attributes:
-        tokens: (B, S ≥ N) or shorter by what stands in front, nonzero = real token; `None` = all real. Set before a call.
-        recording: whether `routing` is taken down; off while a checkpointed layer is computed again.
+        tokens: (B, S ≥ N) or shorter by the extra tokens in front, nonzero = real token; `None` = all real. Set before a
+            call.
+        recording: whether `routing` is recorded; off while a checkpointed layer is computed again.
         routing: of the last recorded call, with its gradient until the loss is made.
     """
 
@@ -180,7 +181,7 @@ class ExpertLayer(nn.Module):
         b, n = hidden_states.shape[:2]
         if self.tokens is None:
             return torch.ones(b * n, dtype=torch.bool, device=hidden_states.device)
-        # a mask may also cover tokens in a cache, and extra tokens may stand before those that it covers
+        # a mask may also cover tokens in a cache, and extra tokens may precede those that it covers
         tokens = self.tokens[:, -n:].bool()
         return F.pad(tokens, (n - tokens.shape[1], 0), value=True).reshape(-1)
 

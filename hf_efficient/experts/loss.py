@@ -60,7 +60,7 @@ def _share(model: Any, kwargs: dict[str, Any]) -> Any:
 def router_loss(model: nn.Module) -> Tensor:
     """Load balance and z-loss of the last training call, each with its coefficient: means over the sparse layers.
 
-    Heads add it to their `loss` by themselves; this is for losses that are computed outside the model, such as those of the
+    Heads add it to their `loss` automatically; this is for losses that are computed outside the model, such as those of the
     Trainer's `compute_loss_func` and label smoothing.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Model families: one file per architecture, found by itself; a relative is one more row in its file."""
+"""Model families: one file per architecture, discovered automatically; a relative is one more row in its file."""
 
 from hf_efficient.families.base import AttentionLayer, ModelFamily, Stack
 from hf_efficient.families.registry import PREFIX, HostModel, efficient_type, families, family_of

@@ -55,11 +55,11 @@ class ModelFamily:
         model_type: of the stock config.
         stack_class, attention_class: class names in the architecture's modeling module.
         position_table: name of the `nn.Embedding` of absolute positions inside a stack, or `None`.
-        position_buffers: non-persistent buffers beside that table with one entry per position, by name and fill:
+        position_buffers: non-persistent buffers next to that table, with one entry per position, by name and fill:
             `"arange"` or `"zeros"`.
         embeddings_module, layers_module: where extra tokens enter and leave inside a stack: the module whose output are the
             embeddings, and the one that runs all layers and returns the last hidden states. `""` = the stack itself, by
-            `inputs_embeds`, for stacks without absolute positions; `None` = extra tokens have no place.
+            `inputs_embeds`, for stacks without absolute positions; `None` = extra tokens are not possible.
 
     Subclasses override what is not data.
     """
@@ -160,10 +160,10 @@ class ModelFamily:
         """(G, hidden) word vectors as they leave the embeddings at the first position."""
         return words
 
-    # the feed-forward part of a layer, where experts can take its place
+    # the feed-forward part of a layer, which experts can replace
 
     def feed_forward_name(self, layer: Any) -> str:
-        """Where the module stands that experts replace, as a qualified name inside the layer.
+        """Qualified name, inside the layer, of the module that experts replace.
 
         Raises:
             ValueError: nothing is known about this family.
@@ -175,7 +175,7 @@ class ModelFamily:
         raise NotImplementedError
 
     def clear_feed_forward(self, layer: Any) -> None:
-        """Take away what is left of it where experts stand; undone by `restore_feed_forward`."""
+        """Remove what is left of it once experts are in; undone by `restore_feed_forward`."""
 
     def restore_feed_forward(self, layer: Any, dense: Dense, config: Any) -> None:
         """Put the stock modules back, with these weights; `config` is that of the stack."""
@@ -209,11 +209,11 @@ class ModelFamily:
         """Give the model `max_positions` positions; undo with the same method and the former number.
 
         `"tile"` repeats the learned rows, so that every neighbourhood looks as in training (Beltagy et al. 2020, §5).
-        `"interpolate"` puts new rows between them on a straight line; the learned rows stay at every k-th place.
+        `"interpolate"` puts new rows between them on a straight line; the learned rows become every k-th row.
         Rebuilds the buffers that hold one entry per position and updates every config. Returns the changed tensors.
 
         Raises:
-            ValueError: no such method, or interpolation by a factor that is no integer.
+            ValueError: no such method, or interpolation by a factor that is not an integer.
         """
         if self.position_table is None:
             return []

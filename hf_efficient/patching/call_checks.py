@@ -265,7 +265,7 @@ def _refuse_compiled(positions: Tensor, mask: Tensor | None, first: int, has_cac
     )
     if mask is None and not has_cache:
         raise ValueError(
-            "compiled models can't tell packed position_ids from plain ones: pass attention_mask beside plain ones, and "
+            "compiled models can't tell packed position_ids from plain ones: pass attention_mask with plain ones, and "
             + advice
         )
     length = positions.shape[-1]

@@ -1,14 +1,14 @@
-"""Whole layers on fewer tokens: a layer takes in means of neighbouring tokens, and what it changes goes back to each token.
+"""Whole layers on fewer tokens: a layer runs on means of neighbouring tokens, and its change is added to each of them.
 
-A mechanism that wants this says which slots its queries and keys are (`EfficientAttention.pooling`); everything else happens
-here. With P the means of slots, U the repetition of each slot for its tokens, and F the host's layer (attention, residual
-and feed-forward, which all run on P x):
+A mechanism that wants this says how its queries and keys are pooled (`EfficientAttention.pooling`); everything else happens
+here. With P the means over pooling windows, U the repetition of each mean for the tokens of its window, and F the host's
+layer (attention, residual and feed-forward, which all run on P x):
 
     x ← x + U (F(P x) - P x)
 
-Between layers there are always the states of all N tokens, so that recorded hidden states, heads, cross-attention, gradient
-checkpointing and layers of other mechanisms are as ever; and as P x after a layer is F(P x), layers with the same slots
-follow each other as if the sequence stayed short. A token keeps by what it differs from its slot: U F(P x) alone would make
+Between layers there are always the states of all N tokens, so recorded hidden states, heads, cross-attention, gradient
+checkpointing and layers of other mechanisms work as usual. As P x after a layer is F(P x), consecutive layers with the same
+windows compute as if the sequence stayed short. A token keeps its difference from the mean: U F(P x) alone would make
 neighbours equal, and adding the whole x to it, as Funnel's decoder does with trained weights, would double the states.
 """
 
@@ -36,7 +36,7 @@ class _Shortened(NamedTuple):
     @property
     def pooling(self) -> Pooling | None:
         """`None` = the layer runs on all tokens: its mechanism is off (`exact_attention`), or is watched."""
-        # by name at every call: something else may have been put in the mechanism's place
+        # by name at every call: the mechanism may have been replaced since
         mechanism: Any = self.attention._modules[MODULE_NAME]
         return None if mechanism is None or state_of(mechanism, FULL_LENGTH) else mechanism.pooling
 
@@ -90,7 +90,7 @@ def _enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _leave_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Give each token what the layer changed in its slot."""
+    """Add to each token what the layer changed in the mean of its window."""
     state: _Shortened = state_of(module, PART)
     if (pooling := state.pooling) is None:
         return output

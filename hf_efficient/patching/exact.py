@@ -39,7 +39,7 @@ def exact_attention(model: nn.Module) -> Iterator[None]:
 
     This is the model before its conversion (on the positions it has now): no mechanism, no extra global tokens, no bounded
     caches; `global_attention_mask` changes nothing, as full attention looks everywhere. On exit everything is as before,
-    also after an exception. Works on wrapped models (adapters, data-parallel) and is nothing on an unconverted one.
+    also after an exception. Works on wrapped models (adapters, data-parallel) and does nothing to an unconverted one.
     O(N²) time as the original. A cache that was filled inside belongs to the original model, not to the converted one.
     """
     with substituted(model, lambda mechanism: None):
@@ -48,7 +48,7 @@ def exact_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def substituted(model: nn.Module, make: Callable[[Any], EfficientAttention | None]) -> Iterator[None]:
-    """Inside, `make(mechanism)` stands in place of every mechanism; `None` = full attention. Extra tokens are off."""
+    """Inside, `make(mechanism)` replaces every mechanism; `None` = full attention. Extra tokens are off."""
     layers = converted_layers(model)
     before = {name: mechanism_of(layer) for name, layer in layers.items()}
     try:

@@ -1,4 +1,4 @@
-"""Learned tokens in front of the input of a whole stack: put there at the embeddings, taken away at the end.
+"""Learned tokens in front of the input of a whole stack: added at the embeddings, removed at the end.
 
 A mechanism that wants them says how many (`EfficientAttention.num_extra_tokens`); everything else happens here. The tokens
 are a parameter `global_tokens` (g, hidden_size) of the first layer's mechanism. Hooks prepend it to the embeddings, lengthen
@@ -8,9 +8,9 @@ and cross-attention see the N tokens of the input only.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,30 +24,28 @@ from hf_efficient.patching.names import MODULE_NAME
 PART = "extra_tokens"
 
 
+@dataclass
 class _ExtraTokens:
     """What the hooks of one stack share.
 
     Attributes:
         count: g. owner: the attention module whose mechanism holds the tokens. parameters: names of the stack's arguments.
-        as_embeddings: they enter by `inputs_embeds`, and leave where the stack ends, for want of a better place.
+        as_embeddings: they enter by `inputs_embeds`, and leave at the end of the stack.
         active: False while the stack runs without them (`exact_attention`).
     """
 
-    def __init__(self, count: int, owner: nn.Module, parameters: list[str], as_embeddings: bool):
-        self.count = count
-        self.owner = owner
-        self.parameters = parameters
-        self.as_embeddings = as_embeddings
-        self.active = True
+    count: int
+    owner: nn.Module
+    parameters: list[str]
+    as_embeddings: bool
+    active: bool = True
 
     def without_mechanism(self) -> _ExtraTokens:
-        off = copy.copy(self)
-        off.active = False
-        return off
+        return replace(self, active=False)
 
     def prepend(self, embeddings: Tensor) -> Tensor:
         """(B, g + N, hidden_size) from (B, N, hidden_size)."""
-        # by name at every call: adapters may have put a trained copy in the mechanism's place
+        # by name at every call: adapters may have replaced the mechanism with a trained copy
         tokens: Any = getattr(self.owner._modules[MODULE_NAME], "global_tokens")  # noqa: B009
         tokens = tokens.to(embeddings.device, embeddings.dtype).expand(embeddings.shape[0], -1, -1)
         return torch.cat([tokens, embeddings], dim=1)
@@ -77,7 +75,7 @@ def problems(family: ModelFamily, stack: Stack, chosen: Mapping[str, EfficientAt
             "all its layers with the same num_global_tokens, or set it to 0"
         ]
     if family.embeddings_module is None:
-        return [f"{family.model_type} has no place for extra global tokens: set num_global_tokens to 0"]
+        return [f"{family.model_type} can't have extra global tokens: set num_global_tokens to 0"]
     return []
 
 
@@ -124,7 +122,7 @@ def _mean_words(family: ModelFamily, stack: Stack, count: int) -> Tensor:
 
 
 def _enter_stack(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Lengthen the mask, and where the embeddings are no module of their own, the embeddings."""
+    """Lengthen the mask, and where the embeddings are not a module of their own, the embeddings."""
     state: _ExtraTokens = state_of(stack, PART)
     if not state.active:
         return args, kwargs

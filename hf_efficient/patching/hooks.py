@@ -1,7 +1,7 @@
-"""Hooks on the modules of a host, and the one place where what they need to know is kept.
+"""Hooks on the modules of a host, and the state that they need.
 
-A hook is a plain function that finds its state beside it, on the module that it is called with, so that copies and pickles
-of a model are whole. Whatever attaches hooks does so under a name of its own, and is detached by that name.
+A hook is a plain function; its state is an attribute of the module that it is called with, so that copies and pickles of a
+model are complete. Whatever attaches hooks does so under a name of its own, and is detached by that name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def attach(
     after: Callable[..., Any] | None = None,
     after_first: bool = False,
 ) -> None:
-    """Put hooks of a part on a module, and beside them what they need to know.
+    """Put the hooks of a part on a module, together with their state.
 
     Args:
         before: `before(module, args, kwargs)`, a forward pre-hook. after: `after(module, args, kwargs, output)`.
@@ -44,7 +44,7 @@ def attach(
 
 
 def state_of(module: nn.Module, part: str) -> Any:
-    """What a part knows beside its hooks on this module; `None` = nothing, or it is not there."""
+    """The state of a part on this module; `None` = it has none, or is not attached."""
     attached = module.__dict__.get(HOOK_STATE, {}).get(part)
     return None if attached is None else attached.state
 

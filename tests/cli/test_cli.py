@@ -184,7 +184,7 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(sources, tmp_path):
 
     other.mkdir()
     (other / "thesis").write_text("years of work")
-    assert "is no checkpoint folder" in error("convert", sources["bert"], other, *options, "--overwrite")
+    assert "is not a checkpoint folder" in error("convert", sources["bert"], other, *options, "--overwrite")
     assert (other / "thesis").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["documents", "out"]
 

@@ -373,7 +373,7 @@ def test_existing_folder_is_kept(source, tmp_path):
     assert contents(tmp_path) == before
     # not even when told to: what is no checkpoint is somebody's work
     for name in ("out", "file"):
-        with pytest.raises(FileExistsError, match="no checkpoint folder"):
+        with pytest.raises(FileExistsError, match="not a checkpoint folder"):
             result.save(tmp_path / name, overwrite=True)
     assert contents(tmp_path) == before
     (tmp_path / "out" / "config.json").write_text("{}")

@@ -556,7 +556,7 @@ def test_command_errors(sources, tmp_path):
     assert "is the source itself" in error("upcycle", out, out, "--overwrite")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    assert "is no checkpoint folder" in error("upcycle", source, tmp_path / "mine", "--overwrite")
+    assert "is not a checkpoint folder" in error("upcycle", source, tmp_path / "mine", "--overwrite")
     config = transformers.DistilBertConfig(dim=8, hidden_dim=8, n_heads=2, n_layers=1, vocab_size=99)
     transformers.DistilBertModel(config).save_pretrained(tmp_path / "distil")
     assert "no model family for model_type 'distilbert'" in error("upcycle", tmp_path / "distil", tmp_path / "new")
