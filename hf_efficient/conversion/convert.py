@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.conversion.calibrate import calibrate, calibration_batches
-from hf_efficient.conversion.loading import Source, load_stock, open_source
+from hf_efficient.conversion.loading import Source, load_stock, open_source, refuse_converted
 from hf_efficient.conversion.saving import REPORT_NAME, Report, Result
 from hf_efficient.conversion.sentence_transformers import max_seq_length
 from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import convert_in_place, revert, stock_class
-from hf_efficient.patching.install import is_installed
 from hf_efficient.profiling.environment import versions
 
 
@@ -97,8 +96,8 @@ def convert(
     """
     configs = attention_configs(attention, **options)
     opened = open_source(source, tokenizer, revision, load_stock)
+    refuse_converted(opened.name, opened.model.config)
     host = HostModel.of(opened.model)
-    _refuse_converted(opened)
     batches = None
     if calibration is not None:
         batches = calibration_batches(calibration, opened.tokenizer, opened.model, host.max_positions)
@@ -119,13 +118,6 @@ def convert(
         ignored=opened.ignored,
     )
     return ConversionResult(opened.model, opened.tokenizer, report, opened.folder)
-
-
-def _refuse_converted(opened: Source) -> None:
-    if getattr(opened.model.config, "efficient_attention", None) or is_installed(opened.model):
-        raise ValueError(
-            f"{opened.name} already has efficient attention; revert it before converting it to something else."
-        )
 
 
 def _calibrated(model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
 from hf_efficient.conversion.saving import REPORT_NAME
 from hf_efficient.families import AttentionLayer, ModelFamily, Stack, family_of
-from hf_efficient.models.registry import MODELS
+from hf_efficient.models.registry import named_class
 from hf_efficient.patching.names import MODULE_NAME
 
 EXACT = "full attention"
@@ -33,10 +33,9 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(name)
     family = family_of(config.model_type)
     converted = config.model_type != family.model_type
-    classes = {cls.__name__: cls for pair in MODELS.items() for cls in pair}
-    named = [classes[n] for n in config.architectures or () if n in classes]
+    cls = named_class(config)
     with torch.device("meta"):
-        model = named[0](config) if named else AutoModel.from_config(config)
+        model = AutoModel.from_config(config) if cls is None else cls(config)
     stacks = family.stacks(model)
     report = Path(name) / REPORT_NAME
     return {

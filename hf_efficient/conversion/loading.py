@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_efficient.conversion.sentence_transformers import checkpoint_folder
 from hf_efficient.families import family_of
-from hf_efficient.models.registry import MODELS
+from hf_efficient.models.registry import is_efficient, named_class
 
 Loaded = tuple[PreTrainedModel, dict[str, Any]]
 
@@ -58,19 +58,23 @@ def load_stock(name: str, revision: str | None = None) -> Loaded:
         ValueError: unsupported architecture, or weights that can't be read.
     """
     config = AutoConfig.from_pretrained(name, revision=revision)
+    refuse_converted(name, config)
+    return load_as_it_is(name, revision)
+
+
+def refuse_converted(name: str, config: PreTrainedConfig) -> None:
+    """Raises ValueError for a checkpoint that has efficient attention already."""
     if getattr(config, "efficient_attention", None):
         raise ValueError(f"{name} already has efficient attention; revert it before converting it to something else.")
-    return load_as_it_is(name, revision)
 
 
 def load_as_it_is(name: str, revision: str | None = None) -> Loaded:
     """A checkpoint, original or not, in the class its config names, and transformers' loading info; raises as above."""
     config = AutoConfig.from_pretrained(name, revision=revision)
-    classes = (cls for pair in MODELS.items() for cls in pair)
-    heads = {cls.__name__: cls for cls in classes if cls.config_class.model_type == config.model_type}
-    if not heads:
-        family_of(config.model_type)  # raises an error that names the supported architectures
-    cls: Any = next((heads[n] for n in config.architectures or () if n in heads), AutoModel)
+    cls = named_class(config)
+    if cls is None:
+        family_of(config.model_type)  # an unsupported architecture is refused before its weights are loaded
+        cls = AutoModel
     with _readable(name):
         model, info = cls.from_pretrained(name, revision=revision, output_loading_info=True, use_safetensors=True)
     model.eval()
@@ -84,9 +88,8 @@ def load_converted(name: str | Path) -> PreTrainedModel:
         ValueError: the checkpoint is not converted, or its weights can't be read.
     """
     config = AutoConfig.from_pretrained(name)
-    classes = {cls.__name__: cls for cls in MODELS.values()}
-    cls = next((classes[n] for n in config.architectures or () if n in classes), None)
-    if cls is None:
+    cls = named_class(config)
+    if cls is None or not is_efficient(cls):
         raise ValueError(
             f"{name} is a {config.model_type!r} checkpoint without efficient attention; convert it first."
         )
