@@ -154,9 +154,11 @@ def test_what_is_already_converted_is_refused(source, target):
     answer = logits(result.model)
     patched = tiny_model("bert")
     with he.patch_attention(patched, "local", attention_window=8):
-        for again in (result.model, target, patched):
+        for again in (result.model, target):
             with pytest.raises(ValueError, match="already has efficient attention; revert it"):
                 he.convert(again, "local", attention_window=4)
+        with pytest.raises(ValueError, match="already installed in this model; undo it first"):
+            he.convert(patched, "local", attention_window=4, tokenizer=tiny_tokenizer("bert"))
     assert torch.equal(logits(result.model), answer)
     with pytest.raises(ValueError, match="already converted"):
         he.EfficientBertModel.from_pretrained(target, efficient_attention="local")
