@@ -17,8 +17,14 @@ from hf_efficient.conversion.saving import UPCYCLING_NAME, Report, Result
 from hf_efficient.experts.install import install_experts, mark_experts, unchanged_on_error
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import HostModel
-from hf_efficient.models.in_place import change_class, replace_config, require_convertible, stock_class
-from hf_efficient.models.registry import CONFIGS, MODELS
+from hf_efficient.models.in_place import (
+    change_class,
+    config_of_class,
+    replace_config,
+    require_convertible,
+    stock_class,
+)
+from hf_efficient.models.registry import MODELS
 from hf_efficient.patching.exact import eval_mode
 from hf_efficient.profiling.environment import versions
 
@@ -141,15 +147,12 @@ def upcycle_in_place(host: HostModel, config: ExpertsConfig) -> tuple[float, flo
     if not all(p.is_floating_point() for p in model.parameters()):
         raise ValueError("the weights are quantised: upcycle the original, then quantise the result.")
     difference, tolerance = _install(host, config)
-    old, cls = model.config, CONFIGS[host.family.model_type]
-    if not isinstance(old, cls):
-        new = cls.from_dict(old.to_dict() | {"model_type": cls.model_type})
-        new._attn_implementation, new._name_or_path = old._attn_implementation, old._name_or_path
-        new.efficient_attention = []
-        replace_config(model, old, new)
+    cls = MODELS[stock_class(model)]
+    if not isinstance(model.config, cls.config_class):
+        replace_config(model, model.config, config_of_class(model.config, cls))
     model.config.efficient_experts = config.to_dict()
     mark_experts(model.config)
-    change_class(model, MODELS[stock_class(model)], model.config)
+    change_class(model, cls, model.config)
     return difference, tolerance
 
 

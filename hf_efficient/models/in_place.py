@@ -11,7 +11,7 @@ from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.experts.install import mark_experts, uninstall_experts
 from hf_efficient.families import HostModel
 from hf_efficient.families.base import POSITION_METHODS
-from hf_efficient.models.registry import CONFIGS, MODELS, is_efficient
+from hf_efficient.models.registry import MODELS, is_efficient
 from hf_efficient.patching.install import install, plan, resolve_side, uninstall
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 
@@ -48,7 +48,7 @@ def shared_parameters(model: PreTrainedModel) -> dict[str, str]:
 
 
 def config_of_class(config: Any, cls: Any) -> Any:
-    """The config of `cls`, the stock class or, where experts stay, the Efficient one."""
+    """A config's values as a config of `cls`: the stock class, or the Efficient one, then without mechanisms as yet."""
     values = config.to_dict() | {"model_type": cls.config_class.model_type}
     if is_efficient(cls):
         values.pop("efficient_source", None)
@@ -136,15 +136,12 @@ def _stored_side(config: EfficientAttentionConfig, sides: list[str]) -> str | No
 
 def _become_efficient(host: HostModel, configs: list[EfficientAttentionConfig], source: dict[str, Any]) -> None:
     """Give a model with mechanisms the class and config that say so."""
-    model, config = host.model, host.model.config
-    cls = CONFIGS[host.family.model_type]
-    new: Any = cls.from_dict(config.to_dict() | {"model_type": cls.model_type}, attn_implementation=IMPLEMENTATION)
+    model, config, cls = host.model, host.model.config, MODELS[stock_class(host.model)]
+    new = config_of_class(config, cls)
     new.efficient_attention = [c.to_dict() for c in configs]
     new.efficient_source = source
-    new._name_or_path = config._name_or_path
     new.attn_implementation = IMPLEMENTATION
-    mark_experts(new)
-    change_class(model, MODELS[stock_class(model)], new)
+    change_class(model, cls, new)
     replace_config(model, config, new)
     model.all_tied_weights_keys.update(shared_parameters(model))
 
