@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
 from hf_efficient.attention.base.kernel import KernelAttention
-from hf_efficient.ops.random_features import drawn_features
+from hf_efficient.ops.random_features import orthogonal_features
 
 KERNELS = ("softmax", "relu")
 RELU_EPSILON = 1e-3
@@ -107,7 +107,8 @@ class PerformerAttention(KernelAttention):
 
     @torch.no_grad()
     def _draw(self, redraws: int) -> None:
-        self.features.copy_(drawn_features(len(self.features), self.config.seed, self.geometry, redraws))
+        generator = self.geometry.generator(self.config.seed, redraws)
+        self.features.copy_(orthogonal_features(len(self.features), self.geometry.head_dim, generator))
 
     def log_features(self, x: Tensor, name: str) -> Tensor:
         x = x * x.shape[-1] ** -0.25

@@ -19,7 +19,7 @@ from hf_efficient.attention.base import (
 )
 from hf_efficient.attention.base.kernel import KernelAttention
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.random_features import drawn_features
+from hf_efficient.ops.random_features import orthogonal_features
 
 # at a gate of 1 - e^-10 the oldest of 1000 tokens keeps 0.96 of its weight
 OPEN_GATE = 10.0
@@ -96,7 +96,8 @@ class RandomFeatureAttention(KernelAttention):
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            self.features.copy_(drawn_features(len(self.features), self.config.seed, self.geometry))
+            generator = self.geometry.generator(self.config.seed)
+            self.features.copy_(orthogonal_features(len(self.features), self.geometry.head_dim, generator))
         nn.init.zeros_(self.log_sigma)
         if self.config.gate:
             nn.init.zeros_(self.gate_weight)

@@ -21,7 +21,7 @@ from hf_efficient.attention.base import (
 from hf_efficient.cache.buckets import BucketLayer, labels_of_all
 from hf_efficient.ops.bucket_attention import bucket_attention, paired_attention
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.random_features import drawn_features
+from hf_efficient.ops.random_features import orthogonal_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,8 @@ class ReformerAttention(EfficientAttention):
     def reset_parameters(self) -> None:
         # one bucket needs none
         if count := self.rotations[..., 0].numel():
-            self.rotations.copy_(drawn_features(count, self.config.seed, self.geometry).view_as(self.rotations))
+            generator = self.geometry.generator(self.config.seed)
+            self.rotations.copy_(orthogonal_features(count, self.geometry.head_dim, generator).view_as(self.rotations))
 
     @torch.no_grad()
     def initialise_from(self, source: object) -> dict[str, str]:

@@ -29,7 +29,7 @@ from hf_efficient.ops.cluster_attention import (
     wide,
 )
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.random_features import drawn_features
+from hf_efficient.ops.random_features import orthogonal_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,8 @@ class RoutingTransformerAttention(EfficientAttention):
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            drawn = drawn_features(self.centroids.shape[:2].numel(), self.config.seed, self.geometry)
+            count, generator = self.centroids.shape[:2].numel(), self.geometry.generator(self.config.seed)
+            drawn = orthogonal_features(count, self.geometry.head_dim, generator)
             self.centroids.copy_(F.normalize(drawn, dim=-1).view_as(self.centroids))
 
     @torch.no_grad()

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hf_efficient.cache.recurrent import RecurrentLayer
+    from hf_efficient.ops.linear_attention import FeatureState
     from hf_efficient.ops.pooling import Rows
     from hf_efficient.ops.relative_bias import RelativeBias
+
+
+class Recurrence(Protocol):
+    """A cache layer that keeps a state of the keys it forgot: `cache.recurrent.RecurrentLayer` and what derives from it."""
+
+    state: FeatureState | None
+
+    def fold(self, log_key: Tensor, value: Tensor, log_decay: Tensor | None = None) -> None:
+        """Add what the last update forgot to the state."""
 
 
 @dataclass
@@ -55,4 +64,4 @@ class AttentionContext:
     row_start: Tensor | None = None
     key_positions: Tensor | None = None
     rows: Rows | None = None
-    recurrent: RecurrentLayer | None = None
+    recurrent: Recurrence | None = None

@@ -2,22 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from hf_efficient.attention.base.geometry import AttentionGeometry
-
-
-def drawn_features(count: int, seed: int, geometry: AttentionGeometry, redraws: int = 0) -> Tensor:
-    """(count, D) `orthogonal_features` that seed, stack, layer and the number of redraws alone decide."""
-    sides = {"encoder": 0, "decoder": 1}
-    key = (seed, sides[geometry.side], geometry.layer, redraws)
-    own = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
-    return orthogonal_features(count, geometry.head_dim, torch.Generator().manual_seed(own))
 
 
 def orthogonal_features(count: int, width: int, generator: torch.Generator) -> Tensor:

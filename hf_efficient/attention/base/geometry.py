@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -40,6 +42,11 @@ class AttentionGeometry:
     max_positions: int | None
     num_relative_buckets: int = 0
     relative_bias_reach: int = 0
+
+    def generator(self, seed: int, redraws: int = 0) -> torch.Generator:
+        """Random numbers that seed, stack, layer and the number of redraws alone decide: the same in every process."""
+        key = (seed, {"encoder": 0, "decoder": 1}[self.side], self.layer, redraws)
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little"))
 
 
 class LinearWeights(NamedTuple):

@@ -33,8 +33,8 @@ def register_mechanism(cls: type[EfficientAttention]) -> type[EfficientAttention
 
 @cache
 def _discover() -> None:
-    from hf_efficient import attention
-
+    # by name, since a base imports no mechanism
+    attention = importlib.import_module(__package__.removesuffix(".base"))
     for module in pkgutil.iter_modules(attention.__path__):
         importlib.import_module(f"{attention.__name__}.{module.name}")
 
