@@ -3,8 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# style and types need only the `dev` extra; they take it from the full environment where there is one
+CHECKED := $(VENV)/.checked
 
-.PHONY: demo test suite lint bench docs clean
+.PHONY: help demo test test-fast suite lint format typecheck coverage bench docs clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(INSTALLED)  ## convert a real checkpoint, prove it, and show what it is for
 	$(BIN)/python recipes/demo.py
@@ -12,13 +17,26 @@ demo: $(INSTALLED)  ## convert a real checkpoint, prove it, and show what it is 
 test: $(INSTALLED)  ## lint beside the whole suite, on the CPU, offline
 	$(MAKE) --jobs=2 lint suite
 
+test-fast: $(INSTALLED)  ## one case of every test, in about 3 minutes
+	$(BIN)/python -m pytest -n auto --dist worksteal --first-cases
+
 suite: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## format, style and types, without changing a file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+format: $(CHECKED)  ## rewrite the files in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(CHECKED)  ## types alone
+	$(BIN)/mypy
+
+coverage: $(INSTALLED)  ## lines that the suite does not reach (takes longer than `test`)
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov=hf_efficient --cov-report=term-missing:skip-covered
 
 bench: $(INSTALLED)  ## record time and memory under model_cards/results/
 	$(BIN)/hf-efficient bench attention --out model_cards/results/attention.json
@@ -35,7 +53,12 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,test,dev]"
+	touch $@ $(CHECKED)
+
+$(CHECKED): setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt ruff mypy
 	touch $@
 
-clean:
+clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build *.egg-info demo-output

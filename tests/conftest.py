@@ -18,6 +18,21 @@ torch.set_num_threads(1)  # tiny tensors, and several workers share the cores
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--first-cases", action="store_true", help="only the first case of every quick test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--first-cases"):
+        first: dict[str, pytest.Item] = {}
+        for item in items:
+            if item.get_closest_marker("slow") is None:
+                first.setdefault(item.nodeid.split("[")[0], item)
+        config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
+        items[:] = first.values()
+
+
 _outcomes: list[tuple[str, str]] = []
 
 
