@@ -26,7 +26,7 @@ parser.add_argument("--global-tokens", choices=("none", "first", "question"), de
 parser.add_argument("--max-positions", type=int, default=4096, help="longest input, in tokens (default 4096)")
 parser.add_argument("--positions", choices=("tile", "interpolate"), default="tile", help="how to lengthen the table")
 parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-parser.add_argument("--no-verify", action="store_true", help="skip the proof at the end")
+parser.add_argument("--no-verify", action="store_true", help="skip the checks at the end")
 args = parser.parse_args()
 
 separator = None
@@ -44,16 +44,11 @@ result = he.convert(
 )
 result.save(args.out, overwrite=args.overwrite)
 
-# every tensor of the result is accounted for; random ones are absent from the source and must be trained
-for status, count in result.report.counts().items():
-    print(f"{status:12}{count:6} tensors")
-for name, tensor in result.report.tensors.items():
-    if tensor["status"] == "random":
-        print(f"random: {name}")
+# where every tensor came from; random ones are absent from the source and must be trained
+print(result.report)
 
-# how close the saved checkpoint is to its source, on text that is always at hand
+# how close the saved checkpoint is to its source, on text from Python's documentation
 if not args.no_verify:
     fidelity = he.verify(args.out, args.source, offline_texts(), progress=True)
-    for rung in fidelity.rungs:
-        print(f"{rung.status:15} {rung.name}: {rung.detail}")
+    print(fidelity)
     sys.exit(0 if fidelity.passed else 1)

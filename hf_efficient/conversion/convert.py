@@ -49,6 +49,11 @@ class ConversionReport(Report):
     versions: dict[str, str] = field(default_factory=versions)
     statuses: ClassVar[tuple[str, ...]] = ("copied", "extended", "initialised", "random")
 
+    def __str__(self) -> str:
+        """The number of tensors by where they came from, and the names of random ones."""
+        lines = [f"{status:12}{count:6} tensors" for status, count in self.counts().items()]
+        return "\n".join([*lines, *(f"random: {name}" for name, t in self.tensors.items() if t["status"] == "random")])
+
 
 class ConversionResult(Result):
     """A converted model with its tokenizer (`None` if the source had none) and the report; `save(path)` writes all."""

@@ -16,7 +16,7 @@ from tiny import save_source
 from transformers import AutoConfig
 
 from hf_efficient.conversion.loading import load_converted, load_stock
-from hf_efficient.evaluation.verify import FidelityReport, Rung
+from hf_efficient.evaluation.verify import Check, FidelityReport
 
 # script: (family, its options, what the checkpoint must say, new tensors and how they are counted, positions)
 RUNS = {
@@ -137,7 +137,7 @@ def test_script_verifies_what_it_saved(script, status, tmp_path, monkeypatch, ca
     def verify(model, source, texts, progress):
         calls.append((str(model), str(source), texts))
         assert load_converted(model) is not None
-        return FidelityReport([Rung("copied tensors", status, {"tensors": 44}, "bit-equal")], {})
+        return FidelityReport([Check("copied tensors", status, {"tensors": 44}, "bit-equal")], {})
 
     monkeypatch.setattr("hf_efficient.evaluation.verify.verify", verify)
     monkeypatch.setattr("hf_efficient.corpus.offline_texts", lambda: ["w10 w11"])
@@ -147,15 +147,15 @@ def test_script_verifies_what_it_saved(script, status, tmp_path, monkeypatch, ca
         run_here(monkeypatch, script, source, tmp_path / "out", *options)
     assert done.value.code == (0 if status == "passed" else 1)
     assert calls == [(str(tmp_path / "out"), str(source), ["w10 w11"])]
-    assert f"{status:15} copied tensors: {{'tensors': 44}}" in capsys.readouterr().out
+    assert f"{status:15} copied tensors: tensors 44" in capsys.readouterr().out
 
 
-def test_fresh_process_from_conversion_to_proof(tmp_path):
+def test_fresh_process_from_conversion_to_checks(tmp_path):
     source = save_source(tmp_path / "source", "bert")
     done = run("convert_bert_to_bigbird.py", source, tmp_path / "out", "--block-size", "4", "--max-positions", "256")
     assert done.returncode == 0, done.stderr
-    for rung in ("copied tensors", "exact limit", "padding and batch", "fresh process"):
-        assert f"passed          {rung}:" in done.stdout
+    for check in ("copied tensors", "exact limit", "padding and batch", "fresh process"):
+        assert f"passed          {check}:" in done.stdout
 
 
 def test_existing_folder_is_left_alone(tmp_path, monkeypatch):
