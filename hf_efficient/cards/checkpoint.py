@@ -231,9 +231,15 @@ def _account(report: dict[str, Any]) -> str:
     return head + "\n\n" + table(["tensors", "number", "from"], rows)
 
 
-def _rung(facts: CardFacts, name: str) -> dict[str, Any]:
-    rungs = (facts.fidelity or {}).get("rungs", [])
-    return next((rung["detail"] for rung in rungs if rung["name"] == name and rung["status"] == "measured"), {})
+def _checks(facts: CardFacts) -> list[dict[str, Any]]:
+    fidelity = facts.fidelity or {}
+    # earlier reports call them rungs
+    return fidelity.get("checks", fidelity.get("rungs", []))
+
+
+def _measured(facts: CardFacts, name: str) -> dict[str, Any]:
+    checks = _checks(facts)
+    return next((check["detail"] for check in checks if check["name"] == name and check["status"] == "measured"), {})
 
 
 def _fidelity(facts: CardFacts) -> str:
@@ -243,12 +249,12 @@ def _fidelity(facts: CardFacts) -> str:
     made = "upcycled" if is_sparse else "converted"
     if not fidelity:
         return f"As {made}: {NOT_MEASURED}."
-    ours, control = _figures(_rung(facts, "fidelity")), _rung(facts, "control: mean of values")
-    rows = [[name.replace("_", " "), _text(value), _text(control.get(name))] for name, value in ours.items()]
+    found, control = _figures(_measured(facts, "fidelity")), _measured(facts, "control: mean of values")
+    rows = [[name.replace("_", " "), _text(value), _text(control.get(name))] for name, value in found.items()]
     header, beside = ["figure", made, "mean of values"], ", beside what is left when attention carries no information"
     if is_sparse:
         rows, header, beside = [row[:2] for row in rows], header[:2], ""
-    checks = [[rung["name"], rung["status"], rung["rule"]] for rung in fidelity["rungs"]]
+    checks = [[check["name"], check["status"], check["rule"]] for check in _checks(facts)]
     settings = {k: v for k, v in fidelity["settings"].items() if isinstance(v, (int, float, str)) and k != "source"}
     return "\n\n".join(
         [
@@ -293,7 +299,7 @@ def _layer_table(errors: dict[str, Any]) -> str:
 
 
 def _speed(facts: CardFacts) -> str:
-    detail = _rung(facts, "speed and memory")
+    detail = _measured(facts, "speed and memory")
     if not detail.get("rows"):
         return f"By length: {NOT_MEASURED}."
     header = list(detail["rows"][0])

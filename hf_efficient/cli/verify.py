@@ -24,7 +24,7 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Climb the proof ladder; exit code 1 if a rung fails. The figures go into CONVERTED's report."""
+    """Run all checks; exit code 1 if one fails. The figures go into CONVERTED's report."""
     with running():
         for name in (converted, source):
             require_source(name)
@@ -35,10 +35,10 @@ def verify(
         if max_length is not None and max_length < 2:
             raise ValueError(f"--max-length {max_length} leaves no text; give at least 2.")
         from hf_efficient.corpus import offline_texts
-        from hf_efficient.evaluation.verify import verify as climb
+        from hf_efficient.evaluation.verify import verify as run_checks
 
         documents = offline_texts() if texts is None else read_texts(texts)
-        report = climb(
+        report = run_checks(
             converted,
             source,
             documents,
@@ -49,11 +49,11 @@ def verify(
         if Path(converted).is_dir():
             record_fidelity(Path(converted), report.to_dict())
     rows = [
-        [rung.status, f"{rung.name}: {rung.rule}", "\n".join(f"{k}: {as_text(v)}" for k, v in rung.detail.items())]
-        for rung in report.rungs
+        [check.status, f"{check.name}: {check.rule}", "\n".join(f"{k}: {as_text(v)}" for k, v in check.detail.items())]
+        for check in report.checks
     ]
-    title = f"{converted} beside {source}: {'passed' if report.passed else 'FAILED'}"
-    emit(report.to_dict(), as_json, title, ["outcome", "rung", "figures"], rows)
+    title = f"{converted} compared with {source}: {'passed' if report.passed else 'FAILED'}"
+    emit(report.to_dict(), as_json, title, ["outcome", "check", "figures"], rows)
     if not report.passed:
         raise typer.Exit(1)
 

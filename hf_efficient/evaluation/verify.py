@@ -1,9 +1,10 @@
-"""verify: the proof ladder, from bit-equal tensors over the exact limit to fidelity beside its controls."""
+"""verify: checks from bit-equal tensors over the exact limit to fidelity, next to its controls."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -37,7 +38,7 @@ EXACT_LENGTH = 128
 
 
 @dataclass
-class Rung:
+class Check:
     """One check: its outcome, its figures, and the rule it was held to.
 
     `status` is "passed", "failed", "measured" (figures without a verdict) or "not applicable".
@@ -51,21 +52,38 @@ class Rung:
 
 @dataclass
 class FidelityReport:
-    """All rungs with the settings and versions that the figures depend on; JSON-serialisable by `to_dict`."""
+    """All checks with the settings and versions that the figures depend on; JSON-serialisable by `to_dict`."""
 
-    rungs: list[Rung]
+    checks: list[Check]
     settings: dict[str, Any]
     versions: dict[str, str] = field(default_factory=versions)
 
     @property
     def passed(self) -> bool:
-        return all(rung.status != "failed" for rung in self.rungs)
+        return all(check.status != "failed" for check in self.checks)
 
-    def __getitem__(self, name: str) -> Rung:
-        return next(rung for rung in self.rungs if rung.name == name)
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+    def __str__(self) -> str:
+        """A paragraph per check, for a terminal of 80 columns."""
+        lines = []
+        for check in self.checks:
+            figures = ", ".join(f"{name} {_short(value)}" for name, value in check.detail.items())
+            text = f"{check.status:15} {check.name}: {figures}"
+            lines.append(textwrap.fill(text, 80, subsequent_indent=" " * 16))
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         return {"passed": self.passed, **asdict(self)}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name} {_short(entry)}" for name, entry in value.items()) + ")"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_short, value)) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def verify(
@@ -79,7 +97,7 @@ def verify(
     speed_lengths: Sequence[int] = (),
     progress: bool = False,
 ) -> FidelityReport:
-    """Compare a converted or upcycled model with its source, rung by rung.
+    """Compare a converted or upcycled model with its source, check by check.
 
     Args:
         model: converted model, or folder or id of a converted checkpoint.
@@ -90,7 +108,7 @@ def verify(
         speed_lengths: lengths at which to measure time and memory against full SDPA attention; none by default.
 
     Returns:
-        A report whose `passed` is False if a rung failed.
+        A report whose `passed` is False if a check failed.
 
     Raises:
         ValueError: no texts, no tokenizer, or a model that is not converted.
@@ -103,7 +121,7 @@ def verify(
     if not isinstance(source, PreTrainedModel):
         source = load_stock(str(source))[0]
     if not isinstance(model, EfficientModelMixin):
-        raise ValueError(f"{type(model).__name__} is no converted model: convert or upcycle it first, then verify.")
+        raise ValueError(f"{type(model).__name__} is not a converted model: convert or upcycle it first, then verify.")
     if not texts:
         raise ValueError("no texts to verify with; hf_efficient.corpus.offline_texts() has some.")
     modes = model.training, source.training
@@ -126,7 +144,7 @@ def verify(
         lambda: _speed(model, source, speed_lengths),
     ]
     try:
-        rungs = [check() for check in tqdm(checks, desc="verify", disable=not progress, unit="rung")]
+        outcomes = [check() for check in tqdm(checks, desc="verify", disable=not progress, unit="check")]
     finally:
         model.train(modes[0])
         source.train(modes[1])
@@ -140,13 +158,13 @@ def verify(
         "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
     }
-    return FidelityReport(rungs, settings)
+    return FidelityReport(outcomes, settings)
 
 
-# ---- rungs -------------------------------------------------------------------------------------------------------
+# ---- checks -------------------------------------------------------------------------------------------------------
 
 
-def _copied_tensors(model: Any, source: PreTrainedModel) -> Rung:
+def _copied_tensors(model: Any, source: PreTrainedModel) -> Check:
     theirs = source.state_dict()
     experts = {} if expert_layers(source) else expert_layers(model)
     if experts and all(layer.are_equal() for layer in experts.values()):
@@ -164,10 +182,10 @@ def _copied_tensors(model: Any, source: PreTrainedModel) -> Rung:
     extra = [name for name in ours if name not in theirs and f".{MODULE_NAME}." not in name]
     detail = {"tensors": len(theirs), "extended": extended, "different": different, "unexplained": extra}
     rule = "every tensor of the source is bit-equal, in each expert; only position tables may be longer"
-    return Rung("copied tensors", "failed" if different or extra else "passed", detail, rule)
+    return Check("copied tensors", "failed" if different or extra else "passed", detail, rule)
 
 
-def _exact_limit(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) -> Rung:
+def _exact_limit(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) -> Check:
     if not model.config.efficient_attention:
         return _equal_experts(model, source, batch)
     rule = f"at exact settings the logits differ by ≤ {EXACT_TOLERANCE:g} of the largest"
@@ -182,7 +200,7 @@ def _exact_limit(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) 
         else:
             exact.append(setting)
     if why:
-        return Rung("exact limit", "not applicable", {"why": "; ".join(why)}, rule)
+        return Check("exact limit", "not applicable", {"why": "; ".join(why)}, rule)
     plain = copy.deepcopy(source).float()
     expected = run(plain, batch)["output"]
     with patch_attention(plain, exact):
@@ -190,23 +208,23 @@ def _exact_limit(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) 
     real = output_mask(plain, batch)
     error = relative_difference(actual, expected, real)
     detail = {"relative_difference": error, "settings": [c.to_dict() for c in exact], "tokens": length}
-    return Rung("exact limit", "passed" if error <= EXACT_TOLERANCE else "failed", detail, rule)
+    return Check("exact limit", "passed" if error <= EXACT_TOLERANCE else "failed", detail, rule)
 
 
-def _equal_experts(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) -> Rung:
+def _equal_experts(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) -> Check:
     rule = f"as long as the experts are equal the logits differ by ≤ {EXACT_TOLERANCE:g} of the largest"
     if not all(layer.are_equal() for layer in expert_layers(model).values()):
-        return Rung("exact limit", "not applicable", {"why": "the experts have been trained apart"}, rule)
+        return Check("exact limit", "not applicable", {"why": "the experts have been trained apart"}, rule)
     plain, sparse = (copy.deepcopy(m).float() for m in (source, model))
     actual, expected = (run(m, batch)["output"] for m in (sparse, plain))
     error = relative_difference(actual, expected, output_mask(plain, batch))
     detail = {"relative_difference": error, "tokens": batch["input_ids"].shape[1]}
-    return Rung("exact limit", "passed" if error <= EXACT_TOLERANCE else "failed", detail, rule)
+    return Check("exact limit", "passed" if error <= EXACT_TOLERANCE else "failed", detail, rule)
 
 
-def _fidelity(model: PreTrainedModel, source: PreTrainedModel, batches: list[dict[str, Tensor]]) -> Rung:
+def _fidelity(model: PreTrainedModel, source: PreTrainedModel, batches: list[dict[str, Tensor]]) -> Check:
     rule = "figures at the source's own length; compare them with the control"
-    return Rung("fidelity", "measured", compare(model, source, batches), rule)
+    return Check("fidelity", "measured", compare(model, source, batches), rule)
 
 
 CONTROLS = {
@@ -220,14 +238,14 @@ def _controls(model: Any, source: PreTrainedModel, batches: list[dict[str, Tenso
     if model.config.efficient_attention:
         return [partial(_control, model, source, batches, name) for name in controls(model)]
     name, why = "mean of values", {"why": "all attention is full attention"}
-    return [lambda: Rung(f"control: {name}", "not applicable", why, CONTROLS[name])]
+    return [lambda: Check(f"control: {name}", "not applicable", why, CONTROLS[name])]
 
 
-def _control(model: Any, source: PreTrainedModel, batches: list[dict[str, Tensor]], name: str) -> Rung:
-    return Rung(f"control: {name}", "measured", control_figures(model, source, batches, name), CONTROLS[name])
+def _control(model: Any, source: PreTrainedModel, batches: list[dict[str, Tensor]], name: str) -> Check:
+    return Check(f"control: {name}", "measured", control_figures(model, source, batches, name), CONTROLS[name])
 
 
-def _padding(model: PreTrainedModel, batch: dict[str, Tensor]) -> Rung:
+def _padding(model: PreTrainedModel, batch: dict[str, Tensor]) -> Check:
     rule = (
         f"in double precision nothing at real positions changes by more than {DOUBLE_TOLERANCE:g} of the largest value"
     )
@@ -246,7 +264,7 @@ def _padding(model: PreTrainedModel, batch: dict[str, Tensor]) -> Rung:
         errors["each row alone"] = max(errors["each row alone"], error)
     failed = max(errors.values()) > DOUBLE_TOLERANCE
     detail = {"relative_difference": errors, "padded_tokens": int((~mask).sum())}
-    return Rung("padding and batch", "failed" if failed else "passed", detail, rule)
+    return Check("padding and batch", "failed" if failed else "passed", detail, rule)
 
 
 FRESH = """
@@ -261,7 +279,7 @@ save_file({"output": output.contiguous()}, sys.argv[2] + "/out.safetensors")
 """
 
 
-def _fresh_process(model: PreTrainedModel, batch: dict[str, Tensor], path: Path | None) -> Rung:
+def _fresh_process(model: PreTrainedModel, batch: dict[str, Tensor], path: Path | None) -> Check:
     rule = "saved, loaded in a fresh process through its registered class: outputs are bit-equal"
     with tempfile.TemporaryDirectory() as scratch:
         if path is None:
@@ -270,20 +288,20 @@ def _fresh_process(model: PreTrainedModel, batch: dict[str, Tensor], path: Path 
         save_file({k: v.contiguous() for k, v in batch.items()}, f"{scratch}/batch.safetensors")
         done = fresh_python("-c", FRESH, path, scratch, torch.get_num_threads())
         if done.returncode:
-            return Rung("fresh process", "failed", {"error": done.stderr[-2000:]}, rule)
+            return Check("fresh process", "failed", {"error": done.stderr[-2000:]}, rule)
         loaded = load_file(f"{scratch}/out.safetensors")["output"]
     # the child loads to the CPU, so that is where both are compared
     on_cpu = model if model.device.type == "cpu" else copy.deepcopy(model).cpu()
     expected = run(on_cpu, batch)["output"]
     equal = torch.equal(loaded, expected)
     detail = {"bit_equal": equal, "largest_difference": float((loaded - expected).abs().max())}
-    return Rung("fresh process", "passed" if equal else "failed", detail, rule)
+    return Check("fresh process", "passed" if equal else "failed", detail, rule)
 
 
-def _decoding(model: PreTrainedModel, batch: dict[str, Tensor], steps: int = 8) -> Rung:
+def _decoding(model: PreTrainedModel, batch: dict[str, Tensor], steps: int = 8) -> Check:
     rule = f"prefill and steps with a cache equal one full pass, in double precision, to {DOUBLE_TOLERANCE:g}"
     if not model.can_generate() or not (model.config.is_encoder_decoder or _is_causal(model)):
-        return Rung("prefill = decode", "not applicable", {"why": "no language model head on a causal stack"}, rule)
+        return Check("prefill = decode", "not applicable", {"why": "no language model head on a causal stack"}, rule)
     double: Any = copy.deepcopy(model).double()
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     rows = {
@@ -305,14 +323,14 @@ def _decoding(model: PreTrainedModel, batch: dict[str, Tensor], steps: int = 8) 
             pieces.append(part.logits)
     error = relative_difference(torch.cat(pieces, 1), full, None)
     detail = {"relative_difference": error, "prefill": n - steps, "steps": steps}
-    return Rung("prefill = decode", "passed" if error <= DOUBLE_TOLERANCE else "failed", detail, rule)
+    return Check("prefill = decode", "passed" if error <= DOUBLE_TOLERANCE else "failed", detail, rule)
 
 
-def _speed(model: Any, source: PreTrainedModel, lengths: Sequence[int]) -> Rung:
+def _speed(model: Any, source: PreTrainedModel, lengths: Sequence[int]) -> Check:
     rule = "medians of interleaved runs against full SDPA attention; memory in a fresh process per point"
     if not lengths:
-        return Rung("speed and memory", "not applicable", {"why": "no lengths were asked for"}, rule)
-    return Rung("speed and memory", "measured", compare_with_full_attention(model, source, lengths), rule)
+        return Check("speed and memory", "not applicable", {"why": "no lengths were asked for"}, rule)
+    return Check("speed and memory", "measured", compare_with_full_attention(model, source, lengths), rule)
 
 
 def _tokenizer_of(*places: Any) -> Any:

@@ -40,9 +40,9 @@ def checkpoint(tmp_path) -> Path:
     report["fidelity"] = {
         "passed": True,
         "rungs": [
-            rung("fidelity", embedding_cosine=0.987654321, hidden_error=0.3125, hidden_error_by_layer=[0.777]),
-            rung("control: mean of values", embedding_cosine=0.4711, hidden_error=0.919),
-            rung("speed and memory", rows=[{"length": 640, "seconds": 0.0625}], hardware={"cpu": "an abacus"}),
+            check("fidelity", embedding_cosine=0.987654321, hidden_error=0.3125, hidden_error_by_layer=[0.777]),
+            check("control: mean of values", embedding_cosine=0.4711, hidden_error=0.919),
+            check("speed and memory", rows=[{"length": 640, "seconds": 0.0625}], hardware={"cpu": "an abacus"}),
         ],
         "settings": {"source": "elsewhere", "texts": 61, "dtype": "torch.float32"},
         "versions": {"torch": "9.8.7"},
@@ -51,7 +51,7 @@ def checkpoint(tmp_path) -> Path:
     return out
 
 
-def rung(name: str, **detail: Any) -> dict[str, Any]:
+def check(name: str, **detail: Any) -> dict[str, Any]:
     return {"name": name, "status": "measured", "detail": detail, "rule": f"the rule of {name}"}
 
 
@@ -394,9 +394,9 @@ def test_card_of_experts_alone(sparse):
 
 
 def test_card_of_verified_experts(sparse):
-    rungs = [rung("fidelity", embedding_cosine=0.98765), rung("exact limit", relative_difference=0.5)]
+    checks = [check("fidelity", embedding_cosine=0.98765), check("exact limit", relative_difference=0.5)]
     settings = {"efficient_attention": [], "texts": 61}
-    record_fidelity(sparse, {"passed": True, "rungs": rungs, "settings": settings, "versions": {"torch": "9.8.7"}})
+    record_fidelity(sparse, {"passed": True, "checks": checks, "settings": settings, "versions": {"torch": "9.8.7"}})
     text = str(checkpoint_card(sparse))
     assert "| figure | upcycled |" in text and "| embedding cosine | 0.9877 |" in text and "the rule of exact" in text
     assert "mean of values" not in text and "torch 9.8.7" in text

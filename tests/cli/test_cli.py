@@ -25,7 +25,7 @@ from hf_efficient.benchmarks.suites import SUITES
 from hf_efficient.cli.app import app
 from hf_efficient.cli.options import as_text, parse_layers, parse_option, read_texts
 from hf_efficient.conversion.loading import load_converted, load_stock
-from hf_efficient.evaluation.verify import FidelityReport, Rung
+from hf_efficient.evaluation.verify import Check, FidelityReport
 from hf_efficient.profiling.memory import fresh_python
 
 FAMILIES = sorted(SPECIALS)
@@ -372,13 +372,13 @@ def test_json_is_alone_on_stdout(sources, tmp_path, monkeypatch):
 # ---- verify ------------------------------------------------------------------------------------------------------
 
 
-def test_verify_climbs_prints_and_records(sources, texts, tmp_path):
+def test_verify_checks_prints_and_records(sources, texts, tmp_path):
     out = tmp_path / "out"
     run("convert", sources["bert"], out, "--attention", "longformer", "--attention-window", 8, "--max-positions", 256)
     before = json.loads((out / "conversion_report.json").read_text())
     given = document("verify", out, sources["bert"], "--texts", texts, "--max-length", 48)
     assert given["passed"] is True
-    status = {rung["name"]: rung["status"] for rung in given["rungs"]}
+    status = {check["name"]: check["status"] for check in given["checks"]}
     for name in ("copied tensors", "exact limit", "padding and batch", "fresh process"):
         assert status[name] == "passed"
     assert given["settings"]["texts"] == 4 and given["settings"]["max_length"] == 48
@@ -389,7 +389,7 @@ def test_verify_climbs_prints_and_records(sources, texts, tmp_path):
 
 def test_verify_fails_on_changed_weights(sources, texts, tmp_path, monkeypatch):
     # the process of its own is covered above
-    monkeypatch.setattr("hf_efficient.evaluation.verify._fresh_process", lambda *_: Rung("fresh", "passed", {}, ""))
+    monkeypatch.setattr("hf_efficient.evaluation.verify._fresh_process", lambda *_: Check("fresh", "passed", {}, ""))
     source = save_source(tmp_path / "source", "gpt2", seed=1)
     out = tmp_path / "out"
     run("convert", sources["gpt2"], out, "--attention", "local", "--attention-window", 8)

@@ -1,4 +1,4 @@
-"""The proof ladder: it passes where it should, and every rung fails when what it proves is broken."""
+"""verify: every check passes where it should, and fails when what it proves is broken."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pair(model_type: str = "bert", mechanism: str = "local", **options):
 
 @pytest.fixture(autouse=True)
 def quick_process(monkeypatch):
-    """Of the rung that needs a fresh one; tests/test_scripts.py waits for a new Python instead."""
+    """Of the check that needs a fresh one; tests/test_scripts.py waits for a new Python instead."""
     monkeypatch.setattr(verification, "fresh_python", fresh.python)
 
 
@@ -50,8 +50,10 @@ def check(model, source, **options):
 )
 def test_a_right_conversion_passes(model_type, mechanism, options):
     report = check(*pair(model_type, mechanism, **options))
-    assert report.passed, [rung for rung in report.rungs if rung.status == "failed"]
+    assert report.passed, [check for check in report.checks if check.status == "failed"]
     assert json.loads(json.dumps(report.to_dict()))["passed"] is True
+    shown = str(report).splitlines()
+    assert max(map(len, shown)) <= 80 and any(line.startswith("passed          padding and batch:") for line in shown)
     assert report["padding and batch"].detail["padded_tokens"] > 0
     assert report["exact limit"].status == ("not applicable" if mechanism == "performer" else "passed")
     assert report["prefill = decode"].status == ("passed" if model_type in ("gpt2", "t5") else "not applicable")
@@ -59,14 +61,14 @@ def test_a_right_conversion_passes(model_type, mechanism, options):
     # T5's own error is nearly the control's on random weights; both must be there to be compared
     assert report["control: mean of values"].detail["hidden_error"] > 0
     # only what a mechanism learns can be left out
-    assert ("control: window only" in [rung.name for rung in report.rungs]) == (mechanism == "hedgehog")
+    assert ("control: window only" in [check.name for check in report.checks]) == (mechanism == "hedgehog")
 
 
 def failed(report) -> list[str]:
-    return [rung.name for rung in report.rungs if rung.status == "failed"]
+    return [check.name for check in report.checks if check.status == "failed"]
 
 
-def test_a_changed_weight_fails_the_first_rung():
+def test_a_changed_weight_fails_the_first_check():
     model, source = pair(attention_window=8)
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight[0, 0] += 1e-6
@@ -122,7 +124,7 @@ def test_what_can_not_be_verified_is_refused():
         verify(model, source, TEXTS)
 
 
-def test_speed_rung_measures_both_models():
+def test_speed_check_measures_both_models():
     model, source = pair(attention_window=8)
     detail = check(model, source, speed_lengths=(64, 256))["speed and memory"].detail
     assert [row["length"] for row in detail["rows"]] == [64], "256 tokens exceed the model's positions"
@@ -147,21 +149,21 @@ def apart(model):
 
 
 def outcomes(model, source) -> list[str]:
-    """Of the two rungs that compare weights and outputs with those of the source."""
+    """Of the two checks that compare weights and outputs with those of the source."""
     tokenizer = tiny_tokenizer(family_of(source).model_type)
     batch = ragged(text_batches(tokenizer, TEXTS, 64, 4, source)[0])
-    rungs = (verification._copied_tensors(model, source), verification._exact_limit(model, source, batch))
-    return [rung.status for rung in rungs]
+    checks = (verification._copied_tensors(model, source), verification._exact_limit(model, source, batch))
+    return [check.status for check in checks]
 
 
 @pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
-def test_experts_alone_climb_the_ladder(model_type):
+def test_experts_alone_pass_the_checks(model_type):
     source = tiny_model(model_type)
     model = he.upcycle(copy.deepcopy(source), 4, top_k=2).model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     report = check(model, source)
-    assert report.passed, [rung for rung in report.rungs if rung.status == "failed"]
+    assert report.passed, [check for check in report.checks if check.status == "failed"]
     assert report["exact limit"].status == "passed" and "experts" in report["exact limit"].rule
     assert report["control: mean of values"].status == "not applicable"
     assert "full attention" in report["control: mean of values"].detail["why"]
@@ -173,7 +175,7 @@ def test_experts_alone_climb_the_ladder(model_type):
 
 
 @pytest.mark.filterwarnings("ignore:.*has no tokenizer")
-def test_changed_experts_fail_the_ladder():
+def test_changed_experts_fail_the_checks():
     source = tiny_model("gpt2")
     model = he.upcycle(copy.deepcopy(source), 4).model
     assert outcomes(model, source) == ["passed", "passed"]
@@ -186,13 +188,13 @@ def test_changed_experts_fail_the_ladder():
 
 
 @pytest.mark.filterwarnings("ignore:.*has no tokenizer")
-def test_experts_and_attention_climb_the_ladder_beside_either_source():
+def test_experts_and_attention_pass_the_checks_against_either_source():
     source = tiny_model("bert")
     sparse = he.upcycle(copy.deepcopy(source), 4).model
     options = dict(attention_window=8, tokenizer=tiny_tokenizer("bert"))
     model = he.convert(copy.deepcopy(sparse), "local", **options).model
     report = check(model, source)
-    assert report.passed, [rung for rung in report.rungs if rung.status == "failed"]
+    assert report.passed, [check for check in report.checks if check.status == "failed"]
     assert report["exact limit"].status == "passed" and report["exact limit"].detail["settings"]
     assert report["control: mean of values"].detail["hidden_error"] > 0
     assert outcomes(model, sparse) == ["passed", "passed"]
