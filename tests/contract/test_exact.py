@@ -32,12 +32,13 @@ def test_exact_attention_is_the_unconverted_model(pair: Pair):
 
 
 @pytest.mark.parametrize("label", ["local-gpt2", "hedgehog-gpt2", "longformer-t5-decoder"])
-def test_exact_generation(label: str):
+def test_exact_generation(label: str, monkeypatch):
     """Far enough that bounded caches would have forgotten keys."""
+    monkeypatch.setattr("hf_efficient.cache.bounded.SLACK", 8)
     pair = pair_of(label)
     model = pair.model(positions=256).double()
-    inputs = {k: v for k, v in inputs_for(model, batch=2, length=90).items() if not k.startswith("decoder")}
-    options = dict(max_new_tokens=90, do_sample=False, min_new_tokens=90)
+    inputs = {k: v for k, v in inputs_for(model, batch=2, length=40).items() if not k.startswith("decoder")}
+    options = dict(max_new_tokens=40, do_sample=False, min_new_tokens=40)
     expected = model.generate(**inputs, **options)
     with pair.patch(model):
         converted = model.generate(**inputs, **options)
