@@ -112,7 +112,7 @@ STAGES = {"converted": "untrained", "transferred": "attention transferred", "tra
 
 
 def recovery_table(mechanism: str | None = None) -> str:
-    """What transfer gives back on all-MiniLM-L6-v2: embedding cosine and mean layer error, of one mechanism or of all."""
+    """How much transfer recovers on all-MiniLM-L6-v2: embedding cosine and mean layer error, of one mechanism or of all."""
     data = record("recovery")
     if data is None or mechanism not in (None, *data["results"]):
         return "not measured"
@@ -120,7 +120,7 @@ def recovery_table(mechanism: str | None = None) -> str:
     for name, runs in data["results"].items():
         for options, run in runs.items() if mechanism in (None, name) else ():
             label = ", ".join(f"{k} {v}" for k, v in json.loads(options).items())
-            label = label if mechanism else f"`{name}`, {label}"
+            label = label or "default options" if mechanism else ", ".join(filter(None, [f"`{name}`", label]))
             steps = f"{run['settings']['steps']} + {run['settings'].get('end_to_end_steps', 0)}"
             cosines = [f"{run[stage]['embedding_cosine']:.3f}" if stage in run else "–" for stage in STAGES]
             errors = [
@@ -137,7 +137,7 @@ def recovery_table(mechanism: str | None = None) -> str:
     return table(header, rows) + f"\n\n{what} {_source(data)}"
 
 
-ROAD = ("control", "converted", "continued", "transferred", "transferred, continued")
+PIPELINE = ("control", "converted", "continued", "transferred", "transferred, continued")
 
 
 def perplexity_table(mechanism: str | None = None) -> str:
@@ -157,7 +157,7 @@ def perplexity_table(mechanism: str | None = None) -> str:
             f"{settings['block_length']}. Dense model: {dense:.2f}, continued "
             f"{ceiling:.2f}; the last column is the best end as a multiple of that. Control: mean of values, untrained."
         )
-        header = [f"{family}, perplexity", *ROAD, "× dense"]
+        header = [f"{family}, perplexity", *PIPELINE, "÷ dense model"]
         parts.append(table(header, rows) + f"\n\n{what} {_source(data)}")
     return "\n\n".join(parts) or "not measured"
 
@@ -167,7 +167,7 @@ def _perplexity_rows(data: dict[str, Any], mechanism: str | None) -> list[list[s
     rows = []
     for name, figures in data["results"].items():
         if mechanism in (None, figures["attention"]["mechanism"]):
-            steps = [figures[step]["perplexity"] if step in figures else None for step in ROAD]
+            steps = [figures[step]["perplexity"] if step in figures else None for step in PIPELINE]
             best = min(value for value in steps[2:] if value is not None)
             cells = ["–" if value is None else f"{value:.2f}" for value in steps]
             rows.append([name, *cells, f"{best / ceiling:.3f}"])
@@ -184,11 +184,11 @@ def segments_table(mechanism: str) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in options.items())
     settings = data["settings"]
     what = f"{facts}; texts of {settings['block_length']} tokens, {settings['max_steps']} steps from scratch."
-    return f"{table(['gpt2', 'perplexity', '× full attention'], cells)}\n\n{what} {_source(data)}"
+    return f"{table(['gpt2', 'perplexity', '÷ full attention'], cells)}\n\n{what} {_source(data)}"
 
 
 def closeness_tables(mechanism: str) -> str:
-    """Untrained fidelity, and what training gave back where that was recorded."""
+    """Untrained fidelity, and what training recovered where that was recorded."""
     makers = (fidelity_table, recovery_table, perplexity_table, segments_table)
     return "\n\n".join(text for make in makers if (text := make(mechanism)) != "not measured") or "not measured"
 
@@ -208,7 +208,7 @@ def speed_table() -> str:
             ]
         rows.append([name, *cells])
     header = ["2 layers, width 768, batch 1, fp32, forward"]
-    header += [column for n in data["results"] for column in (f"{n} tokens, s", "× full (min–max)")]
+    header += [column for n in data["results"] for column in (f"{n} tokens, s", "time ÷ full attention (min–max)")]
     return table(header, rows) + f"\n\nMedians of {data['settings']['repeats']} interleaved rounds. {_source(data)}"
 
 
@@ -266,7 +266,7 @@ def attention_table(mechanism: str | None = None) -> str:
             body.append([str(length) if mechanism else f"`{name}`", *cells[0], *cells[1]])
     header = ["tokens" if mechanism else "4096 tokens"]
     for kind in ("forward", "forward + backward"):
-        header += [f"{kind}, ms", "full attention takes ×", "transformers takes ×"]
+        header += [f"{kind}, ms", "speed-up over full attention", "over transformers' own class"]
     settings = data["settings"]
     what = (
         f"Attention alone, {settings['heads']} heads of {settings['width']}, batch {settings['batch']}, float32; full "
@@ -293,7 +293,8 @@ def content_table(mechanism: str) -> str:
         cells = [f"{r['ratio']:.2f} ({r['ratio_min']:.2f}–{r['ratio_max']:.2f})" for r in ratios]
         place = [row["side"], "forward" if row["pass"] == "forward" else "forward + backward", str(row["length"])]
         body.append([*place, f"{1000 * row['seconds']:.0f}", *cells, f"{row['largest_tensor'] / 1e6:.2f}"])
-    header = ["side", "pass", "tokens", "ms", *(f"{rival} takes ×" for rival in rivals), "largest tensor, 10⁶ numbers"]
+    speedups = [f"speed-up over {rival}" for rival in rivals]
+    header = ["side", "pass", "tokens", "ms", *speedups, "largest tensor, 10⁶ numbers"]
     settings = data["settings"]
     options = settings["options"][rows[0]["side"]][mechanism]
     what = (

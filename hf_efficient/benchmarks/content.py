@@ -136,7 +136,7 @@ def content_suite(
 
 def content_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Headings and rows for people."""
-    header = ["contender", "side", "pass", "tokens", "ms", f"{FULL} takes ×", f"{THEIRS} takes ×", "largest tensor"]
+    header = ["contender", "side", "pass", "tokens", "ms", f"speed-up over {FULL}", f"over {THEIRS}", "largest tensor"]
     rows = []
     for row in document["results"]:
         shares = [row["faster_than"][name]["ratio"] if name in row["faster_than"] else None for name in (FULL, THEIRS)]

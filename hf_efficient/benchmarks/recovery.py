@@ -1,4 +1,4 @@
-"""What attention transfer gives back on a real checkpoint: all-MiniLM-L6-v2, before and after, on held-out text."""
+"""How much attention transfer recovers on a real checkpoint: all-MiniLM-L6-v2, before and after, on held-out text."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def recovery_suite(progress: bool = True) -> dict[str, Any]:
 
 
 def recovery_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Headings and rows for people: embedding cosine and layer error along the road."""
+    """Headings and rows for people: embedding cosine and layer error stage by stage."""
     rows = []
     for mechanism, runs in document["results"].items():
         for options, run in runs.items():

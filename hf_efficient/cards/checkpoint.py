@@ -251,7 +251,10 @@ def _fidelity(facts: CardFacts) -> str:
         return f"As {made}: {NOT_MEASURED}."
     found, control = _figures(_measured(facts, "fidelity")), _measured(facts, "control: mean of values")
     rows = [[name.replace("_", " "), _text(value), _text(control.get(name))] for name, value in found.items()]
-    header, beside = ["figure", made, "mean of values"], ", beside what is left when attention carries no information"
+    header, beside = (
+        ["figure", made, "mean of values"],
+        ", compared with what is left when attention carries no information",
+    )
     if is_sparse:
         rows, header, beside = [row[:2] for row in rows], header[:2], ""
     checks = [[check["name"], check["status"], check["rule"]] for check in _checks(facts)]
@@ -371,16 +374,14 @@ def _limits(facts: CardFacts) -> str:
         lines.append("`output_attentions=True` is refused: attention weights are never built.")
     before, now = (facts.config.get("efficient_source") or {}).get("max_positions"), facts.inspected["max_positions"]
     if before is not None and now is not None and before < now:
-        lines.append(
-            f"The original has {before} positions; what lies beyond them is known to be as good as measured above, no more."
-        )
-    lines.append("What the original is not fit for, and its biases, hold for this model as well.")
+        lines.append(f"The original has {before} positions; longer inputs were not tested.")
+    lines.append("The original's limits and biases apply to this model too.")
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _citation(facts: CardFacts) -> str:
     licence = facts.inherited.get("license")
-    found = f"Licence of the source: {licence}." if licence else f"Licence of the source: {NOT_RECORDED}; ask there."
+    found = f"Licence of the source: {licence or NOT_RECORDED + '; check the source repository'}."
     lines = [found, "Please cite the source model, and:"]
     for mechanism in facts.mechanisms:
         told = describe(mechanism)

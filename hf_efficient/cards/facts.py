@@ -104,13 +104,13 @@ def _adapter(folder: Path) -> tuple[dict[str, Any] | None, Path]:
     if (folder / "config.json").is_file():
         return None, folder
     if not (folder / ADAPTER).is_file():
-        raise ValueError(f"{folder} is no checkpoint folder: it has neither config.json nor {ADAPTER}.")
+        raise ValueError(f"{folder} is not a checkpoint folder: it has neither config.json nor {ADAPTER}.")
     adapter = _read(folder / ADAPTER)
     base = adapter.get("base_model_name_or_path")
     if not base or not (Path(base) / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds adapters of {base!r}, which is no checkpoint folder here: put it there, or merge the adapters "
-            "(merge_and_unload) and save the whole model."
+            f"{folder} holds adapters of {base!r}, which is not a checkpoint folder here: put it there or merge the "
+            "adapters (merge_and_unload) and save the whole model."
         )
     return adapter, Path(base)
 
@@ -153,7 +153,7 @@ def _report(path: Path, needed: tuple[str, ...], kind: str) -> dict[str, Any]:
     report = _read(path)
     missing = [name for name in needed if name not in report]
     if missing:
-        raise ValueError(f"{path} is no {kind} report: it has no {', '.join(missing)}.")
+        raise ValueError(f"{path} is not a report of {kind}: it lacks {', '.join(missing)}.")
     return report
 
 
@@ -161,7 +161,7 @@ def _record(path: Path) -> dict[str, Any]:
     values = _read(path)
     RunRecord.read(path)  # names what is missing
     if not all(isinstance(figures, dict) for figures in values["metrics"].values()):
-        raise ValueError(f"{path} is no record of a run: its metrics are no figures by name.")
+        raise ValueError(f"{path} is not a record of a run: its metrics are not figures by name.")
     return values
 
 

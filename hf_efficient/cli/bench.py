@@ -21,7 +21,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure: time and memory against full attention, or fidelity to it; minutes each."""
+    """Measure: time and memory against full attention, or fidelity to it; takes minutes per run."""
     with running():
         from hf_efficient.benchmarks.suites import SUITES
         from hf_efficient.profiling.json_files import write_json

@@ -25,7 +25,9 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the
 Option = Annotated[list[str] | None, typer.Option(help="NAME=VALUE, for any option of the mechanism.")]
 Texts = Annotated[
     Path | None,
-    typer.Option(help=".txt with one text per line, or .jsonl.", show_default="English text that is always at hand"),
+    typer.Option(
+        help=".txt with one text per line, or .jsonl.", show_default="sample text from Python's documentation"
+    ),
 ]
 is_quiet = ContextVar("is_quiet", default=False)
 

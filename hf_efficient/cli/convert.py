@@ -51,8 +51,8 @@ def convert(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Texts for mechanisms that start from data: .txt with one per line, .jsonl, or corpus, English text that "
-            "is always at hand.",
+            help="Texts for mechanisms that start from data: .txt with one per line, .jsonl, or corpus, "
+            "sample text from Python's documentation.",
             show_default="a start without data",
         ),
     ] = None,

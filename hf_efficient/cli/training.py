@@ -45,7 +45,7 @@ def distill(
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 2,
     length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
     learning_rate: Annotated[float, typer.Option(help="Layer by layer.", show_default="each mechanism's own")] = 0.0,
-    end_to_end_steps: Annotated[int, typer.Option(help="Further steps of the whole model.")] = 0,
+    end_to_end_steps: Annotated[int, typer.Option(help="Additional training steps for the whole model.")] = 0,
     train: Annotated[str, typer.Option(help="What learns end to end: mechanism, attention or all.")] = "attention",
     seed: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in OUT.")] = False,
@@ -77,7 +77,7 @@ def distill(
 
 def require_folder(checkpoint: Path) -> None:
     if not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint} is no folder; give that of a checkpoint.")
+        raise FileNotFoundError(f"{checkpoint} is not a folder; give that of a checkpoint.")
 
 
 def _distill(
@@ -132,7 +132,7 @@ def _room_for_a_run(checkpoint: Path, out: Path, overwrite: bool) -> Iterator[No
 
 
 def _layer_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Headings and rows: each layer's error before and after, beside the controls."""
+    """Headings and rows: each layer's error before and after, next to the controls."""
     errors = document["layer_errors"]
     stages = [name for name in ("before", "transferred", "after") if name in errors]
     last = errors[stages[-1]]

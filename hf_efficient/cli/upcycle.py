@@ -14,10 +14,13 @@ def upcycle(
     source: Annotated[str, typer.Argument(help="Hub id or folder of a checkpoint, converted or not.")],
     out: Out,
     num_experts: Annotated[int, typer.Option(help="Copies of the feed-forward part in each sparse layer.")] = 8,
-    top_k: Annotated[int, typer.Option(help="Experts of a token: 1 or 2.")] = 1,
+    top_k: Annotated[int, typer.Option(help="Experts per token (1 or 2).")] = 1,
     capacity_factor: Annotated[
         float | None,
-        typer.Option(help="In training an expert takes this many times 1/E of a batch.", show_default="drop nothing"),
+        typer.Option(
+            help="Capacity factor: in training an expert takes at most this many times 1/E of the batch's tokens.",
+            show_default="drop nothing",
+        ),
     ] = None,
     layers: Annotated[
         str | None,
@@ -27,7 +30,7 @@ def upcycle(
         float, typer.Option(help="Weight of the load balance in the training loss.")
     ] = 1e-2,
     router_z_loss_coef: Annotated[float, typer.Option(help="Weight of the z-loss in the training loss.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of the routers' start.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the router initialisation.")] = 0,
     revision: Revision = None,
     overwrite: Overwrite = False,
     as_json: Json = False,

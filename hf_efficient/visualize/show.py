@@ -59,7 +59,7 @@ def show(
         num_heads, layer, num_layers: of the stack, for mechanisms that differ by head or layer.
 
     Raises:
-        ValueError: a mechanism whose visible keys are no matter of positions alone, several mechanisms, options that do
+        ValueError: a mechanism whose visible keys depend on more than positions, several mechanisms, options that do
             not fit the layer, a size that is not positive.
 
     O(tiles of 64 × 64) time and memory, never an n × n mask.

@@ -34,7 +34,7 @@ def require_drawable(mechanism: str) -> None:
     has_window = "attention_window" in {field.name for field in dataclasses.fields(config)}
     window = " Its window between tokens is the one that local draws." if has_window else ""
     raise ValueError(
-        f"{mechanism} has no picture: what it shows a query is no matter of positions alone.{window} The mechanisms that "
+        f"{mechanism} has no picture: what it shows a query depends on more than positions.{window} The mechanisms that "
         f"have one: {', '.join(drawable_mechanisms())}."
     )
 

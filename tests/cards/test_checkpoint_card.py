@@ -291,7 +291,7 @@ def test_card_of_adapters(checkpoint, tmp_path, monkeypatch):
     exec(card.text.split("```python\n")[1].split("```")[0], space)
     assert type(space["model"]).__name__.startswith("PeftModel")
     checkpoint.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"no checkpoint folder here: put it there, or merge the adapters"):
+    with pytest.raises(ValueError, match=r"not a checkpoint folder here: put it there or merge the adapters"):
         checkpoint_card(tmp_path / "adapters")
 
 
@@ -326,10 +326,10 @@ BROKEN: dict[str, tuple[str, str, str]] = {
     "metrics": (
         "result.json",
         json.dumps(RunRecord("mlm", {}, metrics={"trained": 3}).to_dict()),  # type: ignore[dict-item]
-        "its metrics are no figures by name",
+        "its metrics are not figures by name",
     ),
     "truncated report": ("conversion_report.json", '{"source":', "Is it truncated?"),
-    "other report": ("conversion_report.json", '{"source": "a"}', "it has no revision, model_class"),
+    "other report": ("conversion_report.json", '{"source": "a"}', "it lacks revision, model_class"),
     "truncated config": ("config.json", "{", "config.json can't be read"),
 }
 
@@ -344,7 +344,7 @@ def test_broken_files_are_named(case, checkpoint):
 
 
 def test_card_refuses_what_does_not_belong_together(checkpoint, tmp_path):
-    assert "is no folder" in error("card", tmp_path / "missing")
+    assert "is not a folder" in error("card", tmp_path / "missing")
     assert "No such file" in error("card", checkpoint, "--results", tmp_path / "none.json")
     (tmp_path / "empty").mkdir()
     assert "neither config.json nor adapter_config.json" in error("card", tmp_path / "empty")
@@ -442,7 +442,7 @@ def test_card_refuses_the_report_of_other_experts(sparse):
     with pytest.raises(ValueError, match="belongs to another one"):
         checkpoint_card(sparse)
     path.write_text(json.dumps({"source": "x"}))
-    with pytest.raises(ValueError, match="is no upcycling report: it has no revision"):
+    with pytest.raises(ValueError, match="is not a report of upcycling: it lacks revision"):
         checkpoint_card(sparse)
     path.unlink()
     card = checkpoint_card(sparse)
@@ -513,7 +513,7 @@ def test_distill_errors(linformer, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     texts = ["--texts", tmp_path / "texts.txt", "--length", 16]
     assert "without efficient attention" in error("distill", source, out, *texts)
-    assert "is no folder" in error("distill", tmp_path / "none", out, *texts)
+    assert "is not a folder" in error("distill", tmp_path / "none", out, *texts)
     assert "give one of them" in error("distill", linformer, out, *texts, "--resume", "--overwrite")
     assert "must be at least 0" in error("distill", linformer, out, *texts, "--steps", -1)
     (linformer / "tokenizer.json").unlink()
