@@ -53,9 +53,7 @@ class BigBirdAttentionConfig(PatternAttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("block_size")
-        for name in ("num_random_blocks", "num_global_tokens", "seed"):
-            value = getattr(self, name)
-            self._require(name, type(value) is int and value >= 0, "an integer ≥ 0")
+        self._require_at_least(0, "num_random_blocks", "num_global_tokens", "seed")
         self._require("form", self.form in FORMS, f"one of {', '.join(FORMS)}")
         if self.form == "itc":
             self._require(

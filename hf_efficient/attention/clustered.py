@@ -44,9 +44,7 @@ class ClusteredAttentionConfig(EfficientAttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("num_clusters")
-        for name in ("top_k", "iterations"):
-            value = getattr(self, name)
-            self._require(name, type(value) is int and value >= 0, "an integer ≥ 0")
+        self._require_at_least(0, "top_k", "iterations")
 
 
 @register_mechanism

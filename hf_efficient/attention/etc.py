@@ -63,10 +63,9 @@ class EtcAttentionConfig(EfficientAttentionConfig):
         super().__post_init__()
         self._require_positive("attention_window")
         self._require("attention_window", self.attention_window % 2 == 0, "even (half of it lies on each side)")
-        count, clip = self.num_global_tokens, self.relative_labels
-        self._require("num_global_tokens", type(count) is int and count >= 0, "an integer ≥ 0")
+        self._require_at_least(0, "num_global_tokens")
         self._require("sharing", self.sharing in SHARING, f"one of {', '.join(SHARING)}")
-        most = self.attention_window // 2
+        clip, most = self.relative_labels, self.attention_window // 2
         self._require("relative_labels", type(clip) is int and 0 <= clip <= most, f"an integer from 0 to {most}")
 
 

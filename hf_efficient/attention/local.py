@@ -34,8 +34,7 @@ class LocalAttentionConfig(PatternAttentionConfig):
         super().__post_init__()
         self._require_positive("attention_window", "dilation")
         self._require("attention_window", self.attention_window % 2 == 0, "even: half of it lies on each side")
-        sinks = self.sink_tokens
-        self._require("sink_tokens", type(sinks) is int and sinks >= 0, "an integer ≥ 0")
+        self._require_at_least(0, "sink_tokens")
 
     def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
         left, right = window_sides(self.attention_window, geometry.is_causal)

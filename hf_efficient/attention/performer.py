@@ -41,9 +41,7 @@ class PerformerAttentionConfig(EfficientAttentionConfig):
         if self.num_features is not None:
             self._require_positive("num_features")
         self._require("kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}")
-        for name in ("redraw_interval", "seed"):
-            value = getattr(self, name)
-            self._require(name, type(value) is int and value >= 0, "an integer ≥ 0")
+        self._require_at_least(0, "redraw_interval", "seed")
 
 
 @register_mechanism

@@ -46,7 +46,7 @@ class RandomFeatureAttentionConfig(EfficientAttentionConfig):
         if self.num_features is not None:
             self._require_positive("num_features")
         self._require("gate", isinstance(self.gate, bool), "true or false")
-        self._require("seed", type(self.seed) is int and self.seed >= 0, "an integer ≥ 0")
+        self._require_at_least(0, "seed")
 
 
 @register_mechanism

@@ -52,14 +52,11 @@ class ReformerAttentionConfig(EfficientAttentionConfig):
         super().__post_init__()
         self._require_positive("num_buckets", "bucket_size", "num_hashes")
         self._require("num_buckets", self.num_buckets == 1 or self.num_buckets % 2 == 0, "even, or 1")
-        window = self.attention_window
-        self._require(
-            "attention_window", type(window) is int and window >= 0 and window % 2 == 0, "an even integer ≥ 0"
-        )
+        self._require_even("attention_window")
         self._require("shared_qk", type(self.shared_qk) is bool, "true or false")
-        fits = window == 0 or not self.shared_qk
+        fits = self.attention_window == 0 or not self.shared_qk
         self._require("attention_window", fits, "0 with shared_qk, where a query sees its own key last")
-        self._require("seed", type(self.seed) is int and self.seed >= 0, "an integer ≥ 0")
+        self._require_at_least(0, "seed")
 
 
 @register_mechanism

@@ -58,12 +58,10 @@ class RoutingTransformerAttentionConfig(EfficientAttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("num_clusters", "cluster_size")
-        window, decay, seed = self.attention_window, self.ema_decay, self.seed
-        self._require(
-            "attention_window", type(window) is int and window >= 0 and window % 2 == 0, "an even integer ≥ 0"
-        )
+        decay = self.ema_decay
+        self._require_even("attention_window")
         self._require("ema_decay", isinstance(decay, (int, float)) and 0 <= decay < 1, "a number from 0 to below 1")
-        self._require("seed", type(seed) is int and seed >= 0, "an integer ≥ 0")
+        self._require_at_least(0, "seed")
 
 
 @register_mechanism

@@ -60,9 +60,7 @@ class SinkhornAttentionConfig(EfficientAttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("block_size")
-        for name in ("num_sorted_blocks", "iterations"):
-            value = getattr(self, name)
-            self._require(name, type(value) is int and value >= 0, "an integer ≥ 0")
+        self._require_at_least(0, "num_sorted_blocks", "iterations")
         self._require("sortnet", self.sortnet in SORTNETS, f"one of {', '.join(SORTNETS)}")
         self._require("sortcut", type(self.sortcut) is bool, "true or false")
         self._require(

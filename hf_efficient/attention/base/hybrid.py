@@ -43,12 +43,9 @@ class HybridAttentionConfig(EfficientAttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        window = self.attention_window
-        self._require(
-            "attention_window", type(window) is int and window >= 0 and window % 2 == 0, "an even integer ≥ 0"
-        )
+        self._require_even("attention_window")
         sinks = self.sink_tokens
-        fits = type(sinks) is int and sinks >= 0 and (window > 0 or sinks == 0)
+        fits = type(sinks) is int and sinks >= 0 and (self.attention_window > 0 or sinks == 0)
         self._require("sink_tokens", fits, "an integer ≥ 0, and 0 without a window: give attention_window as well")
         if self.feature_dim is not None:
             self._require_positive("feature_dim")

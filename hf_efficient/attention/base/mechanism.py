@@ -59,10 +59,17 @@ class EfficientAttentionConfig:
         if not holds:
             raise ValueError(f"{self.mechanism}: {name}={getattr(self, name)!r} is not possible; it must be {rule}.")
 
-    def _require_positive(self, *names: str) -> None:
+    def _require_at_least(self, low: int, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            self._require(name, isinstance(value, int) and not isinstance(value, bool) and value > 0, "an integer ≥ 1")
+            self._require(name, type(value) is int and value >= low, f"an integer ≥ {low}")
+
+    def _require_positive(self, *names: str) -> None:
+        self._require_at_least(1, *names)
+
+    def _require_even(self, name: str) -> None:
+        value = getattr(self, name)
+        self._require(name, type(value) is int and value >= 0 and value % 2 == 0, "an even integer ≥ 0")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: `{"mechanism": name, option: value, …}` with lists for tuples."""
