@@ -20,6 +20,7 @@ from hf_efficient.cache.recurrent import RecurrentLayer
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.decoding import entries_at
 from hf_efficient.ops.dense import _exact_attention
+from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.packing import Segments
 from hf_efficient.ops.padding import first_real_token, shift_rows
 from hf_efficient.ops.pooling import Rows
@@ -104,8 +105,7 @@ def efficient_attention_forward(
             f"{type(module).__name__}: this would silently be another model. Load the checkpoint with an Auto class after "
             "`import hf_efficient`, or install a mechanism with hf_efficient.patch_attention."
         )
-    if key.shape[1] != query.shape[1]:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    key, value = expand_heads(query, key, value)
     context = AttentionContext(
         is_causal=bool(getattr(module, "is_causal", False)),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,

@@ -17,6 +17,7 @@ from hf_efficient.ops.block_sparse.decompose import Call
 from hf_efficient.ops.block_sparse.torch_backend import torch_attention
 from hf_efficient.ops.block_sparse.windows import ExtraKeys, window_attention
 from hf_efficient.ops.decoding import rows_attention
+from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.softmax import additive_mask, attend
 from hf_efficient.patterns.kinds import Window
@@ -79,7 +80,7 @@ def block_sparse_attention(
         if not is_causal:
             raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys: only a causal pattern can decode.")
         require_torch(implementation, DECODING)
-        key, value = _expand_heads(query, key, value)
+        key, value = expand_heads(query, key, value)
         facts: dict[str, Any] = dict(
             scaling=scaling, key_padding_mask=key_padding_mask, relative_bias=relative_bias, dropout=dropout
         )
@@ -92,7 +93,7 @@ def block_sparse_attention(
     call = Call(scaling, is_causal, key_padding_mask, relative_bias, dropout, extra, segments, positions, return_lse)
     backend = resolve(implementation, query, key, value, dropout=dropout)
     if backend != "triton":
-        key, value = _expand_heads(query, key, value)
+        key, value = expand_heads(query, key, value)
     out, lse = _core(backend)(query, key, value, pattern, call)
     return (out, lse) if return_lse else out
 
@@ -122,7 +123,7 @@ def reference_attention(
     return_lse: bool = False,
 ) -> Any:
     """The definition of `block_sparse_attention` with an N×S tensor of logits; for tests, O(N·S)."""
-    key, value = _expand_heads(query, key, value)
+    key, value = expand_heads(query, key, value)
     rows = torch.arange(query_offset, query_offset + query.shape[2], device=query.device)[:, None]
     columns = torch.arange(key.shape[2], device=query.device)[None]
     seen = _dense_mask(pattern, rows, columns, is_causal)[None]
@@ -171,9 +172,3 @@ def _check(
         )
     if positions is not None and relative_bias is not None:
         raise ValueError("a relative bias counts positions in order: it does not go with `positions`.")
-
-
-def _expand_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    if key.shape[1] == query.shape[1]:
-        return key, value
-    return tuple(x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))  # type: ignore[return-value]

@@ -23,6 +23,7 @@ from hf_efficient.ops.block_sparse.decompose import (
     without,
 )
 from hf_efficient.ops.block_sparse.windows import fold, unfold
+from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.softmax import merge_attention
 from hf_efficient.patterns.kinds import Summary, Window
 from hf_efficient.patterns.pattern import Pattern
@@ -34,7 +35,7 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern
         return by_length(query, key, value, pattern, call, triton_attention)
     heads = [pattern.head(h) for h in range(pattern.num_heads)]
     if len(heads) > 1 and any(_folds(single) for single in heads):
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        key, value = expand_heads(query, key, value)
         return by_head(query, key, value, pattern, call, triton_attention)
     if not call.by_vectors:
         if summaries := summaries_of(pattern, query.shape[2]):
@@ -42,10 +43,8 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern
         if stride := stride_of(pattern):
             return with_stride(query, key, value, pattern, stride, call, triton_attention)
     if call.extra is not None:
-        front = call.extra._replace(
-            key=call.extra.key.repeat_interleave(query.shape[1] // call.extra.key.shape[1], dim=1),
-            value=call.extra.value.repeat_interleave(query.shape[1] // call.extra.value.shape[1], dim=1),
-        )
+        extra_key, extra_value = expand_heads(query, call.extra.key, call.extra.value)
+        front = call.extra._replace(key=extra_key, value=extra_value)
         part = triton_attention(query, key, value, pattern, dataclasses.replace(call, extra=None, return_lse=True))
         other = extra_only(query, dataclasses.replace(call, extra=front))
         merged = merge_attention(part, other)  # type: ignore[arg-type]
