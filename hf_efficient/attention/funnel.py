@@ -18,7 +18,7 @@ from hf_efficient.attention.base import (
 )
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.pooled_keys import log_count
-from hf_efficient.ops.pooling import Pooling, Runs, slot_bias
+from hf_efficient.ops.pooling import Pooling, PoolingWindow, slot_bias
 
 NUM_BLOCKS = 3
 DECODER_SHARE = 6
@@ -68,9 +68,9 @@ class FunnelAttentionConfig(EfficientAttentionConfig):
             if layer < start + count:
                 finer = block - 1 if block and layer == start else block
                 sizes = self.pool_size**block, self.pool_size**finer
-                return Pooling(*(Runs(size, self.separate_cls) for size in sizes))
+                return Pooling(*(PoolingWindow(size, self.separate_cls) for size in sizes))
             start += count
-        return Pooling(Runs(1), Runs(1))
+        return Pooling(PoolingWindow(1), PoolingWindow(1))
 
 
 @register_mechanism

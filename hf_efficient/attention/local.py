@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
 from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig
 from hf_efficient.ops.block_sparse.windows import window_sides
-from hf_efficient.patterns.kinds import Columns, Window
+from hf_efficient.patterns.kinds import GlobalColumns, Window
 from hf_efficient.patterns.pattern import Pattern
 
 
@@ -39,7 +39,7 @@ class LocalAttentionConfig(PatternAttentionConfig):
     def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
         left, right = window_sides(self.attention_window, geometry.is_causal)
         window = Window(left=left, right=right, dilation=self.dilation)
-        return window | Columns(positions=tuple(range(self.sink_tokens))) if self.sink_tokens else window
+        return window | GlobalColumns(positions=tuple(range(self.sink_tokens))) if self.sink_tokens else window
 
 
 @register_mechanism

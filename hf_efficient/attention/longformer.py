@@ -29,7 +29,7 @@ from hf_efficient.ops.global_tokens import (
     without_tokens,
 )
 from hf_efficient.ops.padding import first_real_token
-from hf_efficient.patterns.kinds import Columns, Rows, Window
+from hf_efficient.patterns.kinds import GlobalColumns, GlobalRows, Window
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead
 
@@ -101,8 +101,8 @@ class LongformerAttentionConfig(PatternAttentionConfig):
     def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
         pattern = self.neighbours(geometry)
         if self.columns:
-            pattern = pattern | Columns(positions=self.columns)
-            pattern = pattern if geometry.is_causal else pattern | Rows(positions=self.columns)
+            pattern = pattern | GlobalColumns(positions=self.columns)
+            pattern = pattern if geometry.is_causal else pattern | GlobalRows(positions=self.columns)
         return pattern
 
 
@@ -141,7 +141,7 @@ class LongformerAttention(PatternAttention):
         self.neighbours = config.neighbours(geometry)
         # not with dilated windows, whose tables of tiles would be nearly dense
         listed = config.columns if config.dilation == 1 else ()
-        self.listed = self.neighbours | Columns(positions=listed) if listed else None
+        self.listed = self.neighbours | GlobalColumns(positions=listed) if listed else None
         # global tokens are found by each row's own start, and windows look the same everywhere
         self.left_aligned = False
         self.has_global_rows = self.needs_hidden_states = not geometry.is_causal

@@ -10,7 +10,7 @@ from hf_efficient.attention.base.pattern import PatternAttentionConfig
 from hf_efficient.attention.base.registry import get_mechanism
 from hf_efficient.benchmarks.baselines import SLOT, TILE, Point, geometry_of, settings_of
 from hf_efficient.ops.block_sparse.decompose import stride_of
-from hf_efficient.patterns.kinds import Columns, Rows, Window
+from hf_efficient.patterns.kinds import GlobalColumns, GlobalRows, Window
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.tile_table import tile_table
 from hf_efficient.profiling.timing import timed
@@ -52,7 +52,7 @@ def pattern_of(name: str, point: Point) -> Pattern:
     if name == "longt5":
         return window
     first = tuple(range(config.num_global_tokens))
-    return window | Columns(positions=first) | Rows(positions=first)
+    return window | GlobalColumns(positions=first) | GlobalRows(positions=first)
 
 
 def work_of(name: str, point: Point) -> Work:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from hf_efficient.ops.linear_attention import FeatureState
-    from hf_efficient.ops.pooling import Rows
+    from hf_efficient.ops.pooling import PackedRows
     from hf_efficient.ops.relative_bias import RelativeBias
 
 
@@ -63,5 +63,5 @@ class AttentionContext:
     input_ids: Tensor | None = None
     row_start: Tensor | None = None
     key_positions: Tensor | None = None
-    rows: Rows | None = None
+    rows: PackedRows | None = None
     recurrent: Recurrence | None = None

@@ -15,7 +15,7 @@ from hf_efficient.ops.relative_bias import RelativeBias
 
 
 @dataclass(frozen=True)
-class Runs:
+class PoolingWindow:
     """Token i of a row is in slot `(i + lead) // size`.
 
     Attributes:
@@ -75,7 +75,7 @@ class Runs:
         return slots.repeat_interleave(self.size, dim=-2)[..., self.lead : self.lead + n, :]
 
 
-def slot_bias(bias: RelativeBias, queries: Runs, keys: Runs, n: int, device: torch.device) -> Tensor:
+def slot_bias(bias: RelativeBias, queries: PoolingWindow, keys: PoolingWindow, n: int, device: torch.device) -> Tensor:
     """(1, H, query slots, key slots) relative bias between the slots of n tokens.
 
     A query stands at the middle token of its slot (the left one of two), and the bias of a key is the mean over its slot:
@@ -94,8 +94,8 @@ def slot_bias(bias: RelativeBias, queries: Runs, keys: Runs, n: int, device: tor
 class Pooling(NamedTuple):
     """Slots of a layer's queries, which are those of its states, and of its keys, which may be finer."""
 
-    queries: Runs
-    keys: Runs
+    queries: PoolingWindow
+    keys: PoolingWindow
 
 
 class RowGroup(NamedTuple):
@@ -106,7 +106,7 @@ class RowGroup(NamedTuple):
     keep: Tensor | None
 
 
-class Rows:
+class PackedRows:
     """The rows of one call, each from its first real token on: those of the batch, or every packed sequence by itself.
 
     Slots of all rows travel as one tensor: (B, slots, W) of a batch; of packed sequences, which come in groups of similar
@@ -131,7 +131,7 @@ class Rows:
             keep = shift_rows(keep, self.start, 1)
         self.groups = [RowGroup(states.shape[0], states.shape[1], keep)]
 
-    def means(self, states: Tensor, runs: Runs) -> Tensor:
+    def means(self, states: Tensor, runs: PoolingWindow) -> Tensor:
         """(B, slots, W) or (1, all slots, W) means of (B, N, W) states."""
         if self.segments is not None:
             rows = [self.segments.split(states, group) for group in self.segments.groups]
@@ -139,7 +139,7 @@ class Rows:
             rows = [states if self.start is None else shift_rows(states, self.start, 1)]
         return self.join([runs.means(x, group.keep) for x, group in zip(rows, self.groups, strict=True)])
 
-    def repeat(self, states: Tensor, runs: Runs) -> Tensor:
+    def repeat(self, states: Tensor, runs: PoolingWindow) -> Tensor:
         """(B, N, W): every token gets the entry of its slot; 0 at padding of packed rows."""
         parts = zip(self.split(states, runs), self.groups, strict=True)
         rows = [runs.repeat(x, group.tokens) for x, group in parts]
@@ -147,7 +147,7 @@ class Rows:
             return self.segments.join(rows)
         return rows[0] if self.start is None else shift_rows(rows[0], -self.start, 1)
 
-    def split(self, tensor: Tensor, runs: Runs) -> list[Tensor]:
+    def split(self, tensor: Tensor, runs: PoolingWindow) -> list[Tensor]:
         """One tensor (rows, …, slots, W) per group, from (B, …, slots, W) or (1, …, all slots, W)."""
         if self.segments is None:
             return [tensor]

@@ -23,7 +23,7 @@ from hf_efficient.ops.dense import _exact_attention
 from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.packing import Segments
 from hf_efficient.ops.padding import first_real_token, shift_rows
-from hf_efficient.ops.pooling import Rows
+from hf_efficient.ops.pooling import PackedRows
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 from hf_efficient.patching.packing import attend_segments
@@ -85,7 +85,7 @@ def efficient_attention_forward(
     efficient_input_ids: Tensor | None = None,
     efficient_cache: Cache | None = None,
     efficient_segments: Segments | None = None,
-    efficient_rows: Rows | None = None,
+    efficient_rows: PackedRows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: forwards to the child module `efficient`, or computes exact attention.

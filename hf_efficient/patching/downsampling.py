@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from hf_efficient.families import ModelFamily, Stack
-from hf_efficient.ops.pooling import Pooling, Rows
+from hf_efficient.ops.pooling import PackedRows, Pooling
 from hf_efficient.patching.hooks import attach, detach, state_of
 from hf_efficient.patching.names import MODULE_NAME
 
@@ -67,11 +67,11 @@ def install(family: ModelFamily, stack: Stack) -> None:
 # ---- hooks -------------------------------------------------------------------------------------------------------
 
 
-def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Rows]:
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, PackedRows]:
     """The (B, N, hidden_size) states that a layer, or its attention part, was called with, and their rows."""
     states = args[0] if args else kwargs["hidden_states"]
     token_mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    return states, Rows(states, token_mask, kwargs.get("efficient_segments"))
+    return states, PackedRows(states, token_mask, kwargs.get("efficient_segments"))
 
 
 def _enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

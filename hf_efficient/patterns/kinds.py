@@ -68,7 +68,7 @@ class Window(Pattern):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns(Pattern):
+class GlobalColumns(Pattern, kind="Columns"):
     """Keys at fixed positions, seen by every query."""
 
     positions: tuple[int, ...]
@@ -89,7 +89,7 @@ class Columns(Pattern):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows(Pattern):
+class GlobalRows(Pattern, kind="Rows"):
     """Queries at fixed positions, which see every key."""
 
     positions: tuple[int, ...]

@@ -34,8 +34,12 @@ class Pattern:
     limits: ClassVar[dict[str, int]] = {}
     """Smallest possible value of each size; `None` is always possible."""
 
-    def __init_subclass__(cls) -> None:
-        _KINDS[cls.__name__] = cls
+    kind: ClassVar[str]
+    """Name in the JSON text: that of the class, unless the class names another."""
+
+    def __init_subclass__(cls, kind: str = "") -> None:
+        cls.kind = kind or cls.__name__
+        _KINDS[cls.kind] = cls
 
     def __post_init__(self) -> None:
         for name, low in self.limits.items():
@@ -96,9 +100,7 @@ class Pattern:
         return Union(parts=parts_of(self) + parts_of(other))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": type(self).__name__} | {
-            f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)
-        }
+        return {"kind": self.kind} | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def spec(self) -> str:
         """JSON text; `parse_pattern` reads it back."""

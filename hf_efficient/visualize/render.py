@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.attention.base.pattern import SHARED_OPTIONS
-from hf_efficient.patterns.kinds import Columns, Rows
+from hf_efficient.patterns.kinds import GlobalColumns, GlobalRows
 from hf_efficient.patterns.pattern import Pattern, parts_of
 from hf_efficient.patterns.random_blocks import BigBirdBlocks
 from hf_efficient.patterns.sets import Without
@@ -21,7 +21,7 @@ from hf_efficient.visualize.visibility import Panel, Visibility
 MOST_PANELS = 4
 TERMINAL_CELLS, FIGURE_CELLS = 64, 256
 SHADES = "░▒▓"
-LABELS = {"Columns": "global columns", "Rows": "global rows", "Strided": "stride"}
+LABELS = {"Strided": "stride"}
 
 
 def cell_size(length: int, most: int) -> int:
@@ -185,9 +185,9 @@ def _bigbird_parts(pattern: BigBirdBlocks, length: int) -> dict[str, Pattern]:
     if pattern.has_global_blocks:
         size, last = pattern.block_size, pattern.last_block(torch.tensor([length]))
         positions = {*range(min(size, length)), *(() if last is None else range(int(last) * size, length))}
-        ends: Pattern = Columns(positions=tuple(sorted(positions)))
+        ends: Pattern = GlobalColumns(positions=tuple(sorted(positions)))
         if last is not None:
-            ends = ends | Rows(positions=tuple(sorted(positions)))
+            ends = ends | GlobalRows(positions=tuple(sorted(positions)))
         near, parts["global blocks"] = Without(pattern=fixed, excluded=ends), ends
     if pattern.num_random_blocks:
         parts["random blocks"] = Without(pattern=pattern, excluded=fixed)

@@ -15,7 +15,7 @@ from transfers import heads, relative
 import hf_efficient as he
 from hf_efficient.attention.funnel import FunnelAttentionConfig
 from hf_efficient.families import family_of
-from hf_efficient.ops.pooling import Runs, slot_bias
+from hf_efficient.ops.pooling import PoolingWindow, slot_bias
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patching.downsampling import FULL_LENGTH
 from hf_efficient.patching.hooks import state_of
@@ -241,12 +241,12 @@ def test_pooling_and_upsampling_are_those_of_transformers_funnel(apart: bool) ->
     for n in (12 + apart, 13 + apart):
         states = torch.randn(2, n, 5, dtype=torch.float64)
         once = other.pool_tensor(states)
-        assert_close(Runs(2, apart).means(states, None), once, 1e-12)
-        assert torch.equal(Runs(2, apart).repeat(once, n), upsample(once, 2, n, apart))
+        assert_close(PoolingWindow(2, apart).means(states, None), once, 1e-12)
+        assert torch.equal(PoolingWindow(2, apart).repeat(once, n), upsample(once, 2, n, apart))
         twice = other.pool_tensor(once)
         if n == 12 + apart:
-            assert_close(Runs(4, apart).means(states, None), twice, 1e-12)
-        assert torch.equal(Runs(4, apart).repeat(twice, n), upsample(twice, 4, n, apart))
+            assert_close(PoolingWindow(4, apart).means(states, None), twice, 1e-12)
+        assert torch.equal(PoolingWindow(4, apart).repeat(twice, n), upsample(twice, 4, n, apart))
     # its positions are the first places of our slots
     positions = other.stride_pool_pos(other.stride_pool_pos(list(range(13)), 1), 2)
     assert positions == [places(slot, 4, apart)[0] for slot in range(len(positions))]
@@ -254,7 +254,7 @@ def test_pooling_and_upsampling_are_those_of_transformers_funnel(apart: bool) ->
 
 def test_masks_differ_from_transformers_only_where_a_slot_is_half_real() -> None:
     """It drops such a slot as a key, and averages padding into it as a query."""
-    other, runs = structure(separate_cls=True), Runs(2, True)
+    other, runs = structure(separate_cls=True), PoolingWindow(2, True)
     states = torch.randn(1, 13, 5, dtype=torch.float64)
     for real in range(1, 14):
         keep = torch.arange(13)[None] < real

@@ -13,7 +13,7 @@ import hf_efficient as he
 from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.cli.options import chosen_configs
-from hf_efficient.patterns.kinds import BlockWindow, Columns, Rows, ShiftedBlock, Strided, Window
+from hf_efficient.patterns.kinds import BlockWindow, GlobalColumns, GlobalRows, ShiftedBlock, Strided, Window
 from hf_efficient.patterns.sets import PerHead
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
@@ -141,7 +141,7 @@ def test_longformer_in_a_combination_keeps_its_global_rows():
     both = he.attention_config("local", attention_window=8) | he.attention_config(
         "longformer", attention_window=4, global_tokens=(0, 3)
     )
-    parts = Window(left=2, right=2) | Columns(positions=(0, 3)) | Rows(positions=(0, 3))
+    parts = Window(left=2, right=2) | GlobalColumns(positions=(0, 3)) | GlobalRows(positions=(0, 3))
     assert both.visible_keys(geometry()) == Window(left=4, right=4) | parts
 
 

@@ -22,7 +22,7 @@ from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import convert_in_place
 from hf_efficient.ops.decoding import rows_attention
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.patterns.kinds import Columns, Strided, Window
+from hf_efficient.patterns.kinds import GlobalColumns, Strided, Window
 from hf_efficient.patterns.sets import PerHead
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
@@ -475,7 +475,7 @@ def test_an_explicit_implementation_does_not_fall_back_while_decoding(name: str)
 
 
 @pytest.mark.parametrize(
-    "pattern", [Window(left=3, right=0, dilation=2), Columns(positions=(0, 2)) | Window(left=1, right=0)]
+    "pattern", [Window(left=3, right=0, dilation=2), GlobalColumns(positions=(0, 2)) | Window(left=1, right=0)]
 )
 def test_rows_attention_against_the_definition(pattern):
     """Keys in any order, with gaps and spare entries; rows that start late; a row that sees nothing gives 0."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_efficient.kernels import block_sparse_op as library
 from hf_efficient.kernels.block_sparse_op import block_sparse
 from hf_efficient.kernels.configs import interpreting
-from hf_efficient.patterns.kinds import Columns, Window
+from hf_efficient.patterns.kinds import GlobalColumns, Window
 from hf_efficient.patterns.sets import PerHead
 
 assert interpreting(), "run by test_kernels.py"
@@ -132,7 +132,7 @@ def test_operator_is_registered_soundly(with_bias: bool):
     query, key, value = (torch.randn(1, 1, 20, 16, requires_grad=True) for _ in range(3))
     bias = torch.randn(1, 5, requires_grad=True) if with_bias else None
     keep = torch.ones(1, 20, dtype=torch.uint8)
-    spec = (Window(left=3, right=3) | Columns(positions=(0,))).spec()
+    spec = (Window(left=3, right=3) | GlobalColumns(positions=(0,))).spec()
     arguments = (query, key, value, keep, bias, *[None] * 4, spec, 0.25, True, 0)
     torch.library.opcheck(torch.ops.hf_efficient.block_sparse_forward.default, arguments)
 
@@ -142,7 +142,7 @@ def test_compiles_to_one_graph_for_every_pattern():
     inputs = inputs_of(case).to("cpu", torch.float32)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     # several windows in a row, whose sizes the compiler then takes for symbols
-    windows = [Window(left=size, right=0) | Columns(positions=(0,)) for size in (0, 1, 2)]
+    windows = [Window(left=size, right=0) | GlobalColumns(positions=(0,)) for size in (0, 1, 2)]
     for pattern in (case.pattern, *windows, PerHead(parts=(windows[0], windows[1]))):
         case = dataclasses.replace(case, pattern=pattern)
         eager = results(case, inputs, fused).named()

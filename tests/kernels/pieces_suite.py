@@ -10,7 +10,7 @@ from hf_efficient.kernels.block_sparse_op import block_sparse
 from hf_efficient.kernels.configs import interpreting
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention, reference_attention
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.patterns.kinds import BlockWindow, Columns, Rows, Strided, Summary, Window
+from hf_efficient.patterns.kinds import BlockWindow, GlobalColumns, GlobalRows, Strided, Summary, Window
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.random_blocks import BigBirdBlocks
 from hf_efficient.patterns.sets import PerHead
@@ -31,7 +31,7 @@ PATTERNS: dict[str, Pattern] = {
     "mixed heads": PerHead(
         parts=(Window(left=2, right=2), Strided(stride=3), Window(left=2, right=2), BlockWindow(block_size=16))
     ),
-    "global": Window(left=8, right=8) | Columns(positions=(0, 1)) | Rows(positions=(0, 1)),
+    "global": Window(left=8, right=8) | GlobalColumns(positions=(0, 1)) | GlobalRows(positions=(0, 1)),
     "random blocks": BIGBIRD,
 }
 

@@ -16,7 +16,7 @@ from hf_efficient.kernels import block_sparse_op as library
 from hf_efficient.kernels import flex as flex_module
 from hf_efficient.kernels.flex import flex
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention, reference_attention
-from hf_efficient.patterns.kinds import Columns, Window
+from hf_efficient.patterns.kinds import GlobalColumns, Window
 from hf_efficient.testing import assert_close
 
 SUITES = Path(__file__).parent
@@ -96,7 +96,7 @@ def test_flex_is_an_implementation(monkeypatch):
     """By name through the public function; what it can't do is refused there as well."""
     monkeypatch.setattr(flex_module, "_compiled", lambda: flex_attention)
     query = torch.randn(1, 2, 20, 16)
-    call = dict(pattern=Window(left=3, right=3) | Columns(positions=(0,)), scaling=0.25)
+    call = dict(pattern=Window(left=3, right=3) | GlobalColumns(positions=(0,)), scaling=0.25)
     expected = reference_attention(query, query, query, **call)
     assert_close(block_sparse_attention(query, query, query, implementation="flex", **call), expected, 1e-5)
     for options in (dict(return_lse=True), dict(dropout=0.1)):

@@ -22,9 +22,9 @@ from hf_efficient.ops.softmax import attend, merge_attention
 from hf_efficient.patterns.kinds import (
     BlockList,
     BlockWindow,
-    Columns,
     Full,
-    Rows,
+    GlobalColumns,
+    GlobalRows,
     ShiftedBlock,
     Strided,
     Summary,
@@ -53,8 +53,8 @@ PATTERNS: dict[str, tuple[Pattern, bool]] = {
     "wide window": (Window(left=90, right=90), True),
     "past": (Window(left=20, right=0), True),
     "dilated": (Window(left=3, right=2, dilation=3), True),
-    "columns": (Columns(positions=(0, 5, 70)), True),
-    "rows": (Rows(positions=(0, 33)), True),
+    "columns": (GlobalColumns(positions=(0, 5, 70)), True),
+    "rows": (GlobalRows(positions=(0, 33)), True),
     "strided": (Strided(stride=7), False),
     "summary": (Summary(stride=10, size=2), False),
     "blocks": (BlockWindow(block_size=10), True),
@@ -64,17 +64,17 @@ PATTERNS: dict[str, tuple[Pattern, bool]] = {
     "blocks ahead": (ShiftedBlock(block_size=10, shift=3, count=7), False),
     "grid": (GRID, True),
     "causal grid": (CAUSAL_GRID, True),
-    "longformer": (Window(left=8, right=8) | Columns(positions=(0, 1)) | Rows(positions=(0, 1)), True),
+    "longformer": (Window(left=8, right=8) | GlobalColumns(positions=(0, 1)) | GlobalRows(positions=(0, 1)), True),
     "merged strided": (Window(left=6, right=6) | Strided(stride=7), False),
     "merged fixed": (BlockWindow(block_size=10) | Summary(stride=10, size=1), False),
     "summary and itself": (Summary(stride=9, size=2) | Window(left=0, right=0), False),
-    "axial": (BlockWindow(block_size=10) | Strided(stride=10) | Columns(positions=(0,)), False),
+    "axial": (BlockWindow(block_size=10) | Strided(stride=10) | GlobalColumns(positions=(0,)), False),
     "many": (Window(left=4, right=4) | Strided(stride=6) | Strided(stride=9) | Summary(stride=20, size=3), False),
     "three strides": (Window(left=2, right=1) | Strided(stride=4) | Strided(stride=6) | Strided(stride=9), False),
     "without": (Without(pattern=Window(left=9, right=9), excluded=Strided(stride=5)), True),
     "per head": (MIXED, False),
     "shifted heads": (PerHead(parts=tuple(ShiftedBlock(block_size=10, shift=s) for s in (0, 0, 2, 1))), True),
-    "union with heads": (MIXED | Columns(positions=(3,)), False),
+    "union with heads": (MIXED | GlobalColumns(positions=(3,)), False),
     "causal bigbird": (BigBirdBlocks(**BIGBIRD, num_random_blocks=2, is_causal=True), False),
     "causal bigbird, not random": (BigBirdBlocks(**BIGBIRD, num_random_blocks=0, is_causal=True), True),
 }
@@ -98,8 +98,8 @@ def sees(pattern: Any, i: int, j: int) -> bool:
     if isinstance(pattern, Window):
         steps, rest = divmod(j - i, pattern.dilation)
         return rest == 0 and -pattern.left <= steps <= pattern.right
-    if isinstance(pattern, (Columns, Rows)):
-        return (j if isinstance(pattern, Columns) else i) in pattern.positions
+    if isinstance(pattern, (GlobalColumns, GlobalRows)):
+        return (j if isinstance(pattern, GlobalColumns) else i) in pattern.positions
     if isinstance(pattern, Strided):
         return (i - j) % pattern.stride == 0
     if isinstance(pattern, Summary):
@@ -157,7 +157,7 @@ def test_every_kind_of_pattern_is_tested():
         inner = getattr(pattern, "parts", ()) + tuple(
             getattr(pattern, n) for n in ("pattern", "excluded") if hasattr(pattern, n)
         )
-        return {type(pattern).__name__}.union(*map(kinds, inner))
+        return {pattern.kind}.union(*map(kinds, inner))
 
     found = set().union(*(kinds(pattern) for pattern, _ in PATTERNS.values()), *map(kinds, BY_LENGTH.values()))
     of_the_library = {k for k, cls in KINDS.items() if cls.__module__.startswith("hf_efficient")}
@@ -180,6 +180,12 @@ def test_patterns_travel_as_text(name: str):
     assert parse_pattern(pattern.spec()) == pattern
     assert hash(parse_pattern(pattern.spec())) == hash(pattern)
     assert parse_pattern(Full().spec()) != pattern or name == "full"
+
+
+def test_global_keys_and_queries_keep_the_names_of_saved_patterns():
+    text = '{"kind":"Union","parts":[{"kind":"Columns","positions":[0]},{"kind":"Rows","positions":[3]}]}'
+    pattern = GlobalColumns(positions=(0,)) | GlobalRows(positions=(3,))
+    assert parse_pattern(text) == pattern and pattern.spec() == text
 
 
 def test_text_is_read_where_no_pattern_was_made_before():
@@ -339,7 +345,7 @@ def test_a_table_of_a_mask_is_that_mask():
 
 
 def test_a_table_of_nothing():
-    table = tile_table(Columns(positions=(90,)), 40, 40, 16, 16)
+    table = tile_table(GlobalColumns(positions=(90,)), 40, 40, 16, 16)
     assert table.num_tiles == 0
     assert not table.to_dense().any()
     assert len(table.rows.work) == len(table.columns.work) == 3
@@ -350,7 +356,7 @@ def test_a_table_of_nothing():
 LONG = {
     "window": Window(left=256, right=256),
     "dilated": Window(left=64, right=64, dilation=4),
-    "longformer": Window(left=256, right=256) | Columns(positions=(0, 9000)) | Rows(positions=(0, 9000)),
+    "longformer": Window(left=256, right=256) | GlobalColumns(positions=(0, 9000)) | GlobalRows(positions=(0, 9000)),
     "blocks": BlockWindow(block_size=100, before=50, after=50),
     "blocks behind": ShiftedBlock(block_size=256, shift=3),
     "blocks ahead": ShiftedBlock(block_size=128, shift=1, count=512),

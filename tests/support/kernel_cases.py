@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hf_efficient.ops.block_sparse.attention import reference_attention
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.patterns.kinds import BlockWindow, Columns, Full, Rows, Window
+from hf_efficient.patterns.kinds import BlockWindow, Full, GlobalColumns, GlobalRows, Window
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead
 
-GLOBAL = Columns(positions=(0, 70)) | Rows(positions=(0, 70))
+GLOBAL = GlobalColumns(positions=(0, 70)) | GlobalRows(positions=(0, 70))
 NARROW = Window(left=20, right=20)
 
 

@@ -20,7 +20,7 @@ from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.linear_beyond_window import far_future, far_past, log_kernel, window_means
 from hf_efficient.ops.padding import first_real_token
 from hf_efficient.ops.softmax import Partial, additive_mask, attend, merge_attention
-from hf_efficient.patterns.kinds import Columns, Window
+from hf_efficient.patterns.kinds import GlobalColumns, Window
 
 # with these the far part is of use before it is trained
 START = {"log_scale": -1.0, "sharpness": 0.5}
@@ -119,7 +119,7 @@ class HybridAttention(KernelAttention):
         if not self.geometry.is_causal:
             return None
         sinks = self.config.sink_tokens
-        return RecurrentLayer(self.pattern | Columns(positions=tuple(range(sinks))) if sinks else self.pattern)
+        return RecurrentLayer(self.pattern | GlobalColumns(positions=tuple(range(sinks))) if sinks else self.pattern)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         if not self.config.attention_window:

@@ -16,7 +16,7 @@ from hf_efficient.ops.block_sparse.windows import ExtraKeys, extra_attention, fo
 from hf_efficient.ops.padding import real_length
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.softmax import merge_attention
-from hf_efficient.patterns.kinds import Columns, Full, Strided, Summary, Window
+from hf_efficient.patterns.kinds import Full, GlobalColumns, Strided, Summary, Window
 from hf_efficient.patterns.parse import parse_pattern
 from hf_efficient.patterns.pattern import Pattern, Union, parts_of
 from hf_efficient.patterns.sets import Without
@@ -152,10 +152,10 @@ def as_window(pattern: Pattern) -> tuple[Window, tuple[int, ...], int | None] | 
     if isinstance(pattern, Without) and isinstance(pattern.excluded, Strided):
         skip, pattern = pattern.excluded.stride, pattern.pattern
     windows = [part for part in parts_of(pattern) if isinstance(part, Window)]
-    rest = without(pattern, Window, Columns)
+    rest = without(pattern, Window, GlobalColumns)
     if len(windows) != 1 or rest is not None:
         return None
-    columns = {p for part in parts_of(pattern) if isinstance(part, Columns) for p in part.positions}
+    columns = {p for part in parts_of(pattern) if isinstance(part, GlobalColumns) for p in part.positions}
     if columns and skip is not None:
         return None
     return windows[0], tuple(sorted(columns)), skip

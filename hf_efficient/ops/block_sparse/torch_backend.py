@@ -28,7 +28,7 @@ from hf_efficient.ops.block_sparse.gather import BlockPlan, block_list_attention
 from hf_efficient.ops.block_sparse.windows import is_one_tile, window_attention
 from hf_efficient.ops.padding import real_length
 from hf_efficient.ops.softmax import additive_mask, attend, bool_all, merge_attention
-from hf_efficient.patterns.kinds import BlockList, Rows, Strided, Summary, Window
+from hf_efficient.patterns.kinds import BlockList, GlobalRows, Strided, Summary, Window
 from hf_efficient.patterns.parse import parse_pattern
 from hf_efficient.patterns.pattern import Pattern, parts_of
 from hf_efficient.patterns.tile_table import tile_table
@@ -58,7 +58,7 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern,
     if pattern.depends_on_length:
         return by_length(query, key, value, pattern, call, torch_attention)
     if rows := _dense_rows_of(pattern, query.shape[2]):
-        return _with_rows(query, key, value, without(pattern, Rows), rows, call)
+        return _with_rows(query, key, value, without(pattern, GlobalRows), rows, call)
     if _is_dense(pattern, query.shape[2], call.is_causal):
         return _dense(query, key, value, pattern, call)
     if not call.by_vectors:
@@ -80,7 +80,7 @@ def _pair(result: Any) -> Result:
 
 
 def _dense_rows_of(pattern: Pattern, n: int) -> tuple[int, ...]:
-    positions = {p for part in parts_of(pattern) if isinstance(part, Rows) for p in part.positions if p < n}
+    positions = {p for part in parts_of(pattern) if isinstance(part, GlobalRows) for p in part.positions if p < n}
     return tuple(sorted(positions))
 
 
