@@ -1,4 +1,4 @@
-"""Compressive Transformer: what leaves the memory of Transformer-XL is kept as fewer slots."""
+"""Compressive Transformer: what leaves the memory of Transformer-XL is kept as fewer, pooled keys."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class CompressiveAttentionConfig(SegmentAttentionConfig):
     """Options of the Compressive Transformer: those of every attention in segments, and
 
     Args:
-        compressed_memory_length: slots, the newest, that a segment sees.
-        compression_rate: c, tokens that leave the memory for each slot; `segment_length` is a multiple of it.
+        compressed_memory_length: G, pooled keys, the newest, that a segment sees.
+        compression_rate: c, tokens that leave the memory for each pooled key; `segment_length` is a multiple of it.
         compression: `"mean"`, `"max"` (per channel), `"conv"`, `"dilated"`, or `"most_used"`, which keeps every c-th token.
         reconstruction_weight: of the attention-reconstruction loss of every batch, which trains convolutions only; 0 = no
     """
@@ -63,29 +63,30 @@ class CompressiveAttentionConfig(SegmentAttentionConfig):
 
 @register_mechanism
 class CompressiveAttention(SegmentAttention):
-    """A token sees its own segment up to itself, the M tokens before it, and slots of c tokens before those.
+    """A token sees its own segment up to itself, the M tokens before it, and before those pooled keys of c tokens each.
 
     With T and M as in Transformer-XL, the tokens that leave the memory when segment w ends are block w,
-    `[w T - M, (w + 1) T - M)`, of which every c make a slot: block w makes slots w T / c … (w + 1) T / c - 1. A query of
-    segment τ sees slots g with `τ T / c - G ≤ g < τ T / c`, in one softmax with its tokens j, `τ T - M ≤ j ≤ i`:
+    `[w T - M, (w + 1) T - M)`, of which every c make a pooled key: block w makes numbers w T / c … (w + 1) T / c - 1.
+    A query of segment τ sees the pooled keys g with `τ T / c - G ≤ g < τ T / c`, in one softmax with its tokens j,
+    `τ T - M ≤ j ≤ i`:
 
         logit of j:  s q_i·k_j + b(j - i)
         logit of g:  s q_i·k̃_g + mean_{t in g} b(t - i) + log |g|          |g| the real tokens of g
 
         mean, conv:  k̃_g = c / |g| Σ_r k_{g,r} W_r, likewise ṽ_g with V_r; W_r = V_r = I / c for mean and at the start
-        dilated:     the same, with tokens r, r + 2, r + 4, … of every 2 c in one slot, so that each has one
-        max:         of every channel of the slot's real keys and values
+        dilated:     the same, with tokens r, r + 2, r + 4, … of every 2 c in one pooled key, so that each has one
+        max:         of every channel of the real keys and values
         most_used:   |g| = 1: of block w the T / c tokens with the largest `Σ_i softmax_j(s q_i·k_j)`, sums over the real i
                      of segment w and softmax over the block: what its last readers looked at, by content alone
 
-    Positions count from a row's first real token, so one forward, segments and single steps are the same. Memory and slots
-    take no gradient from later segments (`stop_gradient`), except the convolutions. These can also learn from the loss
+    Positions count from a row's first real token, so one forward, segments and single steps are the same. Memory and pooled
+    keys take no gradient from later segments (`stop_gradient`), except the convolutions. These can also learn from the loss
     `Σ ‖attn(q, k, v) - attn(q, k̃, ṽ)‖² / Σ ‖attn(q, k, v)‖²` over blocks w and queries q of segment w, whose gradient
     reaches nothing else: every training step adds `reconstruction_weight` times it.
 
-    O(N (T + M + G)) time, O(N D) memory and the logits kept for gradients. While decoding, T + M keys and G slots are kept.
-    Source: Rae et al. 2020 (arXiv 1911.05507), §3. Departures: compression after the projection, per head; log-counts; the
-    most used tokens are chosen by their last readers' shares, which need no sum over all steps.
+    O(N (T + M + G)) time, O(N D) memory and the logits kept for gradients. While decoding, T + M keys and G pooled ones
+    are kept. Source: Rae et al. 2020 (arXiv 1911.05507), §3. Departures: compression after the projection, per head;
+    log-counts; the most used tokens are chosen by their last readers' weights, which need no sum over all steps.
     """
 
     Config = CompressiveAttentionConfig
@@ -138,17 +139,17 @@ class CompressiveAttention(SegmentAttention):
     def _needs_queries(self) -> bool:
         return self.config.compression == "most_used" or self._learns
 
-    def _slots(self, span: Span, scaling: float) -> CompressedMemory:
-        """Slots of the blocks of `span`, through whose keys backward meets the reconstruction loss where there is one."""
+    def _compress(self, span: Span, scaling: float) -> CompressedMemory:
+        """Pooled keys of the blocks of `span`, through which backward meets the reconstruction loss where there is one."""
         config = self.config
         key, value = (x.detach() if config.stop_gradient else x for x in (span.key, span.value))
         if config.compression == "most_used":
             assert span.query is not None
-            used = ops.attention_received(span.query, key, span.there, span.read, config.segment_length, scaling)
-            parts = ops.most_used(key, value, span.there, used, config.segment_length, self._per_block)
+            used = ops.attention_received(span.query, key, span.token_mask, span.read, config.segment_length, scaling)
+            parts = ops.most_used(key, value, span.token_mask, used, config.segment_length, self._per_block)
         else:
             weights = [getattr(self, f"{name}_convolution", None) for name in ("key", "value")]
-            parts = ops.compressed(key, value, span.there, config.compression_rate, config.compression, weights)
+            parts = ops.compressed(key, value, span.token_mask, config.compression_rate, config.compression, weights)
         keys, values, real, index = parts
         if self._learns and span.query is not None:
             loss = ops.reconstruction_error(span, (keys, values, real), config.segment_length, scaling)
@@ -158,22 +159,22 @@ class CompressiveAttention(SegmentAttention):
         tokens = index + (span.first * config.segment_length - config.memory_length)[:, None, None, None]
         return CompressedMemory(keys, values, real, tokens, number)
 
-    def _far(self, slots: CompressedMemory, rows: Tensor, context: AttentionContext) -> Far:
-        """The `slots` as queries at (B or 1, N) `rows` see them."""
+    def _far(self, memory: CompressedMemory, rows: Tensor, context: AttentionContext) -> Far:
+        """The pooled keys as queries at (B or 1, N) `rows` see them."""
         limit = (rows // self.config.segment_length * self._per_block)[:, None, :, None]
-        number = slots.number[:, None, None]
-        visible = slots.token_mask.any(-1)[:, :, None] & (number < limit)
+        number = memory.number[:, None, None]
+        visible = memory.token_mask.any(-1)[:, :, None] & (number < limit)
         visible = visible & (number >= limit - self.config.compressed_memory_length)
-        logits = log_count(slots.token_mask.sum(-1))[:, :, None].masked_fill(~visible, float("-inf"))
+        logits = log_count(memory.token_mask.sum(-1))[:, :, None].masked_fill(~visible, float("-inf"))
         if context.relative_bias is not None:
-            logits = logits + ops.mean_bias(context.relative_bias, slots, rows)
-        return Far(slots.keys, slots.values, logits.to(slots.keys.dtype))
+            logits = logits + ops.mean_bias(context.relative_bias, memory, rows)
+        return Far(memory.keys, memory.values, logits.to(memory.keys.dtype))
 
     def _far_of_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Any:
         size, per_block = self.config.segment_length, self._per_block
         first = self.config.memory_length // size  # the block of the first token
         span = ops.span_of_rows(query, key, value, context.key_padding_mask, size, self.config.memory_length)
-        slots = self._slots(span, context.scaling)
+        memory = self._compress(span, context.scaling)
         layer = context.recurrent
         if isinstance(layer, SegmentLayer):
             assert layer.row_start is not None
@@ -181,8 +182,8 @@ class CompressiveAttention(SegmentAttention):
                 layer.keep_queries(shift_rows(query, -layer.row_start, 2))
             if layer.dropped is not None:
                 dropped = shift_rows(layer.dropped, layer.row_start, 1)
-                self._append(layer, slots, span.there & ops.cut(dropped, 1, span.start, span.key.shape[2]))
-        parts = [x.split(per_block, dim=2) for x in slots[:2]]
+                self._append(layer, memory, span.token_mask & ops.cut(dropped, 1, span.start, span.key.shape[2]))
+        parts = [x.split(per_block, dim=2) for x in memory[:2]]
 
         def far_of(u: int, count: int) -> Far | None:
             if 0 < u <= first:
@@ -192,8 +193,8 @@ class CompressiveAttention(SegmentAttention):
             low = max(0, last * per_block - self.config.compressed_memory_length)
             keys, values = (torch.cat(pieces(part, low, per_block, last), dim=2) for part in parts)
             here = slice(low, last * per_block)
-            mask, tokens = slots.token_mask[:, :, here], slots.tokens[:, :, here]
-            seen = CompressedMemory(keys, values, mask, tokens, slots.number[:, here])
+            token_mask, tokens = memory.token_mask[:, :, here], memory.tokens[:, :, here]
+            seen = CompressedMemory(keys, values, token_mask, tokens, memory.number[:, here])
             return self._far(seen, u * size + torch.arange(count, device=key.device)[None], context)
 
         return far_of
@@ -202,32 +203,32 @@ class CompressiveAttention(SegmentAttention):
         self, query: Tensor, key: Tensor, value: Tensor, token: Tensor, context: AttentionContext
     ) -> Any:
         batch, keep = key.shape[0], context.key_padding_mask
-        there = (token >= 0).expand(batch, -1) if keep is None else (token >= 0) & keep
+        token_mask = (token >= 0).expand(batch, -1) if keep is None else (token >= 0) & keep
         layer = context.recurrent if isinstance(context.recurrent, SegmentLayer) else None
-        queries, read = self._queries_of_cache(query, there, layer)
+        queries, read = self._queries_of_cache(query, token_mask, layer)
         sizes = self.config.segment_length, self.config.memory_length
-        span, local = ops.span_of_cache(queries, key, value, token.expand(batch, -1), there, read, *sizes)
-        slots = self._slots(span, context.scaling).expanded(batch)
+        span, local = ops.span_of_cache(queries, key, value, token.expand(batch, -1), token_mask, read, *sizes)
+        memory = self._compress(span, context.scaling).expanded(batch)
         before = None if layer is None else layer.state
         if layer is not None and layer.dropped is not None:
-            self._append(layer, slots, span.there & local(layer.dropped, 1))
+            self._append(layer, memory, span.token_mask & local(layer.dropped, 1))
         if before is not None:
-            slots = before.followed_by(slots)
-        return lambda rows: self._far(self._in_reach(slots, rows), rows, context)
+            memory = before.followed_by(memory)
+        return lambda rows: self._far(self._in_reach(memory, rows), rows, context)
 
-    def _in_reach(self, slots: CompressedMemory, rows: Tensor) -> CompressedMemory:
-        """The `slots` that a whole chunk of queries at (B or 1, N) `rows` may see; of fewer queries all are looked at."""
+    def _in_reach(self, memory: CompressedMemory, rows: Tensor) -> CompressedMemory:
+        """What a whole chunk of queries at (B or 1, N) `rows` may see; of fewer queries all are looked at."""
         size, most = self.config.segment_length, self.config.compressed_memory_length
-        reach = slots.token_mask.any(-1).any(1) & (slots.number < rows[:, -1:] // size * self._per_block)
+        reach = memory.token_mask.any(-1).any(1) & (memory.number < rows[:, -1:] // size * self._per_block)
         count = most + ((CHUNK - 1) // size + 1) * self._per_block
-        return slots if rows.shape[1] < CHUNK or reach.shape[1] <= count else slots.last(reach, count)
+        return memory if rows.shape[1] < CHUNK or reach.shape[1] <= count else memory.last(reach, count)
 
     def _queries_of_cache(
-        self, query: Tensor, there: Tensor, layer: SegmentLayer | None
+        self, query: Tensor, token_mask: Tensor, layer: SegmentLayer | None
     ) -> tuple[Tensor | None, Tensor]:
         """(B, H, S, D) queries of all keys as far as they are needed, and (B, S) which of them are known and real."""
         if not self._needs_queries:
-            return None, there
+            return None, token_mask
         if layer is not None:
             query = layer.keep_queries(query)
         elif self.config.compression == "most_used":
@@ -235,11 +236,11 @@ class CompressiveAttention(SegmentAttention):
                 "compression='most_used' asks who read a token, which this cache does not keep: leave past_key_values to "
                 "the model, or begin with an empty DynamicCache."
             )
-        unknown = there.shape[1] - query.shape[2]
-        known = torch.arange(there.shape[1], device=there.device) >= unknown
-        return ops.cut(query, 2, -unknown, there.shape[1]), there & known
+        unknown = token_mask.shape[1] - query.shape[2]
+        known = torch.arange(token_mask.shape[1], device=token_mask.device) >= unknown
+        return ops.cut(query, 2, -unknown, token_mask.shape[1]), token_mask & known
 
-    def _append(self, layer: SegmentLayer, slots: CompressedMemory, dropped: Tensor) -> None:
+    def _append(self, layer: SegmentLayer, memory: CompressedMemory, dropped: Tensor) -> None:
         """Keep what the cache forgot, (B, L) bool `dropped` real tokens: always whole blocks."""
         gone = dropped.unflatten(1, (-1, self.config.segment_length)).any(-1).repeat_interleave(self._per_block, dim=1)
-        layer.append(slots.expanded(gone.shape[0]), gone[..., None], self.config.compressed_memory_length)
+        layer.append(memory.expanded(gone.shape[0]), gone[..., None], self.config.compressed_memory_length)

@@ -18,7 +18,7 @@ from hf_efficient.attention.base import (
 )
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.pooled_keys import log_count
-from hf_efficient.ops.pooling import Pooling, PoolingWindow, slot_bias
+from hf_efficient.ops.pooling import Pooling, PoolingWindow, pooled_bias
 
 NUM_BLOCKS = 3
 DECODER_SHARE = 6
@@ -29,11 +29,11 @@ class FunnelAttentionConfig(EfficientAttentionConfig):
     """Options of the funnel.
 
     Args:
-        pool_size: p: the layers of block e run on slots of pᵉ tokens; 1 = no pooling.
+        pool_size: p: the layers of block e run on means of pᵉ tokens; 1 = no pooling.
         blocks: number of layers in block 0 (which may be 0), 1, …, counted from the first layer of the stack. The layers
             after the last block are the decoder: they run on all tokens. `None` = the last sixth of the layers, rounded
             down, is the decoder, and the others are three blocks as equal as can be, longer ones first.
-        separate_cls: the first token of a row keeps a slot of its own.
+        separate_cls: the first token of a row is not pooled.
     """
 
     mechanism: ClassVar[str] = "funnel"
@@ -50,7 +50,7 @@ class FunnelAttentionConfig(EfficientAttentionConfig):
             object.__setattr__(self, "blocks", tuple(self.blocks))
         if self.blocks is not None:
             given = self.blocks if isinstance(self.blocks, tuple) else ()
-            fits = all(type(count) is int and count >= (place > 0) for place, count in enumerate(given))
+            fits = all(type(count) is int and count >= (block > 0) for block, count in enumerate(given))
             self._require("blocks", bool(given) and fits, "integers ≥ 1, of which the first may be 0, or None")
 
     def layer_blocks(self, num_layers: int) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ class FunnelAttentionConfig(EfficientAttentionConfig):
         return tuple(layers // count + (block < layers % count) for block in range(count))
 
     def pooling(self, layer: int, num_layers: int) -> Pooling:
-        """Slots of the queries and of the keys of a layer."""
+        """How the queries and the keys of a layer are pooled."""
         start = 0
         for block, count in enumerate(self.layer_blocks(num_layers)):
             if layer < start + count:
@@ -75,29 +75,30 @@ class FunnelAttentionConfig(EfficientAttentionConfig):
 
 @register_mechanism
 class FunnelAttention(EfficientAttention):
-    """Full attention over slots, in layers that run on slots as a whole.
+    """Full attention over pooled tokens, in layers that run on these as a whole.
 
-    P_e takes the mean of the real tokens of each slot of pᵉ tokens, slots being counted from a row's first real token,
-    which has one of its own with `separate_cls`; c is the number of tokens in a slot, U_e repeats a slot for its tokens.
-    A layer F of block e, attention and feed-forward, works on h = P_e x, and each token gets what changes in its slot:
+    P_e takes the mean of the real tokens of each window of pᵉ tokens, counted from a row's first real token, which has a
+    window of its own with `separate_cls`; c is the number of real tokens in a window, U_e repeats its entry for each token.
+    A layer F of block e, attention and feed-forward, works on h = P_e x, and each token gets what changes in its window:
 
         x ← x + U_e (F(P_e x) - P_e x)
         y_i = Σ_j softmax_j(s · q_i·k_j + b_ij + log c_j) v_j       q from P_e x;  k, v from P_e x,
                                                                     in the first layer of the block from P_(e-1) x
 
-    b_ij is the relative bias, if the host has one, from the middle of slot i to slot j, the mean over its places. By log c
+    b_ij is the relative bias, if the host has one, from the middle of window i to window j, the mean over it. By log c
     every key counts for as many tokens as it is made of, so that where neighbours are equal this is full attention.
 
-    A token thus keeps by what it differs from its slot, and the decoder's layers, which run on all tokens, start from that;
-    heads that read single tokens need them. There are no parameters of its own. Called for heads alone, without the layer
-    around it (to compare layers with full attention), the mechanism takes means of q, k, v and repeats the result.
+    A token thus keeps its difference from the mean of its window, and the decoder's layers, which run on all
+    tokens, start from that; heads that read single tokens need them. There are no parameters of its own. Called for heads
+    alone, without the layer around it (to compare layers with full attention), the mechanism takes means of q, k, v and
+    repeats the result.
 
     Exact: pool_size = 1. A layer of block e costs 1/pᵉ in its products with weights, and O((N/pᵉ)²) time in attention, p
     times that in the first layer of the block. Source: Dai et al. 2020 (arXiv 2006.03236), §2 (pooling of queries only, a
     first token apart). Departures: the host's positions in place of relative attention with its own weights; means over
-    real tokens, and a slot is there as soon as one of its tokens is (transformers' `FunnelModel` averages padding in, and
-    drops such a slot as a key); log c; tokens left over make a smaller slot; the decoder starts from x + U (…) with
-    differences at every block, not from the sum of the short states and those of block 0, which would double their size.
+    real tokens, of which one is enough (transformers' `FunnelModel` averages padding in, and drops a window with
+    padding as a key); log c; tokens left over make a smaller window; the decoder starts from x + U (…) with differences at
+    every block, not from the sum of the short states and those of block 0, which would double their size.
     """
 
     Config = FunnelAttentionConfig
@@ -128,8 +129,8 @@ class FunnelAttention(EfficientAttention):
                 f"{geometry.num_layers}: give fewer, or None"
             )
         chosen = range(geometry.num_layers) if config.layers is None else config.layers
-        slots = [config.pooling(layer, geometry.num_layers).queries.size for layer in chosen]
-        if config.pool_size > 1 and max(slots) == 1:
+        sizes = [config.pooling(layer, geometry.num_layers).queries.size for layer in chosen]
+        if config.pool_size > 1 and max(sizes) == 1:
             reasons.append(
                 f"funnel: with blocks={config.blocks} and layers={config.layers} no layer of the {geometry.side} is pooled: "
                 "give blocks of which the second begins at a chosen layer, e.g. blocks=(0, 1), or pool_size=1"
@@ -144,7 +145,7 @@ class FunnelAttention(EfficientAttention):
         (queries, keys), rows = self.pooling, context.rows
         if rows is None:
             keep, n = context.key_padding_mask, query.shape[2]
-            q, k, v = (runs.means(x, keep) for runs, x in ((queries, query), (keys, key), (keys, value)))
+            q, k, v = (window.means(x, keep) for window, x in ((queries, query), (keys, key), (keys, value)))
             return queries.repeat(self._attend(q, k, v, n, keep, context), n)
         if keys != queries:
             assert context.project is not None and context.hidden_states is not None
@@ -157,13 +158,13 @@ class FunnelAttention(EfficientAttention):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, n: int, keep: Tensor | None, context: AttentionContext
     ) -> Tensor:
-        """(B, H, query slots, D) full attention of slots, in rows of n tokens of which (B, n) `keep` are real."""
+        """(B, H, query windows, D) full attention of pooled tokens, in rows of n tokens of which (B, n) `keep` are real."""
         queries, keys = self.pooling
         counts = keys.counts(n, keep, key.device)
         wide = torch.promote_types(query.dtype, torch.float32)
         logits = None if counts is None else log_count(counts.to(wide)).to(query.dtype)[:, None, None]
         if context.relative_bias is not None:
-            bias = slot_bias(context.relative_bias, queries, keys, n, query.device).to(query.dtype)
+            bias = pooled_bias(context.relative_bias, queries, keys, n, query.device).to(query.dtype)
             logits = bias if logits is None else bias + logits
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=logits, dropout_p=context.dropout, scale=context.scaling

@@ -1,4 +1,4 @@
-"""Linformer: keys and values projected along the sequence to a fixed number of slots."""
+"""Linformer: keys and values projected along the sequence to a fixed number of pooled keys."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from hf_efficient.attention.base import (
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.padding import real_length
 from hf_efficient.ops.pooled_keys import (
-    Slots,
-    in_slots,
+    PooledKeys,
+    group_index,
+    group_means,
+    group_sizes,
+    in_groups,
     max_pooled,
+    mean_weights,
+    pooled_attention,
+    pooling_mass,
     projected,
-    segment_index,
-    segment_means,
-    segment_sizes,
-    slot_attention,
-    slot_mass,
-    slot_shares,
     stretched,
     strided_convolution,
 )
@@ -43,13 +43,13 @@ class LinformerAttentionConfig(EfficientAttentionConfig):
     """Options of Linformer attention.
 
     Args:
-        rank: R, slots that stand for all keys; one number, or one per layer of the stack.
-        head_ranks: slots of each head, at most `rank`; `None` = `rank` for all.
+        rank: R, pooled keys that stand for all keys; one number, or one per layer of the stack.
+        head_ranks: pooled keys of each head, at most `rank`; `None` = `rank` for all.
         max_length: longest input, in tokens; `None` = the model's position table (required where there is none: T5).
         interpolate: stretch the projections over inputs longer than `max_length` instead of refusing them; `max_length` may
             then be less than the model's positions.
-        projection: `"linear"` learns the projections, `"conv"` one kernel per channel that all slots share, as long as a
-            slot; `"mean"` and `"max"` pool fixed segments without parameters.
+        projection: `"linear"` learns the projections, `"conv"` one kernel per channel, shared by all groups of tokens
+            and as long as a group; `"mean"` and `"max"` pool equal groups of tokens without parameters.
         sharing: of what is learned: `"none"` (E and F per head), `"headwise"` (E and F per layer), `"kv"` (E = F per
             layer), `"layerwise"` (one E = F for the whole stack).
     """
@@ -88,22 +88,22 @@ class LinformerAttentionConfig(EfficientAttentionConfig):
 
 @register_mechanism
 class LinformerAttention(EfficientAttention):
-    """Attention over R slots, each a weighted mean of keys and of values.
+    """Attention over R pooled keys and values, each a weighted mean.
 
-    With E, F (R, n) and keep-mask p; a slot's mass is the share of its weights that fell on real tokens:
+    With E, F (R, n) and keep-mask p; the mass m_r is the share of the weights of r that fell on real tokens:
 
         k̃_r = Σ_j E_rj p_j k_j / m_r,   ṽ_r = Σ_j F_rj p_j v_j / m'_r,   m_r = Σ_j |E_rj| p_j / Σ_j |E_rj|
         y_i = Σ_r softmax_r(s · q_i·k̃_r + Σ_j E_rj p_j b(j - i) / m_r + log(m_r c_r)) ṽ_r
 
-    c_r is the length of slot r's segment, so that m_r c_r counts the tokens a slot stands for; without that logarithm
-    short and padded segments would weigh as much as full ones. A slot of mass 0 does not exist. E = F = means of equal
-    segments at the start: of all starts tried the closest to the pretrained model, and exact at R = n.
+    c_r is the length of pooling group r, so that m_r c_r counts the tokens that k̃_r stands for; without that logarithm
+    short and padded groups would weigh as much as full ones. A key of mass 0 does not exist. E = F = means of equal
+    groups at the start: of all starts tried the closest to the pretrained model, and exact at R = n.
 
-    `"conv"`: `k̃_r = c / |real u| Σ_u W_u ∘ k_{rc + u}` over the c = max_length / R tokens of slot r, W = 1 / c at the start.
+    `"conv"`: `k̃_r = c / |real u| Σ_u W_u ∘ k_{rc + u}` over the c = max_length / R tokens of group r, at first W = 1 / c.
     With `interpolate` a row of L > max_length tokens has E_rj = E_r at `(j + ½) max_length / L - ½`, between columns linear.
 
     O(N R) time and memory beside the R · max_length weights of a matrix, or the D · max_length / R of a kernel. Source: Wang
-    et al. 2020 (arXiv 2006.04768), §4. Deviations: masses honour padding, slots carry their log-count, interpolation.
+    et al. 2020 (arXiv 2006.04768), §4. Deviations: masses honour padding, log-counts, interpolation.
     """
 
     Config = LinformerAttentionConfig
@@ -145,7 +145,7 @@ class LinformerAttention(EfficientAttention):
                 if self.config.projection == "conv":
                     parameter.fill_(1 / parameter.shape[1])
                 else:
-                    parameter.copy_(self._segment_means(parameter.device))
+                    parameter.copy_(self._group_means(parameter.device))
 
     @torch.no_grad()
     def initialise_from(self, source: object) -> dict[str, str]:
@@ -194,53 +194,53 @@ class LinformerAttention(EfficientAttention):
         if keep is None:
             keep = torch.ones(1, n, dtype=torch.bool, device=key.device)
         pool = self._convolved if self.config.projection == "conv" else self._projected
-        return slot_attention(query, pool(key, value, keep, context.relative_bias is not None), context)
+        return pooled_attention(query, pool(key, value, keep, context.relative_bias is not None), context)
 
-    def _projected(self, key: Tensor, value: Tensor, keep: Tensor, with_shares: bool) -> Slots:
+    def _projected(self, key: Tensor, value: Tensor, keep: Tensor, with_weights: bool) -> PooledKeys:
         n, device = key.shape[2], key.device
         weights = self._weights("key_projection", key, keep)
-        mass = slot_mass(weights, keep)
+        mass = pooling_mass(weights, keep)
         if self.config.projection == "max":
-            index = segment_index(self._ranks(device), self.max_length)[:, :n]
+            index = group_index(self._ranks(device), self.max_length)[:, :n]
             keys, values = (max_pooled(x, keep, index, self.rank) for x in (key, value))
         else:
             keys = projected(weights, mass, key, keep)
             other = self._weights("value_projection", value, keep)
-            values = projected(other, slot_mass(other, keep), value, keep)
-        counts = mass.to(torch.promote_types(mass.dtype, torch.float32)) * self._segment_sizes(device)
+            values = projected(other, pooling_mass(other, keep), value, keep)
+        counts = mass.to(torch.promote_types(mass.dtype, torch.float32)) * self._group_sizes(device)
         if n > self.max_length:
             counts = counts * (real_length(keep).clamp(min=self.max_length) / self.max_length)[:, None, None]
-        real = weights[..., :n] * keep[:, None, None] if with_shares else None
-        return Slots(
+        real = weights[..., :n] * keep[:, None, None] if with_weights else None
+        return PooledKeys(
             keys, values, counts, None if real is None else real / torch.where(mass > 0, mass, 1.0)[..., None]
         )
 
-    def _convolved(self, key: Tensor, value: Tensor, keep: Tensor, with_shares: bool) -> Slots:
+    def _convolved(self, key: Tensor, value: Tensor, keep: Tensor, with_weights: bool) -> PooledKeys:
         kernels = self.key_projection, getattr(self, "value_projection", self.key_projection)
         keys, values = (strided_convolution(x, keep, w) for x, w in zip((key, value), kernels, strict=True))
         size = self.key_projection.shape[1]
-        shares = slot_shares(keep, size).to(key.dtype)[:, None] if with_shares else None
-        return Slots(keys, values, in_slots(keep, size).sum(-1)[:, None], shares)
+        pooling_weights = mean_weights(keep, size).to(key.dtype)[:, None] if with_weights else None
+        return PooledKeys(keys, values, in_groups(keep, size).sum(-1)[:, None], pooling_weights)
 
     def _weights(self, name: str, like: Tensor, keep: Tensor) -> Tensor:
         """(H or 1, R, max_length) projection, of longer inputs (B, H or 1, R, n); E serves for F where they are shared."""
         if self.config.projection != "linear":
-            weights = self._segment_means(like.device).to(like.dtype)
+            weights = self._group_means(like.device).to(like.dtype)
         else:
             weights = getattr(self, name, self.key_projection).to(like.dtype)
             if self.config.head_ranks is not None:
-                weights = weights * (self._segment_sizes(like.device) > 0)[..., None]
+                weights = weights * (self._group_sizes(like.device) > 0)[..., None]
         return stretched(weights, keep) if like.shape[2] > self.max_length else weights
 
     def _ranks(self, device: torch.device) -> Tensor:
-        """(H or 1, 1) slots of each head."""
+        """(H or 1, 1) pooled keys of each head."""
         return torch.tensor(self.config.head_ranks or (self.rank,), device=device)[:, None]
 
-    def _segment_sizes(self, device: torch.device) -> Tensor:
-        return segment_sizes(self._ranks(device), self.rank, self.max_length)
+    def _group_sizes(self, device: torch.device) -> Tensor:
+        return group_sizes(self._ranks(device), self.rank, self.max_length)
 
-    def _segment_means(self, device: torch.device) -> Tensor:
-        return segment_means(self._ranks(device), self.rank, self.max_length)
+    def _group_means(self, device: torch.device) -> Tensor:
+        return group_means(self._ranks(device), self.rank, self.max_length)
 
 
 def _are_counts(value: Any) -> bool:

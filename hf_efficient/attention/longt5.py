@@ -1,4 +1,4 @@
-"""LongT5: a sliding window plus one transient global slot for every block of tokens."""
+"""LongT5: a sliding window plus one transient global key for every block of tokens."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class LongT5AttentionConfig(EfficientAttentionConfig):
 
     Args:
         attention_window: w, in tokens, even: w // 2 keys (LongT5's `local_radius`) on each side plus the token itself.
-        global_block_size: g, tokens per slot; longer than the input = no slots, which is LongT5's local attention.
-        pooling: how a block becomes a slot: `"mean"` of its real tokens, the closest start from other weights, or `"rms"`:
-            their sum brought to root mean square 1, as LongT5 was trained.
-        log_count: add to a slot's logit the logarithm of the number of its tokens that the query's window does not show,
-            so that what a query sees counts every token once. LongT5's own weights were trained without.
+        global_block_size: g, tokens per global key; longer than the input = none, which is LongT5's local attention.
+        pooling: how a block becomes a global key: `"mean"` of its real tokens, the closest start from other weights, or
+            `"rms"`: their sum brought to root mean square 1, as LongT5 was trained.
+        log_count: add to the logit of a global key the logarithm of the number of its tokens outside the query's window, so
+            that what a query sees counts every token once. LongT5's own weights were trained without.
     """
 
     mechanism: ClassVar[str] = "longt5"
@@ -61,7 +61,7 @@ class _Blocks(NamedTuple):
 
     Attributes:
         real: (B, n) bool. block: (B, n) the block that holds each token.
-        seen: (B, n + 1) real tokens before each position. start, end: (B, G) positions of each slot's block.
+        seen: (B, n + 1) real tokens before each position. start, end: (B, G) positions of each block.
         is_last: (B, G) the last block of its row, which also holds what is left over. exists: (B, G).
     """
 
@@ -76,10 +76,10 @@ class _Blocks(NamedTuple):
 
 @register_mechanism
 class LongT5Attention(EfficientAttention):
-    """Window ∪ all slots in one softmax; slot t stands for block t of the layer's own input.
+    """Window and all global keys in one softmax; global key t stands for block t of the layer's own input.
 
     With h the hidden states that enter the layer, W(i) the window of `local`, blocks of g tokens counted from a row's first
-    real token (tokens left over join the last full block, a row shorter than g has no slots), and S_t = Σ h_j over the real
+    real token (tokens left over join the last full block, a row shorter than g has none), and S_t = Σ h_j over the real
     tokens of block t, c_t their number:
 
         z_t = w ⊙ S_t / c_t  ("mean")   or   w ⊙ S_t / rms(S_t)  ("rms"),      k̃_t = W_k z_t,  ṽ_t = W_v z_t
@@ -87,11 +87,11 @@ class LongT5Attention(EfficientAttention):
 
     W_k, W_v are the host's own projections with their biases. w (hidden_size) is learned per layer. a is a table over block
     offsets for hosts with a relative bias, one for the stack and bucketed as the host's; other hosts have none. u_it counts
-    the real tokens of block t outside W(i); a slot with u_it = 0 is not seen by i. Thus every token counts once, and keys
-    and values that are constant on blocks give exactly full attention.
+    the real tokens of block t outside W(i); a global key with u_it = 0 is not seen by i. Thus every token counts once, and
+    keys and values that are constant on blocks give exactly full attention.
 
     Start: w = 1; a(o) = the host's mean bias between tokens of blocks at offset o, averaged over each bucket. Exact where
-    no slot is left: attention_window ≥ 2n, and with `log_count=False` also global_block_size > n.
+    no global key is left: attention_window ≥ 2n, and with `log_count=False` also global_block_size > n.
 
     O(N (w + N / g)) time and memory. Source: Guo et al. 2021 (arXiv 2112.07916), §3.1.2; with `pooling="rms",
     log_count=False` it equals transformers' `LongT5TransientGlobalAttention` given its weights. Deviations: the mean and
@@ -144,7 +144,7 @@ class LongT5Attention(EfficientAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         window = Window(left=self.config.attention_window // 2, right=self.config.attention_window // 2)
-        slots = self._slots(query, context) if query.shape[2] >= self.config.global_block_size else None
+        pooled = self._global_keys(query, context) if query.shape[2] >= self.config.global_block_size else None
         out: Tensor = block_sparse_attention(
             query,
             key,
@@ -154,14 +154,14 @@ class LongT5Attention(EfficientAttention):
             key_padding_mask=context.key_padding_mask,
             relative_bias=context.relative_bias,
             dropout=context.dropout,
-            extra=slots,
+            extra=pooled,
         )
-        if slots is None and self.training and torch.is_grad_enabled():
+        if pooled is None and self.training and torch.is_grad_enabled():
             # data-parallel training waits for a gradient of every parameter, also of those without a part in this call
             out = out + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad).to(out.dtype)  # type: ignore[union-attr]
         return out
 
-    def _slots(self, query: Tensor, context: AttentionContext) -> ExtraKeys:
+    def _global_keys(self, query: Tensor, context: AttentionContext) -> ExtraKeys:
         """One key and value per block, with what is added to their logits (B or 1, H or 1, N, G)."""
         assert context.hidden_states is not None and context.project is not None
         blocks = self._blocks(query, context.key_padding_mask)
@@ -175,8 +175,8 @@ class LongT5Attention(EfficientAttention):
         if self.slot_bias is not None:
             assert context.relative_bias is not None
             table = RelativeBias(self.slot_bias, context.relative_bias.bucket, context.relative_bias.saturation)
-            slot = torch.arange(size.shape[1], device=query.device)
-            side = table.at(slot - blocks.block[..., None]).transpose(0, 1)  # (B, H, N, G)
+            block = torch.arange(size.shape[1], device=query.device)
+            side = table.at(block - blocks.block[..., None]).transpose(0, 1)  # (B, H, N, G)
             bias = side if bias is None else side + bias
         return ExtraKeys(key, value, keep, bias)
 
@@ -187,32 +187,32 @@ class LongT5Attention(EfficientAttention):
             real = torch.ones(1, n, dtype=torch.bool, device=query.device)
         length = real_length(real)[:, None]
         count = length // g
-        slot, token = (torch.arange(stop, device=query.device)[None] for stop in (n // g, n))
-        is_last = slot == count - 1
+        block, token = (torch.arange(stop, device=query.device)[None] for stop in (n // g, n))
+        is_last = block == count - 1
         seen = F.pad(real.cumsum(-1), (1, 0))
         return _Blocks(
             real=real,
             block=torch.minimum(token // g, count - 1),
             seen=seen,
-            start=(slot * g).expand_as(is_last),
-            end=torch.where(is_last, length, (slot + 1) * g),
+            start=(block * g).expand_as(is_last),
+            end=torch.where(is_last, length, (block + 1) * g),
             is_last=is_last,
-            exists=slot < count,
+            exists=block < count,
         )
 
     def _pooled(self, hidden: Tensor, blocks: _Blocks, size: Tensor) -> Tensor:
-        """(B, G, hidden_size) slots of (B, n, hidden_size) states."""
+        """(B, G, hidden_size) pooled blocks of (B, n, hidden_size) states."""
         g, count = self.config.global_block_size, size.shape[1]
         hidden = F.pad(hidden.masked_fill(~blocks.real[..., None], 0.0), (0, 0, 0, (count + 1) * g - hidden.shape[1]))
         sums = hidden.unflatten(1, (count + 1, g)).sum(2)
         # what is left over of a row is all that its next block holds
         total = sums[:, :-1] + sums[:, 1:] * blocks.is_last[..., None]
         if self.config.pooling == "mean":
-            slots = total / size.clamp(min=1)[..., None].to(total.dtype)
+            pooled = total / size.clamp(min=1)[..., None].to(total.dtype)
         else:
             wide = total.to(torch.promote_types(total.dtype, torch.float32))
-            slots = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPSILON)
-        return (self.slot_weight * slots).to(hidden.dtype)
+            pooled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPSILON)
+        return (self.slot_weight * pooled).to(hidden.dtype)
 
     def _unseen(self, blocks: _Blocks, size: Tensor) -> Tensor:
         """(B, N, G) real tokens of each block outside each query's window."""

@@ -1,4 +1,4 @@
-"""Memory-compressed attention: the own block token by token, all others as slots of several tokens each."""
+"""Memory-compressed attention: the own block token by token, all others as pooled keys of several tokens each."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from hf_efficient.ops.block_sparse.windows import ExtraKeys
 from hf_efficient.ops.compression import CompressedMemory, mean_bias
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.padding import first_real_token, shift_rows
-from hf_efficient.ops.pooled_keys import in_slots, log_count, strided_convolution
-from hf_efficient.ops.relative_bias import RelativeBias, slot_bias
+from hf_efficient.ops.pooled_keys import in_groups, log_count, strided_convolution
+from hf_efficient.ops.relative_bias import RelativeBias, mean_group_bias
 from hf_efficient.patterns.kinds import BlockWindow
 
 # new tokens that are computed at once while decoding
@@ -36,7 +36,7 @@ class MemoryCompressedAttentionConfig(EfficientAttentionConfig):
     """Options of memory-compressed attention.
 
     Args:
-        compression_rate: c, tokens that a slot stands for.
+        compression_rate: c, tokens that a pooled key stands for.
         block_size: tokens of a block, which see each other as they are; a multiple of `compression_rate`.
     """
 
@@ -54,21 +54,21 @@ class MemoryCompressedAttentionConfig(EfficientAttentionConfig):
 
 @register_mechanism
 class MemoryCompressedAttention(EfficientAttention):
-    """A query sees its own block of keys, and all other blocks by their slots, in one softmax.
+    """A query sees its own block of keys, and all other blocks by their pooled keys, in one softmax.
 
-    With σ(t) the block of token t, slot u of the tokens uc … uc + c - 1 and |u| the real ones among them:
+    With σ(t) the block of token t, pooled key u of the tokens uc … uc + c - 1 and |u| the real ones among them:
 
         k̃_u = c / |u| Σ_r k_{uc + r} W_r,   ṽ_u = c / |u| Σ_r v_{uc + r} V_r        W_r, V_r (D, D) per head
         logit of j:  s q_i·k_j + b(j - i)                                where σ(j) = σ(i), causal: j ≤ i
         logit of u:  s q_i·k̃_u + mean_{j in u} b(j - i) + log |u|        where σ(u) ≠ σ(i), causal: σ(u) < σ(i)
 
-    W_r = V_r = I / c at the start: slots are the means of their tokens, and where these are equal the logarithm makes up for
-    their number exactly. Blocks count from a row's first real token. Every real token is seen once, by itself or in a slot.
+    W_r = V_r = I / c at the start: pooled keys are means, and where their tokens are equal the logarithm makes up for the
+    number of these exactly. Blocks count from a row's first real token. Every real token is seen once, alone or pooled.
 
-    O(N² / c + N · block_size) time and memory, and with a relative bias O(N²) additions. While decoding, N / c slots and the
-    keys of the last block are kept. Source: Liu et al. 2018 (arXiv 1801.10198), §4.2.3, "memory-compressed" and "local"
-    attention. Departures: both in one softmax in place of alternating layers, log-counts, and compression after the
-    projection, per head.
+    O(N² / c + N · block_size) time and memory, and with a relative bias O(N²) additions. While decoding, N / c pooled
+    keys and the keys of the last block are kept. Source: Liu et al. 2018 (arXiv 1801.10198), §4.2.3,
+    "memory-compressed" and "local" attention. Departures: both in one softmax in place of alternating layers, log-counts,
+    and compression after the projection, per head.
     """
 
     Config = MemoryCompressedAttentionConfig
@@ -115,11 +115,11 @@ class MemoryCompressedAttention(EfficientAttention):
             start = first_real_token(keep)
             query, key, value = (shift_rows(x, start, 2) for x in (query, key, value))
             keep = shift_rows(keep, start, 1)
-        out, slots = self._whole_rows(query, key, value, keep, context)
+        out, memory = self._whole_rows(query, key, value, keep, context)
         layer = context.recurrent
         if isinstance(layer, CompressedLayer) and layer.dropped is not None:
             dropped = layer.dropped if start is None else shift_rows(layer.dropped, start, 1)
-            layer.append(slots, in_slots(dropped, self.config.compression_rate))
+            layer.append(memory, in_groups(dropped, self.config.compression_rate))
         if start is None:
             return out
         # queries before a row's first real token have no past, but the shift put them behind all its keys
@@ -129,17 +129,17 @@ class MemoryCompressedAttention(EfficientAttention):
     def _whole_rows(
         self, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, context: AttentionContext
     ) -> tuple[Tensor, CompressedMemory]:
-        """Attention of rows that start at their first token, and their slots."""
+        """Attention of rows that start at their first token, and their pooled keys."""
         n, block = key.shape[2], self.config.block_size
-        there = key.new_ones(key.shape[0], n, dtype=torch.bool) if keep is None else keep
-        slots = self._slots(key, value, there, 0)
+        token_mask = key.new_ones(key.shape[0], n, dtype=torch.bool) if keep is None else keep
+        memory = self._compress(key, value, token_mask, 0)
         own = torch.arange(n, device=key.device)[:, None] // block
-        other = slots.number[:1] // (block // self.config.compression_rate)
+        other = memory.number[:1] // (block // self.config.compression_rate)
         visible = other < own if context.is_causal else other != own
-        bias = log_count(slots.token_mask.sum(-1))[:, :, None]
+        bias = log_count(memory.token_mask.sum(-1))[:, :, None]
         if context.relative_bias is not None:
-            bias = bias + slot_bias(context.relative_bias, slots.token_mask[:, 0], n)
-        extra = ExtraKeys(slots.keys, slots.values, visible & slots.token_mask.any(-1), bias)
+            bias = bias + mean_group_bias(context.relative_bias, memory.token_mask[:, 0], n)
+        extra = ExtraKeys(memory.keys, memory.values, visible & memory.token_mask.any(-1), bias)
         out = block_sparse_attention(
             query,
             key,
@@ -152,20 +152,20 @@ class MemoryCompressedAttention(EfficientAttention):
             dropout=context.dropout,
             extra=extra,
         )
-        return out, slots
+        return out, memory
 
-    def _slots(self, key: Tensor, value: Tensor, there: Tensor, first: Tensor | int) -> CompressedMemory:
-        """Slots of (B, H, S, D) keys whose row b starts at token `first[b]`, itself the first of a slot."""
+    def _compress(self, key: Tensor, value: Tensor, token_mask: Tensor, first: Tensor | int) -> CompressedMemory:
+        """Pooled (B, H, S, D) keys whose row b starts at token `first[b]`, a multiple of the rate."""
         rate = self.config.compression_rate
-        keys = strided_convolution(key, there, self.key_convolution)
-        values = strided_convolution(value, there, self.value_convolution)
-        mask = in_slots(there, rate)[:, None]
+        keys = strided_convolution(key, token_mask, self.key_convolution)
+        values = strided_convolution(value, token_mask, self.value_convolution)
+        token_mask = in_groups(token_mask, rate)[:, None]
         tokens = torch.arange(keys.shape[2] * rate, device=key.device).unflatten(0, (-1, rate))
-        tokens = (tokens + first).expand(mask.shape)
-        return CompressedMemory(keys, values, mask, tokens, tokens[:, 0, :, 0] // rate)
+        tokens = (tokens + first).expand(token_mask.shape)
+        return CompressedMemory(keys, values, token_mask, tokens, tokens[:, 0, :, 0] // rate)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        """New queries over the slots of the cache and the keys that it kept, whose complete blocks are seen as slots."""
+        """New queries over the pooled keys of the cache and the keys that it kept, whose complete blocks are pooled."""
         positions, keep = context.key_positions, context.key_padding_mask
         if positions is None:
             positions = torch.arange(key.shape[2], device=key.device)[None]
@@ -175,22 +175,22 @@ class MemoryCompressedAttention(EfficientAttention):
         exists = ((positions >= 0) & (positions >= start[:, None])).expand(batch, -1)
         shift = first_real_token(exists)
         key, value = (shift_rows(x, shift, 2) for x in (key, value))
-        there = shift_rows(exists if keep is None else exists & keep, shift, 1)
+        token_mask = shift_rows(exists if keep is None else exists & keep, shift, 1)
         first = (positions.expand(batch, -1).gather(1, shift[:, None]) - start[:, None]).clamp(min=0)
-        slots = self._slots(key, value, there, first[..., None, None])
+        memory = self._compress(key, value, token_mask, first[..., None, None])
         layer = context.recurrent
         before = layer.state if isinstance(layer, CompressedLayer) else None
         if isinstance(layer, CompressedLayer) and layer.dropped is not None:
-            layer.append(slots, in_slots(shift_rows(layer.dropped, shift, 1), self.config.compression_rate))
-        slots = slots if before is None else before.followed_by(slots)
+            layer.append(memory, in_groups(shift_rows(layer.dropped, shift, 1), self.config.compression_rate))
+        memory = memory if before is None else before.followed_by(memory)
         new = torch.arange(query.shape[2], device=key.device) + context.query_offset
         rows = (new - start[:, None]).expand(batch, -1)
         tokens = (first + torch.arange(key.shape[2], device=key.device))[:, None]
-        keys, values = (torch.cat(pair, dim=2) for pair in ((slots.keys, key), (slots.values, value)))
+        keys, values = (torch.cat(pair, dim=2) for pair in ((memory.keys, key), (memory.values, value)))
         outputs = []
         # a few at a time: the logits of many new tokens over single keys would be quadratic
         for part, row in zip(query.split(CHUNK, dim=2), rows.split(CHUNK, dim=1), strict=True):
-            logits = self._logits(row, tokens, there, slots, context.relative_bias).to(query.dtype)
+            logits = self._logits(row, tokens, token_mask, memory, context.relative_bias).to(query.dtype)
             outputs.append(
                 F.scaled_dot_product_attention(
                     part, keys, values, attn_mask=logits, dropout_p=context.dropout, scale=context.scaling
@@ -199,16 +199,16 @@ class MemoryCompressedAttention(EfficientAttention):
         return torch.cat(outputs, dim=2)
 
     def _logits(
-        self, rows: Tensor, token: Tensor, there: Tensor, slots: CompressedMemory, bias: RelativeBias | None
+        self, rows: Tensor, token: Tensor, token_mask: Tensor, memory: CompressedMemory, bias: RelativeBias | None
     ) -> Tensor:
-        """(B, 1 or H, N, G + S) what is added to the logits of slots and of keys (B, 1, S) at queries (B, N)."""
+        """(B, 1 or H, N, G + S) what is added to the logits of pooled keys and of keys (B, 1, S) at queries (B, N)."""
         block, row = self.config.block_size, rows[..., None]
-        near = there[:, None] & (token // block == row // block) & (token <= row)
-        far = slots.token_mask.any(-1) & (
-            slots.number[:, None] // (block // self.config.compression_rate) < row // block
+        near = token_mask[:, None] & (token // block == row // block) & (token <= row)
+        far = memory.token_mask.any(-1) & (
+            memory.number[:, None] // (block // self.config.compression_rate) < row // block
         )
-        counts = log_count(slots.token_mask.sum(-1)).expand_as(far)
+        counts = log_count(memory.token_mask.sum(-1)).expand_as(far)
         logits = torch.cat([counts, torch.zeros_like(near)], dim=-1)[:, None]
         if bias is not None:
-            logits = logits + torch.cat([mean_bias(bias, slots, rows), bias.at(token - row).transpose(0, 1)], dim=-1)
+            logits = logits + torch.cat([mean_bias(bias, memory, rows), bias.at(token - row).transpose(0, 1)], dim=-1)
         return logits.masked_fill(~torch.cat([far, near], dim=-1)[:, None], float("-inf"))

@@ -19,7 +19,7 @@ from hf_efficient.attention.base import (
 )
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.padding import real_length
-from hf_efficient.ops.pooled_keys import segments_of_rows
+from hf_efficient.ops.pooled_keys import groups_of_rows
 from hf_efficient.ops.softmax import additive_mask
 
 
@@ -146,7 +146,7 @@ class NystromformerAttention(EfficientAttention):
         if keep is None:
             keep = torch.ones(1, n, dtype=torch.bool, device=device)
         # rows shorter than L are computed in full; with every token its own segment their means are finite
-        segment = segments_of_rows(keep, count)
+        segment = groups_of_rows(keep, count)
         member = (segment[:, None] == torch.arange(count, device=device)[:, None]) & keep[:, None]
         return (member.to(dtype) / member.sum(-1, keepdim=True).clamp(min=1))[:, None]
 

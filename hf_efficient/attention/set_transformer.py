@@ -18,7 +18,7 @@ from hf_efficient.attention.base import (
     register_mechanism,
 )
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.pooled_keys import Slots, segments_of_rows, slot_attention
+from hf_efficient.ops.pooled_keys import PooledKeys, groups_of_rows, pooled_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,13 @@ class SetTransformerAttention(EfficientAttention):
         k̃_t = Σ_j a_tj k_j,   ṽ_t = Σ_j a_tj v_j
         y_i = Σ_t softmax_t(s · q_i·k̃_t + Σ_j a_tj b(j - i) + log |segment t|) ṽ_t
 
-    x = 0 and τ = 0 at the start: for large β the slots are means of segments, and with m ≥ n the tokens themselves; outside
+    x = 0 and τ = 0 at the start: for large β pooled keys are means of groups, and with m ≥ n the tokens themselves; outside
     its segment a point has 1 / (1 + e^segment_bias) of its weight. τ lets points follow the data, x lets them look for
     something of their own; both are learned, and so is β.
 
     O(N m) time and memory, (m D + 2) parameters per head. Source: Lee et al. 2019 (arXiv 1810.00825), §3.2. Departures: the
     inner block has no residual, norm or feed-forward layer of its own, with which it could never start as the pretrained
-    attention; segments give the points an order; slots carry their log-count.
+    attention; groups of tokens give the points an order; log-counts.
     """
 
     Config = SetTransformerAttentionConfig
@@ -106,7 +106,7 @@ class SetTransformerAttention(EfficientAttention):
         count, keep = self.config.num_inducing, context.key_padding_mask
         if keep is None:
             keep = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
-        segment = segments_of_rows(keep, count)
+        segment = groups_of_rows(keep, count)
         own = (segment[:, None] == torch.arange(count, device=key.device)[:, None]) & keep[:, None]  # (B or 1, m, S)
         size = own.sum(-1)
         wide = torch.promote_types(key.dtype, torch.float32)
@@ -116,8 +116,10 @@ class SetTransformerAttention(EfficientAttention):
             points = self.inducing_points.to(wide) + self.key_weight.to(wide)[:, None, None] * means
             logits = context.scaling * points @ tokens.transpose(-1, -2)
             logits = logits + self.segment_bias.to(wide)[:, None, None] * own[:, None]
-            shares = logits.masked_fill(~keep[:, None, None], torch.finfo(wide).min).softmax(-1)
-            # a row without any real token has shares of its padding, which no slot shows
-            keys = shares @ tokens
-            values = shares @ value.to(wide).masked_fill(~keep[:, None, :, None], 0.0)
-        return slot_attention(query, Slots(keys.to(key.dtype), values.to(value.dtype), size[:, None], shares), context)
+            weights = logits.masked_fill(~keep[:, None, None], torch.finfo(wide).min).softmax(-1)
+            # a row without any real token has weights of its padding, which no pooled key shows
+            keys = weights @ tokens
+            values = weights @ value.to(wide).masked_fill(~keep[:, None, :, None], 0.0)
+        return pooled_attention(
+            query, PooledKeys(keys.to(key.dtype), values.to(value.dtype), size[:, None], weights), context
+        )

@@ -1,4 +1,4 @@
-"""Slots in place of old keys: what memories of segments and of slots keep while decoding, and the relative bias of slots."""
+"""A cache layer for attention in segments: their keys, and pooled keys in place of older ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MEMORY_NAMES = ("slots.keys", "slots.values", "slots.there", "slots.tokens", "s
 
 
 class SegmentLayer(CompressedLayer):
-    """Cache layer of attention in segments: the keys of the last segments, and where a mechanism has them slots before.
+    """Cache layer of attention in segments: the keys of the last segments, and for some mechanisms pooled keys before them.
 
     It can also be the memory of a training run: `restart` begins new texts in some rows, `rebase` keeps counts small.
 

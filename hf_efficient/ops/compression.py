@@ -1,4 +1,4 @@
-"""How a compressive memory turns tokens into slots: by means, maxima, convolutions, or a choice of those most used."""
+"""How a compressive memory pools keys and values: by means, maxima, convolutions, or a choice of those most used."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.ops.padding import first_real_token, shift_rows
-from hf_efficient.ops.pooled_keys import in_slots, log_count, strided_convolution
-from hf_efficient.ops.relative_bias import RelativeBias, _shares
+from hf_efficient.ops.pooled_keys import in_groups, log_count, strided_convolution
+from hf_efficient.ops.relative_bias import RelativeBias, _mean_weights
 
 DILATION = 2
 """Tokens from one tap of a dilated convolution to the next."""
@@ -22,15 +22,15 @@ class Span(NamedTuple):
 
     Attributes:
         query, key, value: (B, H, L, D), queries M tokens later than keys; `None` = not needed.
-        there, read: (B, L) bool, which keys and which queries are real.
+        token_mask, read: (B, L) bool, which keys and which queries are real.
         first: (B or 1,) number of the first block.
-        start: place of its first token among the keys of rows that begin at theirs, ≤ 0.
+        start: index of its first token among the keys of rows that begin at theirs, ≤ 0.
     """
 
     query: Tensor | None
     key: Tensor
     value: Tensor
-    there: Tensor
+    token_mask: Tensor
     read: Tensor
     first: Tensor
     start: int = 0
@@ -54,10 +54,10 @@ def span_of_rows(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None,
     start, length = first * size - memory, size * max(1, n // size - first)
     if keep is None:
         keep = key.new_ones(key.shape[0], n, dtype=torch.bool)
-    there, read = (cut(keep, 1, begin, length) for begin in (start, first * size))
+    token_mask, read = (cut(keep, 1, begin, length) for begin in (start, first * size))
     keys, values = (cut(x, 2, start, length) for x in (key, value))
     number = torch.tensor([first], device=key.device)
-    return Span(cut(query, 2, first * size, length), keys, values, there, read, number, start)
+    return Span(cut(query, 2, first * size, length), keys, values, token_mask, read, number, start)
 
 
 def span_of_cache(
@@ -65,7 +65,7 @@ def span_of_cache(
     key: Tensor,
     value: Tensor,
     token: Tensor,
-    there: Tensor,
+    token_mask: Tensor,
     read: Tensor,
     size: int,
     memory: int,
@@ -74,51 +74,51 @@ def span_of_cache(
 
     Args:
         query: (B, H, S, D), those of the keys; `None` = not needed. key, value: (B, H, S, D).
-        token: (B, S) place of each key in its row, negative = no key. there, read: (B, S) bool, which keys and queries are
-            real. size, memory: T and M.
+        token: (B, S) index of each key in its row, negative = no key. token_mask, read: (B, S) bool, which keys and
+            queries are real. size, memory: T and M.
 
     Returns:
         The blocks, complete or not, and a function that brings anything (B, …, S, …) along an axis into their order.
     """
     front, count = memory % size, key.shape[2]
     begin = first_real_token(token >= 0)
-    place = token.gather(1, begin[:, None])[:, 0].clamp(min=0) + memory
-    shift, length = begin + front - place % size, -(-(count + front) // size) * size
+    index = token.gather(1, begin[:, None])[:, 0].clamp(min=0) + memory
+    shift, length = begin + front - index % size, -(-(count + front) // size) * size
 
     def local(x: Tensor, dim: int, start: int = 0) -> Tensor:
         return cut(shift_rows(cut(x, dim, -front, count + front), shift, dim), dim, start, length)
 
     queries = None if query is None else local(query, 2, memory)
-    span = Span(queries, local(key, 2), local(value, 2), local(there, 1), local(read, 1, memory), place // size)
+    span = Span(queries, local(key, 2), local(value, 2), local(token_mask, 1), local(read, 1, memory), index // size)
     return span, local
 
 
 def compressed(
-    key: Tensor, value: Tensor, there: Tensor, rate: int, kind: str, weights: list[Any]
+    key: Tensor, value: Tensor, token_mask: Tensor, rate: int, kind: str, weights: list[Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Slots of `rate` tokens each.
+    """Pooled keys and values of `rate` tokens each.
 
     Args:
-        key, value: (B, H, L, D), L a multiple of `rate` (dilated: of twice that). there: (B, L) bool, which are real.
+        key, value: (B, H, L, D), L a multiple of `rate` (dilated: of twice that). token_mask: (B, L) bool, which are real.
         kind: "mean", "max", "conv" or "dilated". weights: (H, rate, D, D) of keys and of values, for convolutions.
 
     Returns:
-        keys and values (B, H, G, D), zeros for a slot without real tokens; (B, 1, G, rate) which of its tokens are real; and
-        (1, 1, G, rate) where they stand. O(L · D) time, convolutions O(L · D²).
+        keys and values (B, H, G, D), zeros where no token is real; (B, 1, G, rate) which of its tokens are real; and
+        (1, 1, G, rate) their indices. O(L · D) time, convolutions O(L · D²).
     """
     token = torch.arange(key.shape[2], device=key.device)[None]
     if kind == "dilated":
-        key, value, there, token = (
-            _dilated(x, dim, rate) for x, dim in ((key, 2), (value, 2), (there, 1), (token, 1))
+        key, value, token_mask, token = (
+            _dilated(x, dim, rate) for x, dim in ((key, 2), (value, 2), (token_mask, 1), (token, 1))
         )
-    real, place = (in_slots(x, rate) for x in (there, token))
+    real, index = (in_groups(x, rate) for x in (token_mask, token))
     if kind == "max":
         keys, values = (_largest(x, real) for x in (key, value))
     else:
         if kind == "mean":
             weights = [key.new_full((1, rate, key.shape[-1]), 1 / rate)] * 2
-        keys, values = (strided_convolution(x, there, w) for x, w in zip((key, value), weights, strict=True))
-    return keys, values, real[:, None], place[:, None]
+        keys, values = (strided_convolution(x, token_mask, w) for x, w in zip((key, value), weights, strict=True))
+    return keys, values, real[:, None], index[:, None]
 
 
 def _dilated(x: Tensor, dim: int, rate: int) -> Tensor:
@@ -134,17 +134,19 @@ def _largest(x: Tensor, real: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention_received(query: Tensor, key: Tensor, there: Tensor, read: Tensor, block: int, scaling: float) -> Tensor:
+def attention_received(
+    query: Tensor, key: Tensor, token_mask: Tensor, read: Tensor, block: int, scaling: float
+) -> Tensor:
     """(B, H, L) `Σ_i softmax_j(s · q_i·k_j)` over the real tokens j of a block and the real queries i of the same number.
 
     In fp32 at least; -1 for what is no real token. O(L · block) time and memory.
 
     Args:
-        query, key: (B, H, L, D), blocks of `block` tokens. there, read: (B, L) bool, which keys and queries are real.
+        query, key: (B, H, L, D), blocks of `block` tokens. token_mask, read: (B, L) bool, which keys and queries are real.
     """
     wide = torch.promote_types(key.dtype, torch.float32)
     q, k = (x.to(wide).unflatten(2, (-1, block)) for x in (query, key))
-    real, reads = (x.unflatten(1, (-1, block))[:, None] for x in (there, read))
+    real, reads = (x.unflatten(1, (-1, block))[:, None] for x in (token_mask, read))
     with torch.autocast(key.device.type, enabled=False):
         # a finite lowest logit: a block without real tokens must not become NaN
         logits = (scaling * q @ k.transpose(-1, -2)).masked_fill(~real[..., None, :], torch.finfo(wide).min)
@@ -155,12 +157,12 @@ def attention_received(query: Tensor, key: Tensor, there: Tensor, read: Tensor, 
 
 
 def most_used(
-    key: Tensor, value: Tensor, there: Tensor, used: Tensor, block: int, count: int
+    key: Tensor, value: Tensor, token_mask: Tensor, used: Tensor, block: int, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of every `block` tokens, for each head the `count` with the largest (B, H, L) `used`, in their order.
 
     Returns:
-        keys and values (B, H, G, D), (B, H, G, 1) whether they are real, and (B, H, G, 1) where they stand.
+        keys and values (B, H, G, D), (B, H, G, 1) whether they are real, and (B, H, G, 1) the index of their tokens.
     """
     best = (
         used.unflatten(2, (-1, block)).sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
@@ -168,26 +170,26 @@ def most_used(
     first = block * torch.arange(best.shape[2], device=key.device)
     index = (best + first[:, None]).flatten(2)
     keys, values = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (key, value))
-    real = there[:, None].expand(-1, key.shape[1], -1).gather(2, index)
+    real = token_mask[:, None].expand(-1, key.shape[1], -1).gather(2, index)
     return keys, values, real[..., None], index[..., None]
 
 
-def reconstruction_error(span: Span, slots: tuple[Tensor, Tensor, Tensor], block: int, scaling: float) -> Tensor:
+def reconstruction_error(span: Span, pooled: tuple[Tensor, Tensor, Tensor], block: int, scaling: float) -> Tensor:
     """`Σ ‖attn(q, k, v) - attn(q, k̃, ṽ)‖² / Σ ‖attn(q, k, v)‖²`, each block of queries over its block of keys alone.
 
-    Only the slots take a gradient: queries, keys and values are cut off.
+    Only the pooled keys and values take a gradient: queries, keys and values are cut off.
 
     Args:
-        slots: keys and values (B, H, G, D), and (B, 1, G, c) which of their tokens are real.
+        pooled: keys and values (B, H, G, D), and (B, 1, G, c) which of their tokens are real.
     """
     assert span.query is not None
     wide = torch.promote_types(span.key.dtype, torch.float32)
-    count = slots[0].shape[2] * block // span.key.shape[2]
+    count = pooled[0].shape[2] * block // span.key.shape[2]
     # attention kernels take no five axes: blocks join the rows
     q, k, v = (_blocks(x.detach(), block).to(wide) for x in (span.query, span.key, span.value))
-    far_k, far_v = (_blocks(x, count).to(wide) for x in slots[:2])
-    real, reads = (x.unflatten(1, (-1, block)).flatten(0, 1) for x in (span.there, span.read))
-    counts = log_count(slots[2].sum(-1)).unflatten(2, (-1, count)).transpose(1, 2).flatten(0, 1).to(wide)
+    far_k, far_v = (_blocks(x, count).to(wide) for x in pooled[:2])
+    real, reads = (x.unflatten(1, (-1, block)).flatten(0, 1) for x in (span.token_mask, span.read))
+    counts = log_count(pooled[2].sum(-1)).unflatten(2, (-1, count)).transpose(1, 2).flatten(0, 1).to(wide)
     near = torch.zeros_like(real, dtype=wide).masked_fill(~real, float("-inf"))[:, None, None]
     with torch.autocast(span.key.device.type, enabled=False):
         with torch.no_grad():
@@ -267,5 +269,5 @@ def _chosen(x: Tensor, order: Tensor, dim: int) -> Tensor:
 def mean_bias(bias: RelativeBias, memory: CompressedMemory, rows: Tensor) -> Tensor:
     """(B or 1, H, N, G) mean bias of the real tokens of each pooled key at (B or 1, N) `rows`. O(N · G · c)."""
     offset = memory.tokens[:, :, None] - rows[:, None, :, None, None]
-    share = _shares(memory.token_mask, bias)
-    return (bias.per_head(offset, 1) * share[:, :, None]).sum(-1)
+    weights = _mean_weights(memory.token_mask, bias)
+    return (bias.per_head(offset, 1) * weights[:, :, None]).sum(-1)

@@ -44,9 +44,9 @@ class AttentionContext:
         key_positions: (B, S) index of each key among all tokens, -1 = no key (False in `key_padding_mask`), where the
             mechanism's `cache_layer` forgot keys; `None` = key j is token j, and `query_offset` is S - N. The last N
             keys are always those of the queries.
-        rows: where the layer runs on slots (`pooling`): how the rows of the call lie in `query`, `key`, `value` and
-            `hidden_states`, which then have one entry per slot: (B, H, slots, D) and (B, slots, hidden_size), or
-            (1, H, all slots, D) for packed rows. `hidden_states` are those of the keys, if these have slots of their own.
+        rows: where the layer runs on pooled tokens (`pooling`): how the rows of the call lie in `query`, `key`, `value` and
+            `hidden_states`, which then have one entry per pooled token: (B, H, windows, D) and (B, windows, hidden_size), or
+            (1, H, all windows, D) for packed rows. `hidden_states` are those of the keys, if these are pooled differently.
         recurrent: the mechanism's `cache_layer` where that holds a state of the keys it forgot; the mechanism must `fold`
             into it what the last update forgot.
     """

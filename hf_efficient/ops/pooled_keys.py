@@ -1,4 +1,4 @@
-"""Slots: keys and values that stand for several tokens each, and softmax attention over them."""
+"""Pooled keys and values, which stand for several tokens each, and softmax attention over them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from hf_efficient.ops.context import AttentionContext
 
 
-class Slots(NamedTuple):
-    """Slots of one call.
+class PooledKeys(NamedTuple):
+    """Pooled keys and values of one call.
 
     Attributes:
         keys, values: (B, H, R, D).
-        counts: (B or 1, H or 1, R) tokens that each slot stands for; 0 = it does not exist.
-        shares: (B or 1, H or 1, R, S) what each token has in a slot, for T5's bias; `None` = there is no bias.
+        counts: (B or 1, H or 1, R) tokens that each pooled key stands for; 0 = it does not exist.
+        pooling_weights: (B or 1, H or 1, R, S) of each token in a pooled key, for T5's bias; `None` = there is no bias.
     """
 
     keys: Tensor
     values: Tensor
     counts: Tensor
-    shares: Tensor | None
+    pooling_weights: Tensor | None
 
 
 def log_count(counts: Tensor) -> Tensor:
@@ -35,11 +35,11 @@ def log_count(counts: Tensor) -> Tensor:
     return torch.where(counts > 0, torch.where(counts > 0, counts, 1.0).log(), float("-inf"))
 
 
-def slot_attention(query: Tensor, slots: Slots, context: AttentionContext) -> Tensor:
-    """`y_i = Σ_r softmax_r(s · q_i·k̃_r + Σ_j a_rj b(j - i) + log c_r) ṽ_r`: each slot weighs what its tokens would weigh.
+def pooled_attention(query: Tensor, pooled: PooledKeys, context: AttentionContext) -> Tensor:
+    """`y_i = Σ_r softmax_r(s · q_i·k̃_r + Σ_j a_rj b(j - i) + log c_r) ṽ_r`: each pooled key weighs as much as its tokens.
 
-    With equal keys in each slot this is softmax attention over all tokens; without `log c_r` a slot of one token would
-    weigh as much as one of many. c are the counts of the slots, a their shares.
+    Where the tokens of each pooled key have equal keys, this is softmax attention over all tokens; without `log c_r` one
+    token would weigh as much as the mean of many. c are the counts, a the pooling weights.
 
     Args:
         query: (B, H, N, D).
@@ -47,16 +47,16 @@ def slot_attention(query: Tensor, slots: Slots, context: AttentionContext) -> Te
     Returns:
         (B, H, N, D). O(N · R) time and memory.
     """
-    logits = log_count(slots.counts).to(query.dtype)[:, :, None]
+    logits = log_count(pooled.counts).to(query.dtype)[:, :, None]
     if context.relative_bias is not None:
-        assert slots.shares is not None
-        logits = context.relative_bias.pooled(slots.shares).to(query.dtype) + logits
+        assert pooled.pooling_weights is not None
+        logits = context.relative_bias.pooled(pooled.pooling_weights).to(query.dtype) + logits
     return F.scaled_dot_product_attention(
-        query, slots.keys, slots.values, attn_mask=logits, dropout_p=context.dropout, scale=context.scaling
+        query, pooled.keys, pooled.values, attn_mask=logits, dropout_p=context.dropout, scale=context.scaling
     )
 
 
-def slot_mass(weights: Tensor, keep: Tensor) -> Tensor:
+def pooling_mass(weights: Tensor, keep: Tensor) -> Tensor:
     """(B or 1, H or 1, R) share of the absolute weights (H or 1, R, M) or (B, H or 1, R, M) that fell on real tokens."""
     size = weights.abs()
     form = "hrn,bn->bhr" if weights.dim() == 3 else "bhrn,bn->bhr"
@@ -66,13 +66,13 @@ def slot_mass(weights: Tensor, keep: Tensor) -> Tensor:
 
 
 def projected(weights: Tensor, mass: Tensor, x: Tensor, keep: Tensor) -> Tensor:
-    """(B, H, R, D) slots of (B, H, S, D) tokens: weighted sums of the real ones, divided by the mass."""
-    slots = weights[..., : x.shape[2]] @ (x * keep[:, None, :, None])
-    return slots / torch.where(mass > 0, mass, 1.0)[..., None]
+    """(B, H, R, D) of (B, H, S, D) tokens: weighted sums of the real ones, divided by the mass."""
+    pooled = weights[..., : x.shape[2]] @ (x * keep[:, None, :, None])
+    return pooled / torch.where(mass > 0, mass, 1.0)[..., None]
 
 
 def max_pooled(x: Tensor, keep: Tensor, index: Tensor, count: int) -> Tensor:
-    """(B, H, count, D) largest entries of real tokens by their slots (H or 1, S); 0 for a slot without any."""
+    """(B, H, count, D) largest entries of the real tokens of each group, (H or 1, S) `index`; 0 for a group without any."""
     lowest = torch.finfo(x.dtype).min
     x = x.masked_fill(~keep[:, None, :, None], lowest)
     start = x.new_full((*x.shape[:2], count, x.shape[3]), lowest)
@@ -80,24 +80,24 @@ def max_pooled(x: Tensor, keep: Tensor, index: Tensor, count: int) -> Tensor:
     return torch.where(best == lowest, 0.0, best)
 
 
-def segment_index(counts: Tensor, length: int) -> Tensor:
-    """(H, length) slot of each of `length` tokens where they fall into (H, 1) `counts` equal segments."""
+def group_index(counts: Tensor, length: int) -> Tensor:
+    """(H, length) pooling group of each of `length` tokens, which fall into (H, 1) `counts` equal groups."""
     return torch.arange(length, device=counts.device) * counts // length
 
 
-def segment_sizes(counts: Tensor, most: int, length: int) -> Tensor:
+def group_sizes(counts: Tensor, most: int, length: int) -> Tensor:
     """(H, most) tokens of each segment; 0 = there is no such segment."""
     edges = torch.minimum(torch.arange(most + 1, device=counts.device), counts) * length
     return (-(-edges // counts)).diff()
 
 
-def segment_means(counts: Tensor, most: int, length: int) -> Tensor:
+def group_means(counts: Tensor, most: int, length: int) -> Tensor:
     """(H, most, length): row r is 1 / size on segment r."""
-    own = segment_index(counts, length)[:, None] == torch.arange(most, device=counts.device)[:, None]
-    return own / segment_sizes(counts, most, length).clamp(min=1)[..., None]
+    own = group_index(counts, length)[:, None] == torch.arange(most, device=counts.device)[:, None]
+    return own / group_sizes(counts, most, length).clamp(min=1)[..., None]
 
 
-def segments_of_rows(keep: Tensor, count: int) -> Tensor:
+def groups_of_rows(keep: Tensor, count: int) -> Tensor:
     """(B, S) segment of each token where every row's real tokens fall into `count` segments, shorter rows into one each.
 
     Args:
@@ -109,7 +109,7 @@ def segments_of_rows(keep: Tensor, count: int) -> Tensor:
 
 
 def strided_convolution(x: Tensor, keep: Tensor, weight: Tensor) -> Tensor:
-    """`x̃_t = c / |real u| · Σ_{u < c, real} W_u x_{tc + u}`: slots of c tokens, those at a row's end of fewer.
+    """`x̃_t = c / |real u| · Σ_{u < c, real} W_u x_{tc + u}`: one for c tokens, at a row's end for fewer.
 
     Args:
         x: (B, H, S, D). keep: (B or 1, S) bool.
@@ -117,28 +117,28 @@ def strided_convolution(x: Tensor, keep: Tensor, weight: Tensor) -> Tensor:
             unit matrix) gives means.
 
     Returns:
-        (B, H, ⌈S / c⌉, D); zeros for a slot without tokens. O(S · D) or O(S · D²) time.
+        (B, H, ⌈S / c⌉, D); zeros for a group without tokens. O(S · D) or O(S · D²) time.
     """
     size = weight.shape[1]
-    there = in_slots(keep, size)
+    token_mask = in_groups(keep, size)
     tokens = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
-    tokens = tokens.masked_fill(~there[:, None, :, :, None], 0.0)
+    tokens = tokens.masked_fill(~token_mask[:, None, :, :, None], 0.0)
     form = "bhtud,hud->bhtd" if weight.dim() == 3 else "bhtud,hude->bhte"
-    scale = size / there.sum(-1).clamp(min=1)
+    scale = size / token_mask.sum(-1).clamp(min=1)
     return torch.einsum(form, tokens, weight.to(x.dtype)) * scale[:, None, :, None].to(x.dtype)
 
 
-def in_slots(keep: Tensor, size: int) -> Tensor:
+def in_groups(keep: Tensor, size: int) -> Tensor:
     """(B, ⌈S / size⌉, size) of a (B, S) keep-mask; False behind its end."""
     return F.pad(keep, (0, -keep.shape[1] % size)).unflatten(1, (-1, size))
 
 
-def slot_shares(keep: Tensor, size: int) -> Tensor:
-    """(B, ⌈S / size⌉, S): 1 / real tokens of a slot on each of them."""
-    there = in_slots(keep, size)
-    slot, token = (torch.arange(stop, device=keep.device) for stop in (there.shape[1], keep.shape[1]))
-    own = (token // size == slot[:, None]) & keep[:, None]
-    return own / there.sum(-1, keepdim=True).clamp(min=1)
+def mean_weights(keep: Tensor, size: int) -> Tensor:
+    """(B, ⌈S / size⌉, S): the weights of the mean over the real tokens of each group."""
+    token_mask = in_groups(keep, size)
+    group, token = (torch.arange(stop, device=keep.device) for stop in (token_mask.shape[1], keep.shape[1]))
+    own = (token // size == group[:, None]) & keep[:, None]
+    return own / token_mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def stretched(weights: Tensor, keep: Tensor) -> Tensor:

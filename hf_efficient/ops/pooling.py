@@ -1,4 +1,4 @@
-"""Slots of neighbouring tokens, in rows of a batch or of packed sequences: each stands for its tokens by their mean."""
+"""Means of neighbouring tokens, in rows of a batch or of packed sequences."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hf_efficient.ops.relative_bias import RelativeBias
 
 @dataclass(frozen=True)
 class PoolingWindow:
-    """Token i of a row is in slot `(i + lead) // size`.
+    """Every `size` neighbouring tokens are pooled into one: token i of a row into number `(i + lead) // size`.
 
     Attributes:
-        size: tokens per slot; 1 = every token is a slot.
-        first_apart: the first token has a slot of its own (lead = size - 1); otherwise lead = 0.
+        size: tokens per window; 1 = no pooling.
+        first_apart: the first token has a window of its own (lead = size - 1); otherwise lead = 0.
     """
 
     size: int
@@ -31,18 +31,18 @@ class PoolingWindow:
         return self.size - 1 if self.first_apart else 0
 
     def number(self, n: int) -> int:
-        """Slots of a row of n tokens, the last one possibly not full."""
+        """Windows of a row of n tokens, the last one possibly not full."""
         return -(-(n + self.lead) // self.size)
 
     def _cut(self, rows: Tensor, dim: int) -> Tensor:
-        """Split the axis of n tokens in two, (slots, size); places without a token are 0."""
+        """Split the axis of n tokens in two, (windows, size); entries without a token are 0."""
         n = rows.shape[dim]
         tail = self.number(n) * self.size - self.lead - n
         rows = F.pad(rows, (0, 0) * (-1 - dim) + (self.lead, tail))
         return rows.unflatten(dim, (self.number(n), self.size))
 
     def counts(self, n: int, keep: Tensor | None, device: torch.device) -> Tensor | None:
-        """(B or 1, slots) how many of n tokens are in each slot, in fp32; `None` = as many in all.
+        """(B or 1, windows) how many of n tokens are in each, in fp32; `None` = as many in all.
 
         Args:
             keep: (B, n) bool, True = real token; `None` = all real.
@@ -54,7 +54,7 @@ class PoolingWindow:
         return self._cut(keep.float(), -1).sum(-1)
 
     def means(self, rows: Tensor, keep: Tensor | None) -> Tensor:
-        """(B, …, slots, W) means of the real tokens of (B, …, n, W); 0 where a slot has none. O(B · n · W)."""
+        """(B, …, windows, W) means of the real tokens of (B, …, n, W); 0 where a window has none. O(B · n · W)."""
         if self.size == 1:
             return rows
         n = rows.shape[-2]
@@ -68,19 +68,21 @@ class PoolingWindow:
         total = total / (self.size if counts is None else counts.clamp(min=1).view(*shape, counts.shape[-1], 1))
         return total.to(rows.dtype)
 
-    def repeat(self, slots: Tensor, n: int) -> Tensor:
-        """(B, …, n, W): each of n tokens gets the entry of its slot in (B, …, slots, W)."""
+    def repeat(self, pooled: Tensor, n: int) -> Tensor:
+        """(B, …, n, W): each of n tokens gets the entry of its window in (B, …, windows, W)."""
         if self.size == 1:
-            return slots
-        return slots.repeat_interleave(self.size, dim=-2)[..., self.lead : self.lead + n, :]
+            return pooled
+        return pooled.repeat_interleave(self.size, dim=-2)[..., self.lead : self.lead + n, :]
 
 
-def slot_bias(bias: RelativeBias, queries: PoolingWindow, keys: PoolingWindow, n: int, device: torch.device) -> Tensor:
-    """(1, H, query slots, key slots) relative bias between the slots of n tokens.
+def pooled_bias(
+    bias: RelativeBias, queries: PoolingWindow, keys: PoolingWindow, n: int, device: torch.device
+) -> Tensor:
+    """(1, H, query windows, key windows) relative bias between the pooled queries and keys of n tokens.
 
-    A query stands at the middle token of its slot (the left one of two), and the bias of a key is the mean over its slot:
-    `mean_a b(start_j + a - middle_i)`. Every slot counts as full here, also the first token's and the last one. The size of
-    key slots divides that of query slots. O(query slots · key slots) memory.
+    A query stands at the middle token of its window (the left one of two), and the bias of a key is the mean over its
+    window: `mean_a b(start_j + a - middle_i)`. Every window counts as full here, also the first token's and the last one.
+    The size of key windows divides that of query windows. O(query windows · key windows) memory.
     """
     rows, columns, step = queries.number(n), keys.number(n), queries.size // keys.size
     shift = queries.lead - keys.lead - (queries.size - 1) // 2
@@ -92,7 +94,7 @@ def slot_bias(bias: RelativeBias, queries: PoolingWindow, keys: PoolingWindow, n
 
 
 class Pooling(NamedTuple):
-    """Slots of a layer's queries, which are those of its states, and of its keys, which may be finer."""
+    """How a layer's queries are pooled, which is how its states are, and its keys, whose windows may be smaller."""
 
     queries: PoolingWindow
     keys: PoolingWindow
@@ -109,8 +111,8 @@ class RowGroup(NamedTuple):
 class PackedRows:
     """The rows of one call, each from its first real token on: those of the batch, or every packed sequence by itself.
 
-    Slots of all rows travel as one tensor: (B, slots, W) of a batch; of packed sequences, which come in groups of similar
-    length, (1, all slots of all groups, W).
+    Pooled tokens of all rows travel as one tensor: (B, windows, W) of a batch; of packed sequences, which come in groups of
+    similar length, (1, windows of all groups, W).
 
     Args:
         states: (B, N, W) of the batch. keep: (B, N) bool, True = real token; `None` = all real.
@@ -131,27 +133,27 @@ class PackedRows:
             keep = shift_rows(keep, self.start, 1)
         self.groups = [RowGroup(states.shape[0], states.shape[1], keep)]
 
-    def means(self, states: Tensor, runs: PoolingWindow) -> Tensor:
-        """(B, slots, W) or (1, all slots, W) means of (B, N, W) states."""
+    def means(self, states: Tensor, window: PoolingWindow) -> Tensor:
+        """(B, windows, W) or (1, all windows, W) means of (B, N, W) states."""
         if self.segments is not None:
             rows = [self.segments.split(states, group) for group in self.segments.groups]
         else:
             rows = [states if self.start is None else shift_rows(states, self.start, 1)]
-        return self.join([runs.means(x, group.keep) for x, group in zip(rows, self.groups, strict=True)])
+        return self.join([window.means(x, group.keep) for x, group in zip(rows, self.groups, strict=True)])
 
-    def repeat(self, states: Tensor, runs: PoolingWindow) -> Tensor:
-        """(B, N, W): every token gets the entry of its slot; 0 at padding of packed rows."""
-        parts = zip(self.split(states, runs), self.groups, strict=True)
-        rows = [runs.repeat(x, group.tokens) for x, group in parts]
+    def repeat(self, states: Tensor, window: PoolingWindow) -> Tensor:
+        """(B, N, W): every token gets the entry of its window; 0 at padding of packed rows."""
+        parts = zip(self.split(states, window), self.groups, strict=True)
+        rows = [window.repeat(x, group.tokens) for x, group in parts]
         if self.segments is not None:
             return self.segments.join(rows)
         return rows[0] if self.start is None else shift_rows(rows[0], -self.start, 1)
 
-    def split(self, tensor: Tensor, runs: PoolingWindow) -> list[Tensor]:
-        """One tensor (rows, …, slots, W) per group, from (B, …, slots, W) or (1, …, all slots, W)."""
+    def split(self, tensor: Tensor, window: PoolingWindow) -> list[Tensor]:
+        """One tensor (rows, …, windows, W) per group, from (B, …, windows, W) or (1, …, all windows, W)."""
         if self.segments is None:
             return [tensor]
-        sizes = [(group.rows, runs.number(group.tokens)) for group in self.groups]
+        sizes = [(group.rows, window.number(group.tokens)) for group in self.groups]
         pieces = tensor[0].split([rows * number for rows, number in sizes], dim=-2)
         return [piece.unflatten(-2, size).movedim(-3, 0) for piece, size in zip(pieces, sizes, strict=True)]
 

@@ -94,19 +94,23 @@ class RelativeBias:
         return near + far
 
 
-def slot_bias(bias: RelativeBias, there: Tensor, n: int) -> Tensor:
-    """(B or 1, H, N, G) mean bias of the real tokens of slots, at n queries; rows and slots begin at the same token.
+def mean_group_bias(bias: RelativeBias, token_mask: Tensor, n: int) -> Tensor:
+    """(B or 1, H, N, G) mean bias of the real tokens of each group at n queries; rows and groups begin at the same token.
 
     Args:
-        there: (B, G, c) bool, which of a slot's tokens are real.
+        token_mask: (B, G, c) bool, which tokens are real.
 
-    O(N · G) time and memory, and O(N · c) time for each slot that is real in part.
+    O(N · G) time and memory, and O(N · c) time for each group that is real in part.
     """
-    count, size = there.shape[1:]
-    real = there.sum(-1)
-    # of whole slots the mean depends on the offset of the first token alone
-    offsets = torch.arange(1 - n, count * size + (1 - n) % size, device=there.device)
-    means = bias.at(torch.arange(1 - n, offsets.shape[0] - n + size, device=there.device)).unfold(-1, size, 1).mean(-1)
+    count, size = token_mask.shape[1:]
+    real = token_mask.sum(-1)
+    # of whole groups the mean depends on the offset of the first token alone
+    offsets = torch.arange(1 - n, count * size + (1 - n) % size, device=token_mask.device)
+    means = (
+        bias.at(torch.arange(1 - n, offsets.shape[0] - n + size, device=token_mask.device))
+        .unfold(-1, size, 1)
+        .mean(-1)
+    )
     # offsets of one remainder by c at a time: there steps of c are steps of 1, and no tensor has N² elements
     steps = means.unflatten(-1, (-1, size)).transpose(-1, -2).unfold(-1, count, 1)
     whole = steps.transpose(1, 2).flatten(1, 2)[:, :n].flip(1)[None]
@@ -114,18 +118,18 @@ def slot_bias(bias: RelativeBias, there: Tensor, n: int) -> Tensor:
     most = count if torch.compiler.is_compiling() else int(in_part.sum(-1).max())
     if not most:
         return whole
-    slot = in_part.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
-    shares = _shares(there, bias).gather(1, slot[..., None].expand(-1, -1, size))
-    first = slot[:, None] * size - torch.arange(n, device=there.device)[:, None]
-    parts = (bias.at(first + r) * shares[:, None, :, r] for r in range(size))
+    group = in_part.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
+    weights = _mean_weights(token_mask, bias).gather(1, group[..., None].expand(-1, -1, size))
+    first = group[:, None] * size - torch.arange(n, device=token_mask.device)[:, None]
+    parts = (bias.at(first + r) * weights[:, None, :, r] for r in range(size))
     total = next(parts)
     for part in parts:
         total = total + part
-    whole = whole.to(total.dtype).expand(there.shape[0], -1, -1, -1)
-    return whole.scatter(-1, slot[:, None, None].expand(-1, *whole.shape[1:3], -1), total.transpose(0, 1))
+    whole = whole.to(total.dtype).expand(token_mask.shape[0], -1, -1, -1)
+    return whole.scatter(-1, group[:, None, None].expand(-1, *whole.shape[1:3], -1), total.transpose(0, 1))
 
 
-def _shares(there: Tensor, bias: RelativeBias) -> Tensor:
-    """(…, c) one over the real tokens of a slot at each of them, in fp32 at least."""
+def _mean_weights(token_mask: Tensor, bias: RelativeBias) -> Tensor:
+    """(…, c) weights of the mean over the real tokens of a group, in fp32 at least."""
     kind = torch.promote_types(bias.table.dtype, torch.float32)
-    return there.to(kind) / there.sum(-1, keepdim=True).clamp(min=1)
+    return token_mask.to(kind) / token_mask.sum(-1, keepdim=True).clamp(min=1)

@@ -15,7 +15,7 @@ from transfers import heads, relative
 import hf_efficient as he
 from hf_efficient.attention.funnel import FunnelAttentionConfig
 from hf_efficient.families import family_of
-from hf_efficient.ops.pooling import PoolingWindow, slot_bias
+from hf_efficient.ops.pooling import PoolingWindow, pooled_bias
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patching.downsampling import FULL_LENGTH
 from hf_efficient.patching.hooks import state_of
@@ -171,7 +171,7 @@ def test_bias_between_slots(length: int, options: dict[str, Any]) -> None:
     bias = RelativeBias(table, lambda offsets: offsets.clamp(-5, 5) + 5, 5)
     for layer in range(4):
         queries, keys = config.pooling(layer, 4)
-        actual = slot_bias(bias, queries, keys, length, table.device)
+        actual = pooled_bias(bias, queries, keys, length, table.device)
         rows = []
         for i in range(queries.number(length)):
             middle = places(i, queries.size, queries.first_apart)[(queries.size - 1) // 2]

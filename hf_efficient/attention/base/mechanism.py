@@ -122,7 +122,7 @@ class EfficientAttention(nn.Module):
     needs_input_ids: bool = False
     needs_project: bool = False
     pooling: Pooling | None = None
-    """The whole layer runs on means of neighbouring tokens, if these slots are larger than a token: see `length_change`."""
+    """The whole layer runs on means of neighbouring tokens, of windows with more than one: see `patching.downsampling`."""
     transfer_learning_rate: ClassVar[float] = 1e-3
     host_projection: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
     """Set at installation where `needs_project`: (attention module, hidden states) to keys and values."""
