@@ -179,8 +179,8 @@ def _take_tokens(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             "experts were called in training without knowing which tokens are real: call the model itself, not its forward."
         )
     rows = kwargs.get("efficient_rows")
-    if rows is not None and tokens is None and rows.segments is not None:
-        tokens = torch.ones(rows.segments.shape, device=rows.segments.place.device)
+    if rows is not None and tokens is None and rows.sequences is not None:
+        tokens = torch.ones(rows.sequences.shape, device=rows.sequences.entry.device)
     if rows is not None and tokens is not None:
         runs = attention._modules[MODULE_NAME].pooling.queries
         tokens = rows.means(tokens.unsqueeze(-1).float(), runs).squeeze(-1) > 0

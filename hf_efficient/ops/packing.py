@@ -51,9 +51,9 @@ def position_steps(position_ids: Tensor, keep: Tensor | None = None, first: int 
 
 
 class Group(NamedTuple):
-    """Segments of similar length: (M, L) places of their `tokens` among all B · N, and `keep` (M, L), `None` = all real.
+    """Sequences of similar length: (M, L) indices of their `tokens` among all B · N, and `keep` (M, L), `None` = all real.
 
-    Entries behind a segment's end repeat its first token and are False in `keep`.
+    Entries behind a sequence's end repeat its first token and are False in `keep`.
     """
 
     tokens: Tensor
@@ -61,23 +61,23 @@ class Group(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Segments:
+class PackedSequences:
     """The sequences of a packed batch, each as a row of its own.
 
     Attributes:
-        shape: (B, N) of the batch. groups: the segments by length; a group's lengths differ by less than a factor of 2.
-        place: (B · N,) index of each token among all entries of all groups in order.
-        real: (B · N,) bool, False = padding, which belongs to no segment; `None` = there is none.
+        shape: (B, N) of the batch. groups: the sequences by length; a group's lengths differ by less than a factor of 2.
+        entry: (B · N,) index of each token among all entries of all groups in order.
+        real: (B · N,) bool, False = padding, which belongs to no sequence; `None` = there is none.
     """
 
     shape: tuple[int, int]
     groups: tuple[Group, ...]
-    place: Tensor
+    entry: Tensor
     real: Tensor | None
 
     @classmethod
-    def find(cls, steps: Steps, keep: Tensor | None = None) -> Segments:
-        """The segments that `position_steps(position_ids, keep)` found, trimmed of padding at their ends.
+    def find(cls, steps: Steps, keep: Tensor | None = None) -> PackedSequences:
+        """The sequences that `position_steps(position_ids, keep)` found, trimmed of padding at their ends.
 
         Reads values: the index tables are made on the CPU, and sent to the device once.
         """
@@ -90,7 +90,7 @@ class Segments:
         row_end = (start // length + 1) * length
         following = torch.minimum(torch.cat([start[1:], row_end[-1:]]), row_end)
         sizes = last[following - 1] + 1 - start
-        place, groups, entries = torch.zeros(batch * length, dtype=torch.long), [], 0
+        entry, groups, entries = torch.zeros(batch * length, dtype=torch.long), [], 0
         bits = torch.frexp(sizes.double()).exponent
         for bit in bits.unique().tolist():
             chosen = bits == bit
@@ -98,11 +98,11 @@ class Segments:
             within = offset < sizes[chosen, None]
             index = start[chosen, None] + torch.where(within, offset, 0)
             kept = within & real[index]
-            place[index[kept]] = entries + kept.flatten().nonzero().squeeze(-1)
+            entry[index[kept]] = entries + kept.flatten().nonzero().squeeze(-1)
             entries += index.numel()
             groups.append(Group(index.to(device), None if bool(kept.all()) else kept.to(device)))
         all_real = bool(real.all())
-        return cls((batch, length), tuple(groups), place.to(device), None if all_real else real.to(device))
+        return cls((batch, length), tuple(groups), entry.to(device), None if all_real else real.to(device))
 
     def split(self, tokens: Tensor, group: Group) -> Tensor:
         """(M, L, …) entries of `group` from (B, N, …) tokens."""
@@ -112,7 +112,7 @@ class Segments:
     def join(self, outputs: list[Tensor]) -> Tensor:
         """(B, N, …) from the (M, L, …) outputs of all groups in order; padding gets zeros."""
         entries = torch.cat([x.flatten(0, 1) for x in outputs])
-        tokens = entries.index_select(0, self.place.to(entries.device))
+        tokens = entries.index_select(0, self.entry.to(entries.device))
         if self.real is not None:
             real = self.real.to(entries.device)
             tokens = torch.where(real.view(-1, *(1,) * (tokens.dim() - 1)), tokens, 0.0)

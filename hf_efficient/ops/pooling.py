@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_efficient.ops.packing import Segments
+from hf_efficient.ops.packing import PackedSequences
 from hf_efficient.ops.padding import first_real_token, shift_rows
 from hf_efficient.ops.relative_bias import RelativeBias
 
@@ -116,16 +116,16 @@ class PackedRows:
 
     Args:
         states: (B, N, W) of the batch. keep: (B, N) bool, True = real token; `None` = all real.
-        segments: the packed sequences, where there are any.
+        sequences: the packed sequences, where there are any.
     """
 
-    def __init__(self, states: Tensor, keep: Tensor | None, segments: Segments | None):
-        self.segments = segments
+    def __init__(self, states: Tensor, keep: Tensor | None, sequences: PackedSequences | None):
+        self.sequences = sequences
         self.start: Tensor | None = None
-        if segments is not None:
+        if sequences is not None:
             self.groups = [
                 RowGroup(len(tokens), tokens.shape[1], None if keep is None else keep.to(states.device))
-                for tokens, keep in segments.groups
+                for tokens, keep in sequences.groups
             ]
             return
         if keep is not None:
@@ -135,8 +135,8 @@ class PackedRows:
 
     def means(self, states: Tensor, window: PoolingWindow) -> Tensor:
         """(B, windows, W) or (1, all windows, W) means of (B, N, W) states."""
-        if self.segments is not None:
-            rows = [self.segments.split(states, group) for group in self.segments.groups]
+        if self.sequences is not None:
+            rows = [self.sequences.split(states, group) for group in self.sequences.groups]
         else:
             rows = [states if self.start is None else shift_rows(states, self.start, 1)]
         return self.join([window.means(x, group.keep) for x, group in zip(rows, self.groups, strict=True)])
@@ -145,13 +145,13 @@ class PackedRows:
         """(B, N, W): every token gets the entry of its window; 0 at padding of packed rows."""
         parts = zip(self.split(states, window), self.groups, strict=True)
         rows = [window.repeat(x, group.tokens) for x, group in parts]
-        if self.segments is not None:
-            return self.segments.join(rows)
+        if self.sequences is not None:
+            return self.sequences.join(rows)
         return rows[0] if self.start is None else shift_rows(rows[0], -self.start, 1)
 
     def split(self, tensor: Tensor, window: PoolingWindow) -> list[Tensor]:
         """One tensor (rows, …, windows, W) per group, from (B, …, windows, W) or (1, …, all windows, W)."""
-        if self.segments is None:
+        if self.sequences is None:
             return [tensor]
         sizes = [(group.rows, window.number(group.tokens)) for group in self.groups]
         pieces = tensor[0].split([rows * number for rows, number in sizes], dim=-2)
@@ -159,6 +159,6 @@ class PackedRows:
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Undo `split`."""
-        if self.segments is None:
+        if self.sequences is None:
             return parts[0]
         return torch.cat([part.movedim(0, -3).flatten(-3, -2) for part in parts], dim=-2)[None]

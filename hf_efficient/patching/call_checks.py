@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_efficient.families import ModelFamily, Stack
-from hf_efficient.ops.packing import Segments, Steps, position_steps
+from hf_efficient.ops.packing import PackedSequences, Steps, position_steps
 from hf_efficient.patching.caches import bounded_cache, prepare_layers
 from hf_efficient.patching.hooks import state_of
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
@@ -156,7 +156,7 @@ def _check_length(call: dict[str, Any], info: StackInfo) -> None:
 # ---- packed rows -------------------------------------------------------------------------------------------------
 
 
-def _find_segments(call: dict[str, Any], info: StackInfo) -> Segments | None:
+def _find_segments(call: dict[str, Any], info: StackInfo) -> PackedSequences | None:
     """The sequences of packed rows, where `position_ids` start again within a row; `None` = one sequence per row.
 
     Raises:
@@ -185,7 +185,7 @@ def _find_segments(call: dict[str, Any], info: StackInfo) -> Segments | None:
             raise ValueError(_jump(positions, steps))
         return None
     _check_packed(call, positions, token_mask, steps, info)
-    return Segments.find(steps, token_mask)
+    return PackedSequences.find(steps, token_mask)
 
 
 def _check_packed(
@@ -230,12 +230,12 @@ def _check_packed(
         )
 
 
-def _packed(call: dict[str, Any], segments: Segments, info: StackInfo) -> dict[str, Any]:
+def _packed(call: dict[str, Any], segments: PackedSequences, info: StackInfo) -> dict[str, Any]:
     """The keywords that a packed call gets."""
     changes: dict[str, Any] = {"efficient_segments": segments}
     if call.get("attention_mask") is None:
         # without a mask the host would look for the sequences itself, and ask for a mask of N × N
-        changes["attention_mask"] = torch.ones(segments.shape, dtype=torch.long, device=segments.place.device)
+        changes["attention_mask"] = torch.ones(segments.shape, dtype=torch.long, device=segments.entry.device)
     if info.is_causal:
         # a cache could not tell the sequences of a row apart
         changes["use_cache"] = False

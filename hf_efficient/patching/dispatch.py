@@ -21,7 +21,7 @@ from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.decoding import entries_at
 from hf_efficient.ops.dense import _exact_attention
 from hf_efficient.ops.grouped_heads import expand_heads
-from hf_efficient.ops.packing import Segments
+from hf_efficient.ops.packing import PackedSequences
 from hf_efficient.ops.padding import first_real_token, shift_rows
 from hf_efficient.ops.pooling import PackedRows
 from hf_efficient.ops.relative_bias import RelativeBias
@@ -84,7 +84,7 @@ def efficient_attention_forward(
     efficient_hidden_states: Tensor | None = None,
     efficient_input_ids: Tensor | None = None,
     efficient_cache: Cache | None = None,
-    efficient_segments: Segments | None = None,
+    efficient_segments: PackedSequences | None = None,
     efficient_rows: PackedRows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:

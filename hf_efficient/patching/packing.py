@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hf_efficient.ops.packing import PER_TOKEN, Segments
+from hf_efficient.ops.packing import PER_TOKEN, PackedSequences
 
 if TYPE_CHECKING:
     from hf_efficient.ops.context import AttentionContext
@@ -20,7 +20,7 @@ def attend_segments(
     key: Tensor,
     value: Tensor,
     context: AttentionContext,
-    segments: Segments,
+    segments: PackedSequences,
 ) -> Tensor:
     """Attention of each segment within itself: `mix` on rows that hold one segment each, padded on the right.
 

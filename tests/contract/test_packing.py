@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hf_efficient as he
 from hf_efficient.families import family_of
-from hf_efficient.ops.packing import Segments, position_steps
+from hf_efficient.ops.packing import PackedSequences, position_steps
 from hf_efficient.patching import call_checks
 from hf_efficient.profiling.counters import LargestTensor
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
@@ -372,7 +372,7 @@ def random_rows(seed: int) -> tuple[Tensor, Tensor, list[list[int]]]:
 def test_segments_are_found_split_and_joined(seed: int) -> None:
     positions, mask, expected = random_rows(seed)
     keep = mask.bool()
-    segments = Segments.find(position_steps(positions, keep), keep)
+    segments = PackedSequences.find(position_steps(positions, keep), keep)
     numbers = torch.arange(600.0, dtype=torch.float64).view(3, 200, 1)
     pieces = [segments.split(numbers, group) for group in segments.groups]
     rows = []
