@@ -18,65 +18,41 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_efficient.patching.exact import converted_layers, mechanism_of
 from hf_efficient.profiling.json_files import write_json
 from hf_efficient.training.data.segments import SegmentCollator, SegmentMemory, segment_rows
-from hf_efficient.training.data.texts import load_texts, token_blocks
-from hf_efficient.training.pretraining import TokenScores, block_length, load_or_start, text_size
-from hf_efficient.training.recipe import run, start, train, training_arguments
+from hf_efficient.training.data.texts import token_blocks
+from hf_efficient.training.pretraining import PretrainingSettings, TokenScores, block_length, load_or_start, text_size
+from hf_efficient.training.recipe import run, start, train
 from hf_efficient.training.results import RESULT_NAME
 from hf_efficient.training.settings import parse_settings
 
 MEMORY = '{"mechanism": "transformer_xl", "segment_length": 128, "memory_length": 384}'
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(PretrainingSettings):
     """Train a decoder on long texts a segment at a time, with memory."""
 
-    # ---- what is trained ----
-    model: str = "scratch:gpt2"  # Hub id, checkpoint folder, or scratch:gpt2
-    output_dir: str = "outputs/segments"  # where everything goes
+    REFUSED: ClassVar = PretrainingSettings.REFUSED | {"lora_rank": "adapters are not trained with a memory"}
+
+    model: str = "scratch:gpt2"
+    output_dir: str = "outputs/segments"
     attention: str = MEMORY  # transformer_xl or compressive as JSON; empty = as the checkpoint is
-    max_positions: int = 0  # longest text after the conversion; 0 = as is
-    # ---- on what ----
-    dataset: str = "offline"  # offline, a Hub id, or files (.jsonl, .json, .csv, .parquet, .txt)
-    dataset_config: str = ""  # configuration of a Hub dataset
-    text_column: str = "text"  # column that the text stands in
-    max_train_rows: int = 0  # use so many documents; 0 = all
-    max_eval_rows: int = 0  # evaluate on so many documents; 0 = all
-    block_length: int = 0  # longer documents are cut into texts of so many tokens; 0 = all positions of the model
-    # ---- how ----
-    epochs: float = 1.0  # passes over the data
-    max_steps: int = 0  # optimiser steps; 0 = by epochs
-    batch_size: int = 16  # streams of text per device, a segment of each in every step
-    eval_batch_size: int = 16  # streams per device in evaluation
-    accumulation_steps: int = 1  # segments of a stream per optimiser step
-    learning_rate: float = 5e-5  # highest learning rate
-    warmup_steps: float = 0.0  # steps of linear warm-up; below 1 a share of all
-    schedule: str = "linear"  # what the learning rate does after the warm-up
-    weight_decay: float = 0.0  # of AdamW
-    seed: int = 0  # of order, dropout and new parameters
-    bf16: bool = False  # mixed precision
-    cpu: bool = False  # even where there is a GPU
-    # ---- what is kept and shown ----
-    resume: bool = False  # go on from the last complete checkpoint
-    eval_steps: int = 0  # evaluate every so many steps; 0 = after training
-    save_steps: int = 0  # checkpoint every so many steps; 0 = at the end
-    logging_steps: int = 10  # log every so many steps
-    report_to: str = "none"  # tensorboard, trackio
     record: str = ""  # also train with full attention on whole texts, and write the figures of both here
-    # ---- from scratch only ----
-    hidden_size: int = 128  # width
-    layers: int = 3  # number of layers
-    heads: int = 4  # attention heads
-    vocabulary_size: int = 2000  # entries of the new tokenizer
+    per_device_train_batch_size: int = 16  # streams of text per device; a step reads one segment of each
+    per_device_eval_batch_size: int = 16
+    gradient_accumulation_steps: int = 1  # segments of a stream per optimiser step
+    train_sampling_strategy: str = "sequential"
+    hidden_size: int = 128
+    layers: int = 3
+    vocabulary_size: int = 2000
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,23 +61,15 @@ def main(arguments: list[str] | None = None) -> None:
         compare(settings)
         return
     record = start("segments", settings)
-    args = training_arguments(settings, train_sampling_strategy="sequential")
-    texts = load_texts(
-        settings.dataset,
-        dataset_config=settings.dataset_config,
-        text_column=settings.text_column,
-        seed=settings.seed,
-        max_train_rows=settings.max_train_rows,
-        max_eval_rows=settings.max_eval_rows,
-    )
-    model, tokenizer = load_or_start(settings, AutoModelForCausalLM, "gpt2", texts["train"], args, record)
+    texts = settings.texts()
+    model, tokenizer = load_or_start(settings, AutoModelForCausalLM, "gpt2", texts["train"], record)
     memory = SegmentMemory(model)
     size = segment_length(model)
     # a text is a whole number of segments, so that its last one does not reach beyond the table of positions
     length = block_length(settings, model, tokenizer) // size * size
     streams = {
-        "train": (args.train_batch_size * args.world_size, settings.seed),
-        "validation": (args.eval_batch_size * args.world_size, None),
+        "train": (settings.train_batch_size * settings.world_size, settings.seed),
+        "validation": (settings.eval_batch_size * settings.world_size, None),
     }
     rows = {
         split: segment_rows(token_blocks(texts[split], tokenizer, length, special_tokens="end"), size, *streams[split])
@@ -111,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     scores = TokenScores(False, *text_size(rows["validation"]))
     trainer = Trainer(
         model,
-        args,
+        settings,
         data_collator=SegmentCollator(tokenizer, size),
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
@@ -149,15 +117,15 @@ def compare(settings: Settings) -> None:
             f"block_length={settings.block_length} is no whole number of segments of {size} tokens: a step of both models "
             "must have as many texts."
         )
-    pieces = settings.accumulation_steps * (settings.block_length // size)
-    values = asdict(settings) | {"record": "", "resume": True}
+    pieces = settings.gradient_accumulation_steps * (settings.block_length // size)
+    values = settings.recorded() | {"record": "", "resume": True}
     folder = Path(settings.output_dir)
     figures = {}
     for name, recipe, changes in (
-        ("dense", "clm.py", {"attention": ""}),
+        ("dense", "clm.py", {"attention": "", "train_sampling_strategy": ""}),
         # one step of no length: the dense model itself, read in segments
         ("read", "segments.py", {"model": str(folder / "dense/model"), "learning_rate": 0.0, "max_steps": 1}),
-        ("memory", "segments.py", {"accumulation_steps": pieces}),
+        ("memory", "segments.py", {"gradient_accumulation_steps": pieces}),
     ):
         options = {key: value for key, value in (values | changes).items() if value != "" and value is not False}
         options["output_dir"] = str(folder / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,14 @@ from hf_efficient.conversion.convert import convert
 from hf_efficient.conversion.saving import atomic_folder
 from hf_efficient.families import PREFIX, family_of
 from hf_efficient.training.data.collators import IGNORED
+from hf_efficient.training.data.texts import load_texts
 from hf_efficient.training.loading import load_model, prepared
 from hf_efficient.training.metrics import bits_per_character, perplexity
 from hf_efficient.training.results import RESULT_NAME, RunRecord
+from hf_efficient.training.settings import Settings
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 SCRATCH = "scratch:"
 DEFAULT_LENGTH = 512
@@ -29,8 +32,26 @@ DEFAULT_LENGTH = 512
 TOKENIZER_CHARACTERS = 2_000_000
 
 
+@dataclass(kw_only=True)
+class PretrainingSettings(Settings):
+    """What every pretraining recipe takes."""
+
+    text_column: str = "text"  # column of the dataset that holds the text
+    block_length: int = 0  # tokens of a row; 0 = all positions of the model, of T5 as its tokenizer says
+    num_train_epochs: float = 1.0
+    # ---- from scratch only ----
+    hidden_size: int = 256  # width
+    layers: int = 4  # number of layers
+    heads: int = 4  # attention heads
+    vocabulary_size: int = 8000  # entries of the new tokenizer
+
+    def texts(self) -> DatasetDict:
+        """The texts of the dataset, as "train" and "validation"."""
+        return load_texts(self.dataset, text_column=self.text_column, **self.data_options())
+
+
 def load_or_start(
-    settings: Any, auto_class: Any, kind: str, texts: Dataset, arguments: Any, record: RunRecord
+    settings: PretrainingSettings, auto_class: Any, kind: str, texts: Dataset, record: RunRecord
 ) -> tuple[Any, Any]:
     """(model, tokenizer): `load_model`, or for `settings.model = "scratch:{kind}"` a new small model and its own tokenizer.
 
@@ -38,8 +59,8 @@ def load_or_start(
     `settings.max_positions` or `block_length`; its tokenizer is trained on `texts` once and kept in `output_dir/tokenizer`.
 
     Args:
-        kind: "bert", "gpt2" or "t5", what `auto_class` trains. texts: with the column "text".
-        arguments: TrainingArguments; with several processes the first one trains the tokenizer.
+        kind: "bert", "gpt2" or "t5", what `auto_class` trains.
+        texts: with the column "text"; with several processes the first one trains the tokenizer.
 
     Raises:
         ValueError: another kind, heads that do not divide the hidden size, and what `load_model` refuses.
@@ -52,7 +73,7 @@ def load_or_start(
         )
     if settings.hidden_size % settings.heads:
         raise ValueError(f"hidden_size={settings.hidden_size} can't be shared out to heads={settings.heads}.")
-    with arguments.main_process_first(desc="tokenizer"):
+    with settings.main_process_first(desc="tokenizer"):
         tokenizer = _own_tokenizer(settings, kind, texts, record)
     length = settings.max_positions or settings.block_length or DEFAULT_LENGTH
     tokenizer.model_max_length = length
@@ -211,9 +232,9 @@ def refuse_packing(settings: Any, model: Any) -> None:
         return
     if model.config.is_encoder_decoder:
         raise ValueError("pack: T5 has no position_ids, which keep the documents of a row apart; leave --pack out.")
-    if settings.compile:
+    if settings.torch_compile:
         raise ValueError(
-            "pack and compile: compiled models can't tell packed rows from plain ones; leave one of them out."
+            "pack and torch_compile: compiled models can't tell packed rows from plain ones; leave one of them out."
         )
     model_type = model.config.model_type
     if not model_type.startswith(PREFIX) and model_type != "gpt2":

@@ -1,4 +1,4 @@
-"""What every recipe with a Trainer shares: models, arguments, and a run that can be stopped, resumed and trusted."""
+"""What every recipe with a Trainer shares: a run that can be stopped, resumed and trusted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 
 from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
@@ -29,28 +29,19 @@ from hf_efficient.training.callbacks import (
     StopOnNonFiniteLoss,
 )
 from hf_efficient.training.checkpoints import CompleteCheckpoints, last_complete_checkpoint
-from hf_efficient.training.loading import load_model
 from hf_efficient.training.plots import layer_picture, loss_curve
 from hf_efficient.training.results import RESULT_NAME, RunRecord
-
-__all__ = ["evaluate", "load_model", "run", "save_model", "start", "train", "training_arguments"]
+from hf_efficient.training.settings import Settings
 
 # settings that a resumed run may change: they say what is kept and shown, not what is computed
 FREE_ON_RESUME = {
-    "resume", "output_dir", "eval_steps", "save_steps", "logging_steps", "report_to", "eval_batch_size", "cpu",
+    "resume", "output_dir", "report_to", "run_name", "project", "disable_tqdm", "per_device_eval_batch_size", "use_cpu",
+    "cpu",
 }  # fmt: skip
-LENGTH = {"max_steps", "epochs"}
+FREE_PREFIXES = ("eval_", "save_", "log_", "logging_", "trackio_")
+LENGTH = {"max_steps", "num_train_epochs"}
 LAYER_ERROR_BATCHES = 2
-SAME_NAMES = ("learning_rate", "warmup_steps", "weight_decay", "seed", "logging_steps", "bf16", "report_to")
-RENAMED = {
-    "per_device_train_batch_size": "batch_size",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "gradient_accumulation_steps": "accumulation_steps",
-    "num_train_epochs": "epochs",
-    "lr_scheduler_type": "schedule",
-    "data_seed": "seed",
-    "torch_compile": "compile",
-}
+KEPT_CHECKPOINTS = 2
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -66,11 +57,11 @@ def start(recipe: str, settings: Any) -> RunRecord:
 
     Raises:
         ValueError: the folder holds something and `resume` is off; or it holds the run of another recipe, or of other
-            settings than may change (`FREE_ON_RESUME`, and `LENGTH` where no learning rate depends on it), or no run at
-            all.
+            settings than may change (`FREE_ON_RESUME`, `FREE_PREFIXES`, and `LENGTH` where no learning rate depends on
+            it), or no run at all.
     """
     set_seed(settings.seed)
-    values = dataclasses.asdict(settings)
+    values = settings.recorded() if isinstance(settings, Settings) else dataclasses.asdict(settings)
     folder = Path(settings.output_dir)
     if not folder.exists() or not any(folder.iterdir()):
         return RunRecord(recipe, values)
@@ -84,12 +75,17 @@ def start(recipe: str, settings: Any) -> RunRecord:
     if record.recipe != recipe:
         raise ValueError(f"{folder} holds a run of {record.recipe}, not of {recipe}: choose another --output_dir.")
     free = FREE_ON_RESUME | (LENGTH if _is_endless(settings) else set())
-    changed = [name for name in values if name not in free and record.settings.get(name) != values[name]]
+    changed = [
+        f"{name} {record.settings.get(name)!r} → {values.get(name)!r}"
+        for name in values | record.settings
+        if record.settings.get(name) != values.get(name)
+        and hasattr(settings, name)
+        and not (name in free or name.startswith(FREE_PREFIXES))
+    ]
     if changed:
-        listed = ", ".join(f"{name} {record.settings.get(name)!r} → {values[name]!r}" for name in changed)
         raise ValueError(
-            f"the run in {folder} was made with other settings ({listed}): give the former ones to resume it exactly, or "
-            "start anew in another --output_dir."
+            f"the run in {folder} was made with other settings ({', '.join(changed)}): give the former "
+            "ones to resume it exactly, or start anew in another --output_dir."
         )
     record.settings, record.finished = values, False
     return record
@@ -97,41 +93,11 @@ def start(recipe: str, settings: Any) -> RunRecord:
 
 def _is_endless(settings: Any) -> bool:
     """Whether the learning rate of a step is the same however many steps come after it."""
-    schedule, warmup = getattr(settings, "schedule", ""), getattr(settings, "warmup_steps", 0)
+    schedule, warmup = getattr(settings, "lr_scheduler_type", ""), getattr(settings, "warmup_steps", 0)
     return schedule == "constant" or (schedule == "constant_with_warmup" and not 0 < warmup < 1)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
-
-
-def training_arguments(settings: Any, cls: Any = TrainingArguments, **more: Any) -> Any:
-    """`TrainingArguments` (or `cls`) from the common settings that `settings` has; `more` goes in as it is.
-
-    Checkpoints are written every `save_steps` and at the end, evaluation is every `eval_steps` (0 = never), a loss that is
-    no number is not hidden, and rows reach the collator with all their columns.
-    """
-    given = {name: getattr(settings, name) for name in SAME_NAMES if hasattr(settings, name)}
-    given |= {name: getattr(settings, own) for name, own in RENAMED.items() if hasattr(settings, own)}
-    if getattr(settings, "gradient_checkpointing", False):
-        names = {field.name for field in dataclasses.fields(cls)}
-        given["activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"] = True
-    eval_steps = getattr(settings, "eval_steps", 0)
-    # without a word of it, mixed precision looks for a GPU
-    on_cpu = getattr(settings, "cpu", False) or not torch.accelerator.is_available()
-    given |= {
-        "output_dir": settings.output_dir,
-        "max_steps": getattr(settings, "max_steps", 0) or -1,
-        "eval_strategy": "steps" if eval_steps else "no",
-        "eval_steps": eval_steps or None,
-        "save_strategy": "steps",
-        "save_steps": getattr(settings, "save_steps", 0) or sys.maxsize,  # the last step is always saved
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
-        "include_num_input_tokens_seen": "non_padding",
-        "use_cpu": on_cpu,
-        "dataloader_pin_memory": not on_cpu,
-    }
-    return cls(**given | more)
 
 
 def train(trainer: Any, settings: Any, record: RunRecord, *, before: bool = True) -> None:
@@ -216,7 +182,9 @@ def _train(trainer: Any, checkpoint: Path | None) -> bool:
 
 
 def _add_callbacks(trainer: Any, begin: FirstStep) -> None:
-    own: list[Any] = [CompleteCheckpoints(trainer.model), StopOnNonFiniteLoss(), KeepRandomState()]
+    # the Trainer's own limit goes by age alone
+    keep, trainer.args.save_total_limit = trainer.args.save_total_limit or KEPT_CHECKPOINTS, None
+    own: list[Any] = [CompleteCheckpoints(trainer.model, keep), StopOnNonFiniteLoss(), KeepRandomState()]
     # each does something only where a model has what it is for
     own += [MechanismCallback(), LogRouting()]
     collator = trainer.data_collator

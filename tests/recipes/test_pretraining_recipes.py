@@ -32,6 +32,7 @@ from transformers import (
 import hf_efficient as he
 from hf_efficient.testing import tiny_model
 from hf_efficient.training import recipe as recipe_parts
+from hf_efficient.training.loading import load_model
 
 GLOBAL = '{"mechanism": "longformer", "attention_window": 8, "global_tokens": "first"}'
 README = RECIPES / "README.md"
@@ -88,7 +89,7 @@ def test_readme_command(name, folder, tmp_path, monkeypatch, capsys):
     given = shlex.split(command)[2:]
     given[given.index("--model") + 1] = str(folder / JOBS[name][0])
     given[given.index("--output_dir") + 1] = str(tmp_path / "out")
-    more = [f"--dataset={folder / 'data'}", "--max_steps=2", "--batch_size=2", "--block_length=64"]
+    more = [f"--dataset={folder / 'data'}", "--max_steps=2", "--per_device_train_batch_size=2", "--block_length=64"]
     words = [f"recipes/{name}.py", *given, *more]
     if name == "mlm":
         done = fresh.python(*words, cwd=RECIPES.parent)
@@ -256,7 +257,15 @@ def test_accumulation_equals_a_larger_batch(name, attention, folder, tmp_path):
     logs = []
     for size, steps in ((4, 1), (1, 4)):
         output = tmp_path / f"{size}"
-        record = go(name, folder, output, model=still, batch_size=size, accumulation_steps=steps, **same)
+        record = go(
+            name,
+            folder,
+            output,
+            model=still,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            **same,
+        )
         logs.append(record["training"]["log"][0])
     for figure in ("loss", "grad_norm"):
         assert logs[0][figure] == pytest.approx(logs[1][figure], rel=1e-5)
@@ -265,7 +274,7 @@ def test_accumulation_equals_a_larger_batch(name, attention, folder, tmp_path):
 @pytest.mark.parametrize("name", sorted(JOBS))
 def test_bf16_and_gradient_checkpointing(name, folder, plain, tmp_path):
     expected = losses(plain(name))
-    go(name, folder, tmp_path / "checkpointed", attention=WINDOW, gradient_checkpointing=True)
+    go(name, folder, tmp_path / "checkpointed", attention=WINDOW, activation_checkpointing=True)
     assert losses(tmp_path / "checkpointed") == pytest.approx(expected, rel=1e-5)
     lower = go(name, folder, tmp_path / "bf16", attention=WINDOW, bf16=True)
     assert losses(tmp_path / "bf16") != expected
@@ -310,15 +319,13 @@ def test_fresh_head_is_trained_beside_adapters(folder, tmp_path):
 
 
 COMPILED = """
-import functools, sys, torch
+import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import clm, mlm, span_corruption
 from torch._dynamo.utils import counters
 
 for recipe, words in zip((clm, mlm, span_corruption), sys.argv[2:]):
-    # traced and differentiated as for the default backend, without generating code
-    recipe.training_arguments = functools.partial(recipe.training_arguments, torch_compile_backend="aot_eager")
     torch._dynamo.reset()
     recipe.main(words.split())
     print("graphs", counters["stats"].pop("unique_graphs"))
@@ -335,7 +342,8 @@ def test_compiled(folder, tmp_path):
         model = source(tmp_path / family, family, **{layers[family]: 1})
         go(name, folder, tmp_path / f"plain-{name}", model=model, **settings)
         words = arguments(model, folder / "data", tmp_path / name, **settings)
-        commands.append(" ".join([*words, "--compile", "--save_steps=1"]))
+        # traced and differentiated as for the default backend, without generating code
+        commands.append(" ".join([*words, "--torch_compile_backend=aot_eager", "--save_steps=1"]))
     done = fresh.python("-c", COMPILED, RECIPES, *commands)
     assert done.returncode == 0, done.stderr
     # the evaluations are not compiled, and every batch has the same shape
@@ -356,7 +364,16 @@ def test_compiled(folder, tmp_path):
 
 
 def test_reports_and_evaluations_on_the_way(folder, tmp_path):
-    go("clm", folder, tmp_path / "out", eval_steps=2, report_to="tensorboard", max_eval_rows=2, max_train_rows=6)
+    go(
+        "clm",
+        folder,
+        tmp_path / "out",
+        eval_strategy="steps",
+        eval_steps=2,
+        report_to="tensorboard",
+        max_eval_rows=2,
+        max_train_rows=6,
+    )
     log = result(tmp_path / "out")["training"]["log"]
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 3]
     assert list((tmp_path / "out/runs").rglob("events.out.tfevents.*"))
@@ -377,7 +394,7 @@ def refusals(folder: Path) -> list[tuple[str, dict[str, Any], str]]:
         ("mlm", {"text_column": "body"}, r"no column 'body' in train; its columns are text"),
         ("mlm", {"drop_short": True, "block_length": 100}, "none has 100 tokens. Lower the block length"),
         ("mlm", {"pack": True}, "unconverted bert models let the documents of a row see each other"),
-        ("mlm", {"pack": True, "compile": True, "attention": "local"}, "pack and compile"),
+        ("mlm", {"pack": True, "torch_compile": True, "attention": "local"}, "pack and torch_compile"),
         ("span_corruption", {"pack": True}, "there is no setting --pack"),
         ("mlm", {"block_length": 200}, "block_length=200, but the model has 128 positions.*--max_positions 200"),
         ("mlm", {"max_positions": 256}, "max_positions=256 lengthens a checkpoint while it is converted"),
@@ -392,7 +409,7 @@ def refusals(folder: Path) -> list[tuple[str, dict[str, Any], str]]:
             "already converted, to .* asks for something else",
         ),
         ("mlm", {"model": folder / "converted", "max_positions": 512}, "has 128 positions, not max_positions=512"),
-        ("mlm", {"schedule": "zigzag"}, "zigzag"),
+        ("mlm", {"lr_scheduler_type": "zigzag"}, "zigzag"),
         ("mlm", {"report_to": "carrier-pigeon"}, "carrier-pigeon"),
         ("clm", {"model": "scratch:bert"}, "this recipe starts scratch:gpt2 from scratch"),
         (
@@ -426,5 +443,5 @@ def test_refused_before_any_training(number, folder, tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_stock_heads_are_told_about_loss_keywords(family, head, expected, folder):
     """BERT's and T5's ignore num_items_in_batch, GPT-2's honours it."""
-    model, _ = recipe_parts.load_model(SimpleNamespace(model=str(folder / family)), head)
+    model, _ = load_model(SimpleNamespace(model=str(folder / family)), head)
     assert model.accepts_loss_kwargs is expected

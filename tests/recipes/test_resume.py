@@ -64,8 +64,14 @@ def runs(tmp_path_factory) -> dict[str, Any]:
     found: dict[str, Any] = {"data": data}
     for name, (family, attention) in JOBS.items():
         model = source(root / family, family)
-        settings = {"attention": attention, "max_steps": STEPS, "save_steps": SAVE_STEPS, "eval_steps": 2}
-        settings |= {"schedule": "constant"} if name == "clm" else {}
+        settings = {
+            "attention": attention,
+            "max_steps": STEPS,
+            "save_steps": SAVE_STEPS,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+        }
+        settings |= {"lr_scheduler_type": "constant"} if name == "clm" else {}
         recipe(name).main(arguments(model, data, root / f"{name}-whole", **settings))
         found[name] = {"model": model, "settings": settings, "whole": root / f"{name}-whole"}
     return found
@@ -138,7 +144,7 @@ def interrupt(monkeypatch, at: int, error: type[BaseException] = KeyboardInterru
         ("mlm", 5, 6, {}),  # the checkpoint stands at the end of an epoch
         ("clm", 3, 4, {"pack": True}),
         ("span_corruption", 3, 7, {}),
-        ("mlm", 2, 3, {"lora_rank": 2, "accumulation_steps": 2, "max_steps": 4}),
+        ("mlm", 2, 3, {"lora_rank": 2, "gradient_accumulation_steps": 2, "max_steps": 4}),
     ],
 )
 def test_interrupted_run_says_how_to_go_on_and_does(name, save_steps, at, more, runs, tmp_path, monkeypatch, capsys):
@@ -163,7 +169,7 @@ def test_interrupted_run_says_how_to_go_on_and_does(name, save_steps, at, more, 
 
 def test_interrupted_before_any_checkpoint(runs, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
-    words = command(runs, "clm", output, save_steps=0)
+    words = command(runs, "clm", output, save_steps=100)
     interrupt(monkeypatch, 2)
     with pytest.raises(SystemExit):
         recipe("clm").main(words)
@@ -174,7 +180,7 @@ def test_interrupted_before_any_checkpoint(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_evaluation_does_not_disturb_training(runs, tmp_path):
-    recipe("mlm").main(command(runs, "mlm", tmp_path / "out", eval_steps=0))
+    recipe("mlm").main(command(runs, "mlm", tmp_path / "out", eval_strategy="no", eval_steps=0))
     assert losses(tmp_path / "out") == losses(runs["mlm"]["whole"])
     evaluated = [entry for entry in result(runs["mlm"]["whole"])["training"]["log"] if "eval_loss" in entry]
     assert len(evaluated) == STEPS / 2

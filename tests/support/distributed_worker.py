@@ -119,10 +119,10 @@ def trainer(folder: Path) -> Outcome:
 def recipe_run(folder: Path) -> tuple[dict[str, list[float]], Tensor]:
     """Figures of the recipe clm on the source and data beside `folder`, and the weights (processes, P) they ended with."""
     source, data = folder.parent / "gpt2", folder.parent / "data"
-    sizes = {"batch_size": 4 // processes()[0], "max_steps": STEPS, "block_length": 32}
+    sizes = {"per_device_train_batch_size": 4 // processes()[0], "max_steps": STEPS, "block_length": 32}
     words = arguments(source, data, folder / "clm", attention=WINDOW, **sizes)
     with mock.patch.object(recipe_parts, "save_model", wraps=recipe_parts.save_model) as saved:
-        recipe("clm").main([*words, "--cpu"])
+        recipe("clm").main([*words, "--use_cpu"])
     own = torch.cat([p.detach().flatten() for p in saved.call_args.args[0].model.parameters()])
     weights = [torch.empty_like(own) for _ in range(processes()[0])]
     if dist.is_initialized():

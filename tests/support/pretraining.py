@@ -77,7 +77,7 @@ def dataset(path: Path, train: int = 10, validation: int = 3, length: int = 20) 
 
 def arguments(model: Path | str, data: Path | str, output: Path, **settings: Any) -> list[str]:
     """A command line: short, and every step logged."""
-    settings = {"batch_size": 2, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2} | settings
+    settings = {"per_device_train_batch_size": 2, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2} | settings
     given = {"model": model, "dataset": data, "output_dir": output} | settings
     return [f"--{name}={value}" for name, value in given.items()]
 

@@ -222,13 +222,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found: dict[str, Any] = {"data": dataset(root / "data", train=6, validation=3, length=220)}
     found["model"] = source(root / "gpt2", "gpt2", positions=POSITIONS)
     for name in SEGMENTS:
-        recipe("segments").main(command(found, name, root / name, eval_steps=2))
+        recipe("segments").main(command(found, name, root / name, eval_strategy="steps", eval_steps=2))
         found[name] = root / name
     return found
 
 
 def command(runs: dict[str, Any], name: str, output: Path, **more: Any) -> list[str]:
-    settings = dict(attention=SEGMENTS[name], max_steps=STEPS, save_steps=3, batch_size=2, eval_batch_size=2)
+    settings = dict(
+        attention=SEGMENTS[name],
+        max_steps=STEPS,
+        save_steps=3,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+    )
     return arguments(runs["model"], runs["data"], output, **settings | more)
 
 
@@ -328,7 +334,7 @@ def test_log_has_the_reconstruction_loss(runs: Any):
     [
         (dict(train_sampling_strategy="random"), "train_sampling_strategy='random' breaks texts apart"),
         (dict(torch_compile=True), "recomputed activations and compiled models do without"),
-        (dict(gradient_checkpointing=True), "recomputed activations and compiled models do without"),
+        (dict(activation_checkpointing=True), "recomputed activations and compiled models do without"),
     ],
 )
 def test_training_that_leaves_no_memory_is_refused(more: dict[str, Any], message: str, tmp_path: Path):
@@ -418,7 +424,12 @@ def test_readme_command(runs: Any, tmp_path: Path, monkeypatch: Any):
     given[given.index("--model") + 1] = str(runs["model"])
     given[given.index("--output_dir") + 1] = str(tmp_path / "out")
     memory = '{"mechanism": "transformer_xl", "segment_length": 16, "memory_length": 16}'
-    more = [f"--dataset={runs['data']}", "--max_steps=2", "--batch_size=2", "--eval_batch_size=1"]
+    more = [
+        f"--dataset={runs['data']}",
+        "--max_steps=2",
+        "--per_device_train_batch_size=2",
+        "--per_device_eval_batch_size=1",
+    ]
     monkeypatch.setattr(sys, "argv", [*given, *more, f"--attention={memory}"])
     runpy.run_path(str(RECIPES / "segments.py"), run_name="__main__")
     assert result(tmp_path / "out")["finished"]
@@ -434,9 +445,18 @@ def test_record_compares_equal_texts_and_steps(runs: Any, tmp_path: Path, capsys
     # processes of their own keep apart only what is printed
     monkeypatch.setattr(recipe("segments"), "subprocess", SimpleNamespace(run=here))
     memory = '{"mechanism": "transformer_xl", "segment_length": 8, "memory_length": 8}'
-    words = [f"--dataset={runs['data']}", f"--attention={memory}", "--block_length=16", "--batch_size=2"]
-    words += ["--max_steps=2", "--hidden_size=16", "--layers=1", "--heads=2", "--vocabulary_size=300", "--cpu"]
-    words += ["--eval_batch_size=1", f"--output_dir={tmp_path / 'out'}", f"--record={tmp_path / 'figures.json'}"]
+    words = [
+        f"--dataset={runs['data']}",
+        f"--attention={memory}",
+        "--block_length=16",
+        "--per_device_train_batch_size=2",
+    ]
+    words += ["--max_steps=2", "--hidden_size=16", "--layers=1", "--heads=2", "--vocabulary_size=300", "--use_cpu"]
+    words += [
+        "--per_device_eval_batch_size=1",
+        f"--output_dir={tmp_path / 'out'}",
+        f"--record={tmp_path / 'figures.json'}",
+    ]
     recipe("segments").main(words)
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["ratios"]["memory"] == found["memory"]["perplexity"] / found["dense"]["perplexity"]
@@ -444,7 +464,9 @@ def test_record_compares_equal_texts_and_steps(runs: Any, tmp_path: Path, capsys
     assert found["ratios"]["read"] == pytest.approx(1, rel=1e-5)
     assert f"trained in segments {found['ratios']['memory']:.4f}" in capsys.readouterr().out
     runs_of = {name: result(tmp_path / "out" / name)["settings"] for name in ("dense", "memory")}
-    assert runs_of["memory"]["accumulation_steps"] == 2 and runs_of["dense"]["accumulation_steps"] == 1
-    assert runs_of["memory"]["batch_size"] == runs_of["dense"]["batch_size"] == 2
+    assert (
+        runs_of["memory"]["gradient_accumulation_steps"] == 2 and "gradient_accumulation_steps" not in runs_of["dense"]
+    )
+    assert runs_of["memory"]["per_device_train_batch_size"] == runs_of["dense"]["per_device_train_batch_size"] == 2
     with pytest.raises(ValueError, match="block_length=20 is no whole number of segments of 8 tokens"):
         recipe("segments").main([*words, "--block_length=20"])
