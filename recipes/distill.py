@@ -64,15 +64,16 @@ class Settings:
     end_to_end_losses: str = "hidden_states,embedding"  # of hidden_states, logits, embedding
     train: str = "attention"  # what learns end to end: mechanism, attention or all
     lora_rank: int = 0  # end to end train adapters of this rank and the mechanisms instead; 0 = no adapters
-    batch_size: int = 2  # rows per device and batch
-    accumulation_steps: int = 1  # batches per optimiser step
-    max_grad_norm: float = 1.0  # end to end gradients are clipped to this norm; 0 = they are not
     eval_texts: int = 16  # held-out texts that fidelity is measured on
+    resume: bool = False  # continue from the last complete checkpoint
+    # ---- as in TrainingArguments ----
+    per_device_train_batch_size: int = 2
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float = 1.0  # end to end; 0 = gradients are not clipped
     save_steps: int = 0  # steps between checkpoints; 0 = at the end of a stage
-    seed: int = 0  # of order and dropout
-    bf16: bool = False  # mixed precision
-    cpu: bool = False  # even where there is a GPU
-    resume: bool = False  # go on from the last complete checkpoint
+    seed: int = 0
+    bf16: bool = False
+    use_cpu: bool = False
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -90,9 +91,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"{settings.model} is not converted: say to what with --attention.")
     output = Path(settings.output_dir)
     model.to(accelerator_of(settings).device)
-    rows = training_rows(texts["train"], tokenizer, settings.length, settings.batch_size, settings.seed)
+    rows = training_rows(
+        texts["train"], tokenizer, settings.length, settings.per_device_train_batch_size, settings.seed
+    )
     batches = text_batches(
-        tokenizer, texts["validation"]["text"][: settings.eval_texts], settings.length, settings.batch_size, model
+        tokenizer,
+        texts["validation"]["text"][: settings.eval_texts],
+        settings.length,
+        settings.per_device_train_batch_size,
+        model,
     )
     if accelerator_of(settings).is_main_process:
         record.write(output / RESULT_NAME)
@@ -129,14 +136,18 @@ def main(arguments: list[str] | None = None) -> None:
 def refuse_impossible(settings: Settings) -> None:
     """What `hf_efficient.training.distill` refuses, the loop refuses as well."""
     shared = {field.name for field in fields(DistillSettings)} & set(vars(settings)) - {"end_to_end_losses"}
-    DistillSettings(**{name: getattr(settings, name) for name in shared})
+    DistillSettings(
+        batch_size=settings.per_device_train_batch_size,
+        accumulation_steps=settings.gradient_accumulation_steps,
+        **{name: getattr(settings, name) for name in shared},
+    )
 
 
 def accelerator_of(settings: Settings) -> Accelerator:
     return Accelerator(
-        cpu=settings.cpu,
+        cpu=settings.use_cpu,
         mixed_precision="bf16" if settings.bf16 else "no",
-        gradient_accumulation_steps=settings.accumulation_steps,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
     )
 
 
@@ -167,10 +178,10 @@ def stage(
 ) -> dict[str, Any]:
     """Train one stage, or what is left of it, and give each layer the best parameters it had. Returns its figures."""
     accelerator, folder, model = accelerator_of(settings), Path(settings.output_dir) / name, transfer.model
-    size = settings.batch_size
+    size = settings.per_device_train_batch_size
     batches = [collate(model, aside[i : i + size]) for i in range(0, len(aside), size)]
     # all rows of the stage in their order, so that going on means skipping those that were seen
-    per_step = size * settings.accumulation_steps * accelerator.num_processes
+    per_step = size * settings.gradient_accumulation_steps * accelerator.num_processes
     shuffle, order = random.Random(settings.seed), []
     while len(order) < steps * per_step:
         order += shuffle.sample(rows, len(rows))
@@ -188,7 +199,7 @@ def stage(
         clock.start()
         bar = tqdm(total=steps, initial=step, desc=name, disable=not accelerator.is_main_process)
         prepared.train()
-        for batch in skip_first_batches(loader, step * settings.accumulation_steps):
+        for batch in skip_first_batches(loader, step * settings.gradient_accumulation_steps):
             with accelerator.accumulate(prepared):
                 loss = prepared(**batch).loss
                 if not loss.isfinite():

@@ -13,9 +13,9 @@ documents cut to its length, are "truncated". `output_dir/model` loads with Sent
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_model as load_weights
@@ -35,46 +35,27 @@ from hf_efficient.training.data.texts import load_rows
 from hf_efficient.training.finetuning import input_length, require_filled
 from hf_efficient.training.loading import load_model, prepared
 from hf_efficient.training.pooling import pool_by_attention
-from hf_efficient.training.recipe import run, start, train, training_arguments
+from hf_efficient.training.recipe import run, start, train
 from hf_efficient.training.results import RESULT_NAME, RunRecord
+from hf_efficient.training.settings import Settings as CommonSettings
 from hf_efficient.training.settings import parse_settings
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(CommonSettings, SentenceTransformerTrainingArguments):
     """Finetune a sentence encoder to embed long documents."""
 
-    model: str  # Hub id or folder of an encoder or a sentence-transformers model: original, or converted
-    output_dir: str  # an empty or new folder, unless --resume
-    attention: str = ""  # mechanism to convert to on the way, or its JSON; none = revert a converted checkpoint
-    max_positions: int = 0  # lengthen the converted model to so many positions; 0 = as is
-    dataset: str = "offline"  # offline, files (.jsonl .json .csv .parquet), a folder, or a Hub id
-    dataset_config: str = ""  # configuration of a Hub dataset
+    REFUSED: ClassVar = CommonSettings.REFUSED | {"torch_compile": "a SentenceTransformer is not compiled here"}
+
     anchor_column: str = "anchor"  # column of short texts
     positive_column: str = "positive"  # column of their documents
     max_length: int = 0  # tokens read of each text; 0 = all that the model can read
     pooling: str = "checkpoint"  # "attention" = learned, starting as the mean; loads with trust_remote_code=True
-    max_train_rows: int = 0  # train on the first so many rows; 0 = all
-    max_eval_rows: int = 0  # evaluate on the first so many rows; 0 = all
-    max_steps: int = 0  # optimiser steps; 0 = by epochs
-    epochs: float = 1.0  # passes over the training rows
-    batch_size: int = 8  # pairs per device and step; each document is a wrong answer for the others
-    eval_batch_size: int = 8  # texts per device in evaluation
-    accumulation_steps: int = 1  # batches per optimiser step
-    learning_rate: float = 2e-5  # peak learning rate
-    warmup_steps: float = 0.1  # steps of warm-up; below 1 = share of all
-    schedule: str = "linear"  # learning-rate schedule
-    weight_decay: float = 0.01  # of AdamW
-    seed: int = 0  # of everything random
-    eval_steps: int = 0  # evaluate every so many steps; 0 = at the end only
-    save_steps: int = 0  # checkpoint every so many steps; 0 = at the end only
-    logging_steps: int = 10  # log every so many steps
-    bf16: bool = False  # mixed precision
-    gradient_checkpointing: bool = False  # trade time for memory
-    lora_rank: int = 0  # > 0 = train adapters of this rank and the mechanism alone
-    resume: bool = False  # go on from the last complete checkpoint
-    report_to: str = "none"  # tracker, e.g. tensorboard
-    cpu: bool = False  # even if there is a GPU
+    batch_sampler: str = "no_duplicates"  # each document of a batch is a wrong answer for the others
+    num_train_epochs: float = 1.0
+    learning_rate: float = 2e-5
+    warmup_steps: float = 0.1  # below 1 = share of all steps
+    weight_decay: float = 0.01
 
 
 class Encoder(SentenceTransformer):
@@ -158,10 +139,7 @@ def load_data(settings: Settings) -> Any:
         offline_task("pairs", settings.seed) if offline else settings.dataset,
         {"anchor": settings.anchor_column, "positive": settings.positive_column},
         together="positive",
-        dataset_config=settings.dataset_config,
-        seed=settings.seed,
-        max_train_rows=settings.max_train_rows,
-        max_eval_rows=settings.max_eval_rows,
+        **settings.data_options(),
     )
     require_filled(rows, "anchor", "positive")
     for split in rows:
@@ -173,9 +151,10 @@ def load_data(settings: Settings) -> Any:
 def load_encoder(settings: Settings, record: RunRecord) -> tuple[Encoder, int]:
     """The encoder, and how many tokens the unconverted model reads."""
     # efficient attention: converted on the way, or as the checkpoint has it; pooling as the original's
-    model, tokenizer = load_model(replace(settings, lora_rank=0), AutoModel, record=record)
-    encoder = Encoder(settings.model, device="cpu" if settings.cpu else None)
-    encoder.max_seq_length = input_length(model, tokenizer, settings.max_length)
+    model, tokenizer = load_model(settings.replaced(lora_rank=0), AutoModel, record=record)
+    encoder = Encoder(settings.model, device="cpu" if settings.use_cpu else None)
+    # the Trainer's collator cuts texts to the setting
+    encoder.max_seq_length = settings.max_length = input_length(model, tokenizer, settings.max_length)
     reach = getattr(model.config, "efficient_source", {}).get("max_positions") or input_length(model, tokenizer)
     encoder[0].model = prepared(model, settings).to(encoder.device)
     if settings.pooling == "attention":
@@ -189,12 +168,12 @@ def finetune(settings: Settings) -> RunRecord:
     record = start("embed", settings)
     rows = load_data(settings)
     encoder, reach = load_encoder(settings, record)
-    retrieval = Retrieval(rows["validation"], encoder.tokenizer, reach, settings.eval_batch_size)
+    retrieval = Retrieval(rows["validation"], encoder.tokenizer, reach, settings.per_device_eval_batch_size)
     # the loss takes every other document of a batch for a wrong one, so each comes once
     first = {text: index for index, text in reversed([*enumerate(rows["validation"]["positive"])])}
     trainer = Trainer(
         model=encoder,
-        args=training_arguments(settings, SentenceTransformerTrainingArguments, batch_sampler="no_duplicates"),
+        args=settings,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"].select(sorted(first.values())),
         loss=MultipleNegativesRankingLoss(encoder),

@@ -25,54 +25,30 @@ from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.patching.exact import converted_layers, mechanism_of
 from hf_efficient.training.data.offline_tasks import offline_task
 from hf_efficient.training.data.texts import load_rows
-from hf_efficient.training.finetuning import ensure_padding, input_length, require_filled, with_baseline
+from hf_efficient.training.finetuning import (
+    FinetuningSettings,
+    ensure_padding,
+    input_length,
+    require_filled,
+    with_baseline,
+)
 from hf_efficient.training.loading import load_model
 from hf_efficient.training.metrics import metric
-from hf_efficient.training.recipe import run, start, train, training_arguments
+from hf_efficient.training.recipe import run, start, train
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(FinetuningSettings):
     """Finetune a checkpoint to answer questions by spans of long texts."""
 
-    model: str  # Hub id or folder: original, or converted
-    output_dir: str  # an empty or new folder, unless --resume
-    attention: str = ""  # mechanism to convert to on the way, or its JSON; none = revert a converted checkpoint
-    max_positions: int = 0  # lengthen the converted model to so many positions; 0 = as is
-    question_global: bool = True  # Longformer: the tokens of the question see and are seen everywhere
-    dataset: str = "offline"  # offline, files (.jsonl .json .csv .parquet), a folder, or a Hub id
-    dataset_config: str = ""  # configuration of a Hub dataset
     question_column: str = "question"  # column of questions
     context_column: str = "context"  # column of texts
     answers_column: str = "answers"  # column of answers
-    max_length: int = 0  # tokens of question and window; 0 = all that the model can read
+    question_global: bool = True  # Longformer: the tokens of the question see and are seen everywhere
     stride: int = 128  # tokens that neighbouring windows share
     max_answer_length: int = 30  # tokens of the longest answer
-    max_train_rows: int = 0  # train on the first so many rows; 0 = all
-    max_eval_rows: int = 0  # evaluate on the first so many rows; 0 = all
-    max_steps: int = 0  # optimiser steps; 0 = by epochs
-    epochs: float = 3.0  # passes over the training rows
-    batch_size: int = 8  # training rows per device and step
-    eval_batch_size: int = 8  # rows per device in evaluation
-    accumulation_steps: int = 1  # batches per optimiser step
-    learning_rate: float = 5e-5  # peak learning rate
-    warmup_steps: float = 0.1  # steps of warm-up; below 1 = share of all
-    schedule: str = "linear"  # learning-rate schedule
-    weight_decay: float = 0.01  # of AdamW
-    seed: int = 0  # of everything random
-    eval_steps: int = 0  # evaluate every so many steps; 0 = at the end only
-    save_steps: int = 0  # checkpoint every so many steps; 0 = at the end only
-    logging_steps: int = 10  # log every so many steps
-    bf16: bool = False  # mixed precision
-    compile: bool = False  # torch.compile
-    gradient_checkpointing: bool = False  # trade time for memory
-    lora_rank: int = 0  # > 0 = train adapters of this rank, the mechanism and the head alone
-    baseline: bool = False  # also train the unconverted model, for comparison
-    resume: bool = False  # go on from the last complete checkpoint
-    report_to: str = "none"  # tracker, e.g. tensorboard
-    cpu: bool = False  # even if there is a GPU
 
 
 def load_data(settings: Settings) -> Any:
@@ -82,10 +58,7 @@ def load_data(settings: Settings) -> Any:
         offline_task("question_answering", settings.seed) if offline else settings.dataset,
         {"question": settings.question_column, "context": settings.context_column, "answers": settings.answers_column},
         together="context",
-        dataset_config=settings.dataset_config,
-        seed=settings.seed,
-        max_train_rows=settings.max_train_rows,
-        max_eval_rows=settings.max_eval_rows,
+        **settings.data_options(),
     )
     require_filled(rows, "question", "context", "answers")
     for split in rows:
@@ -203,7 +176,7 @@ def with_global_question(settings: Settings) -> Settings:
         else config
         for config in attention_configs(settings.attention)
     ]
-    return replace(settings, attention=json.dumps([config.to_dict() for config in configs]))
+    return settings.replaced(attention=json.dumps([config.to_dict() for config in configs]))
 
 
 def finetune(settings: Settings) -> RunRecord:
@@ -231,7 +204,7 @@ def finetune(settings: Settings) -> RunRecord:
 
     trainer = Trainer(
         model=model,
-        args=training_arguments(settings),
+        args=settings,
         train_dataset=windows["train"],
         eval_dataset=windows["validation"],
         data_collator=Collator(tokenizer.pad_token_id),

@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
+from transformers import TrainingArguments
 
 import hf_efficient as he
 from hf_efficient.corpus import offline_texts
@@ -186,8 +187,9 @@ def travel(settings: Settings, folder: Path, name: str, attention: dict[str, Any
 def train(settings: Settings, model: str, out: Path, steps: int, from_scratch: bool = False) -> dict[str, Any]:
     """The pretraining recipe as a command; returns its result.json."""
     options: dict[str, Any] = {
-        "model": model, "block_length": settings.block_length, "max_steps": steps, "batch_size": settings.batch_size,
-        "seed": settings.seed, "max_eval_rows": settings.max_eval_rows, "warmup_steps": 0.1,
+        "model": model, "block_length": settings.block_length, "max_steps": steps,
+        "per_device_train_batch_size": settings.batch_size, "seed": settings.seed,
+        "max_eval_rows": settings.max_eval_rows, "warmup_steps": 0.1,
         "learning_rate": settings.pretrain_learning_rate if from_scratch else settings.learning_rate,
     }  # fmt: skip
     if from_scratch:
@@ -222,7 +224,9 @@ def finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    refuse_changes(file, record["settings"], options, "the former settings, or another --output_dir")
+    # a record leaves out what has transformers' default
+    then = {name: getattr(TrainingArguments, name, None) for name in options} | record["settings"]
+    refuse_changes(file, then, options, "the former settings, or another --output_dir")
     return record if record["finished"] else None
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers import (
@@ -26,53 +26,35 @@ from transformers import (
 
 from hf_efficient.training.data.offline_tasks import offline_task
 from hf_efficient.training.data.texts import load_rows
-from hf_efficient.training.finetuning import input_length, require_filled, token_loss, with_baseline
+from hf_efficient.training.finetuning import (
+    FinetuningSettings,
+    input_length,
+    require_filled,
+    token_loss,
+    with_baseline,
+)
 from hf_efficient.training.loading import load_model
 from hf_efficient.training.metrics import metric
-from hf_efficient.training.recipe import run, start, train, training_arguments
+from hf_efficient.training.recipe import run, start, train
 from hf_efficient.training.results import RESULT_NAME, RunRecord
 from hf_efficient.training.settings import parse_settings
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(FinetuningSettings, Seq2SeqTrainingArguments):
     """Finetune a T5 checkpoint to summarise long texts."""
 
-    model: str  # Hub id or folder of a T5 checkpoint: original, or converted
-    output_dir: str  # an empty or new folder, unless --resume
-    attention: str = ""  # mechanism to convert to on the way, or its JSON; none = revert a converted checkpoint
-    max_positions: int = 0  # longest input that the tokenizer of the converted model is told of; 0 = as is
-    dataset: str = "offline"  # offline, files (.jsonl .json .csv .parquet), a folder, or a Hub id
-    dataset_config: str = ""  # configuration of a Hub dataset
+    REFUSED: ClassVar = FinetuningSettings.REFUSED | {
+        "predict_with_generate": "figures are those of generated summaries"
+    }
+
     document_column: str = "document"  # column of texts
     summary_column: str = "summary"  # column of summaries
     prefix: str = "summarize: "  # stands before every text
-    max_length: int = 0  # tokens read of each text; 0 = as many as the tokenizer says
-    max_summary_length: int = 64  # tokens of the longest summary
-    beams: int = 1  # beams of the search for a summary
-    max_train_rows: int = 0  # train on the first so many rows; 0 = all
-    max_eval_rows: int = 0  # evaluate on the first so many rows; 0 = all
-    max_steps: int = 0  # optimiser steps; 0 = by epochs
-    epochs: float = 3.0  # passes over the training rows
-    batch_size: int = 8  # training rows per device and step
-    eval_batch_size: int = 8  # rows per device in evaluation
-    accumulation_steps: int = 1  # batches per optimiser step
-    learning_rate: float = 3e-4  # peak learning rate
-    warmup_steps: float = 0.1  # steps of warm-up; below 1 = share of all
-    schedule: str = "linear"  # learning-rate schedule
-    weight_decay: float = 0.01  # of AdamW
-    seed: int = 0  # of everything random
-    eval_steps: int = 0  # evaluate every so many steps; 0 = at the end only
-    save_steps: int = 0  # checkpoint every so many steps; 0 = at the end only
-    logging_steps: int = 10  # log every so many steps
-    bf16: bool = False  # mixed precision
-    compile: bool = False  # torch.compile
-    gradient_checkpointing: bool = False  # trade time for memory
-    lora_rank: int = 0  # > 0 = train adapters of this rank and the mechanism alone
-    baseline: bool = False  # also train the unconverted model, for comparison
-    resume: bool = False  # go on from the last complete checkpoint
-    report_to: str = "none"  # tracker, e.g. tensorboard
-    cpu: bool = False  # even if there is a GPU
+    generation_max_length: int = 64  # tokens of the longest summary, in training too
+    generation_num_beams: int = 1
+    predict_with_generate: bool = True
+    learning_rate: float = 3e-4
 
 
 def load_data(settings: Settings) -> Any:
@@ -81,10 +63,7 @@ def load_data(settings: Settings) -> Any:
     rows = load_rows(
         offline_task("summarisation", settings.seed) if offline else settings.dataset,
         {"document": settings.document_column, "summary": settings.summary_column},
-        dataset_config=settings.dataset_config,
-        seed=settings.seed,
-        max_train_rows=settings.max_train_rows,
-        max_eval_rows=settings.max_eval_rows,
+        **settings.data_options(),
     )
     require_filled(rows, "document", "summary")
     return rows
@@ -105,7 +84,7 @@ def finetune(settings: Settings) -> RunRecord:
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         documents = [settings.prefix + text for text in batch["document"]]
-        summaries = tokenizer(text_target=batch["summary"], truncation=True, max_length=settings.max_summary_length)
+        summaries = tokenizer(text_target=batch["summary"], truncation=True, max_length=settings.generation_max_length)
         return {**tokenizer(documents, truncation=True, max_length=length), "labels": summaries["input_ids"]}
 
     summaries = list(rows["validation"]["summary"])
@@ -120,17 +99,9 @@ def finetune(settings: Settings) -> RunRecord:
         loss = token_loss(evaluated, tokenizer.pad_token_id)
         return metric("rouge")(texts, summaries) | {"generated_words": words} | loss
 
-    arguments = training_arguments(
-        settings,
-        Seq2SeqTrainingArguments,
-        predict_with_generate=True,
-        include_for_metrics=["loss"],
-        generation_max_length=settings.max_summary_length,
-        generation_num_beams=settings.beams,
-    )
     trainer = Seq2SeqTrainer(
         model=model,
-        args=arguments,
+        args=settings,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),

@@ -23,6 +23,7 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 from hf_efficient.training.data.offline_tasks import offline_task
 from hf_efficient.training.data.texts import load_rows
 from hf_efficient.training.finetuning import (
+    FinetuningSettings,
     ensure_padding,
     first_rows,
     input_length,
@@ -34,47 +35,17 @@ from hf_efficient.training.finetuning import (
 )
 from hf_efficient.training.loading import load_model
 from hf_efficient.training.metrics import metric
-from hf_efficient.training.recipe import run, start, train, training_arguments
+from hf_efficient.training.recipe import run, start, train
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(FinetuningSettings):
     """Finetune a checkpoint to label the words of long texts."""
 
-    model: str  # Hub id or folder: original, or converted
-    output_dir: str  # an empty or new folder, unless --resume
-    attention: str = ""  # mechanism to convert to on the way, or its JSON; none = revert a converted checkpoint
-    max_positions: int = 0  # lengthen the converted model to so many positions; 0 = as is
-    dataset: str = "offline"  # offline, files (.jsonl .json .csv .parquet), a folder, or a Hub id
-    dataset_config: str = ""  # configuration of a Hub dataset
     tokens_column: str = "tokens"  # column of lists of words
     tags_column: str = "tags"  # column of lists of tags
-    max_length: int = 0  # tokens of a row; 0 = all that the model can read
-    max_train_rows: int = 0  # train on the first so many rows; 0 = all
-    max_eval_rows: int = 0  # evaluate on the first so many rows; 0 = all
-    max_steps: int = 0  # optimiser steps; 0 = by epochs
-    epochs: float = 3.0  # passes over the training rows
-    batch_size: int = 8  # training rows per device and step
-    eval_batch_size: int = 8  # rows per device in evaluation
-    accumulation_steps: int = 1  # batches per optimiser step
-    learning_rate: float = 5e-5  # peak learning rate
-    warmup_steps: float = 0.1  # steps of warm-up; below 1 = share of all
-    schedule: str = "linear"  # learning-rate schedule
-    weight_decay: float = 0.01  # of AdamW
-    seed: int = 0  # of everything random
-    eval_steps: int = 0  # evaluate every so many steps; 0 = at the end only
-    save_steps: int = 0  # checkpoint every so many steps; 0 = at the end only
-    logging_steps: int = 10  # log every so many steps
-    bf16: bool = False  # mixed precision
-    compile: bool = False  # torch.compile
-    gradient_checkpointing: bool = False  # trade time for memory
-    lora_rank: int = 0  # > 0 = train adapters of this rank, the mechanism and the head alone
-    baseline: bool = False  # also train the unconverted model, for comparison
-    resume: bool = False  # go on from the last complete checkpoint
-    report_to: str = "none"  # tracker, e.g. tensorboard
-    cpu: bool = False  # even if there is a GPU
 
 
 def load_data(settings: Settings) -> tuple[Any, list[str]]:
@@ -165,7 +136,7 @@ def finetune(settings: Settings) -> RunRecord:
 
     trainer = Trainer(
         model=model,
-        args=training_arguments(settings, include_for_metrics=["loss"]),
+        args=settings,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         data_collator=DataCollatorForTokenClassification(tokenizer),

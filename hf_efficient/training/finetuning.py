@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,24 @@ from transformers import AutoConfig
 from hf_efficient.families import family_of
 from hf_efficient.training.checkpoints import is_first_process
 from hf_efficient.training.results import RESULT_NAME, RunRecord
+from hf_efficient.training.settings import Settings
 
 NO_LIMIT = 10**6
 MOST_SHOWN = 12
+
+
+@dataclass(kw_only=True)
+class FinetuningSettings(Settings):
+    """What every finetuning recipe with a baseline takes."""
+
+    max_length: int = 0  # tokens read of each text; 0 = all that the model can read
+    baseline: bool = False  # also train the unconverted model, for comparison
+    warmup_steps: float = 0.1  # below 1 = share of all steps
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.include_for_metrics = list({*self.include_for_metrics, "loss"})  # of `token_loss`
 
 
 def require_filled(rows: Any, *columns: str) -> None:
@@ -99,7 +114,7 @@ def _why(label: Any, known: list[Any]) -> str:
     )
 
 
-def first_rows(rows: Any, settings: Any) -> Any:
+def first_rows(rows: Any, settings: Settings) -> Any:
     """The first `max_train_rows` and `max_eval_rows` rows of a `DatasetDict`; 0 = all."""
     for split, most in (("train", settings.max_train_rows), ("validation", settings.max_eval_rows)):
         if most:
@@ -172,7 +187,7 @@ def ensure_padding(model: Any, tokenizer: Any) -> None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def with_baseline(finetune: Callable[[Any], RunRecord], settings: Any) -> RunRecord:
+def with_baseline(finetune: Callable[[Any], RunRecord], settings: FinetuningSettings) -> RunRecord:
     """Finetune, and with `settings.baseline` the unconverted model too, in the same way, in `output_dir/baseline`.
 
     It reads as many tokens as it has positions, if that is less than `settings.max_length`. Its figures become
@@ -194,8 +209,7 @@ def with_baseline(finetune: Callable[[Any], RunRecord], settings: Any) -> RunRec
     positions = getattr(config, "efficient_source", {}).get("max_positions") if is_converted else None
     positions = positions or family_of(config.model_type).max_positions(config) or NO_LIMIT
     folder = Path(settings.output_dir)
-    plain = dataclasses.replace(
-        settings,
+    plain = settings.replaced(
         attention="none",
         max_positions=0,
         max_length=min(settings.max_length, positions),

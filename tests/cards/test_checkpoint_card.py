@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import runpy
@@ -229,9 +228,9 @@ def test_commands_of_recipes_are_read_by_them(checkpoint, tmp_path):
     settings_class = runpy.run_path(str(ROOT / "recipes" / "mlm.py"))["Settings"]
     attention = '{"mechanism": "local", "attention_window": 8}'
     settings = settings_class(
-        model="a b", output_dir="out", attention=attention, learning_rate=3e-4, pack=True, cpu=True
+        model="a b", output_dir="out", attention=attention, learning_rate=3e-4, pack=True, use_cpu=True
     )
-    result = recorded(tmp_path / "result.json", settings=dataclasses.asdict(settings))
+    result = recorded(tmp_path / "result.json", settings=settings.recorded())
     command = shlex.split(checkpoint_card(checkpoint, [result]).text.split("```bash\n")[1].splitlines()[2])
     assert command[:2] == ["python", "recipes/mlm.py"]
     assert parse_settings(settings_class, command[2:]) == settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import json
 import pickle
@@ -503,19 +502,22 @@ def test_verify_command_records_its_figures_in_the_upcycling_report(sources, tmp
 
 def test_recipes_log_the_routers_and_keep_the_report(sources, tmp_path):
     from hf_efficient.training.loading import load_model
-    from hf_efficient.training.recipe import start, train, training_arguments
+    from hf_efficient.training.recipe import start, train
+    from hf_efficient.training.settings import Settings
 
     he.upcycle(sources["bert"], 4, capacity_factor=0.5).save(tmp_path / "sparse")
-    settings = SimpleSettings(str(tmp_path / "sparse"), str(tmp_path / "run"))
+    settings = Settings(
+        model=str(tmp_path / "sparse"), output_dir=str(tmp_path / "run"), max_steps=2, logging_steps=1, use_cpu=True,
+        learning_rate=1e-3, per_device_train_batch_size=4, disable_tqdm=True,
+    )  # fmt: skip
     record = start("mlm", settings)
     model, tokenizer = load_model(settings, AUTO["bert"], record=record)
     rows = [
         {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
         for row in torch.randint(5, 99, (8, 16))
     ]
-    arguments = training_arguments(settings, per_device_train_batch_size=4, disable_tqdm=True)
     trainer = transformers.Trainer(
-        model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+        model, settings, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
         data_collator=transformers.default_data_collator,
     )  # fmt: skip
     train(trainer, settings, record)
@@ -525,20 +527,7 @@ def test_recipes_log_the_routers_and_keep_the_report(sources, tmp_path):
     report = tmp_path / "run" / "model" / "upcycling_report.json"
     assert json.loads(report.read_text()) == json.loads((tmp_path / "sparse" / "upcycling_report.json").read_text())
     text = str(checkpoint_card(tmp_path / "run" / "model"))
-    assert "sparse experts: 4 in a layer" in text and "recipes/mlm.py" not in text and "hf-efficient upcycle" in text
-
-
-@dataclasses.dataclass
-class SimpleSettings:
-    model: str
-    output_dir: str
-    max_steps: int = 2
-    logging_steps: int = 1
-    learning_rate: float = 1e-3
-    report_to: str = "none"
-    resume: bool = False
-    seed: int = 0
-    cpu: bool = True
+    assert "sparse experts: 4 in a layer" in text and "hf-efficient upcycle" in text
 
 
 def test_command_errors(sources, tmp_path):

@@ -12,7 +12,7 @@ import fresh
 import numpy as np
 import pytest
 import torch
-from finetuning import AUTO, SMALL, recipe, rows_of, write
+from finetuning import AUTO, SMALL, datasets_of, recipe, rows_of, sources, write
 from paths import RECIPES
 from tiny import tiny_tokenizer, words
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -30,6 +30,8 @@ from hf_efficient.testing import VOCABULARY
 from hf_efficient.training.metrics import metric
 from hf_efficient.training.recipe import run
 from hf_efficient.training.results import RunRecord
+
+__all__ = ["datasets_of", "sources"]  # fixtures
 
 LONGFORMER = '{"mechanism": "longformer", "attention_window": 8, "global_tokens": "first"}'
 PERFORMER = '{"mechanism": "performer", "num_features": 16, "redraw_interval": 1}'
@@ -78,7 +80,7 @@ def _tiny(name: str, command: str, sources: dict, datasets_of: dict, output: Pat
     if name == "question_answering":
         values["--stride"] = "16"
     if name == "summarize":
-        values["--max_summary_length"] = "8"
+        values["--generation_max_length"] = "8"
     return [*(word for pair in values.items() for word in pair), "--max_steps", "2", *SMALL]
 
 
@@ -122,8 +124,8 @@ def test_what_is_refused_is_one_sentence(sources, tmp_path):
 def test_classify_learns_and_reports_what_the_saved_model_does(sources, datasets_of, tmp_path):
     out = tmp_path / "out"
     recipe("classify").main(
-        ["--model", sources["bert"], "--attention", LONGFORMER, "--dataset", datasets_of["classify"], "--cpu",
-         "--output_dir", str(out), "--max_steps", "40", "--learning_rate", "5e-3", "--batch_size", "8"]
+        ["--model", sources["bert"], "--attention", LONGFORMER, "--dataset", datasets_of["classify"], "--use_cpu",
+         "--output_dir", str(out), "--max_steps", "40", "--learning_rate", "5e-3", "--per_device_train_batch_size", "8"]
     )  # fmt: skip
     record, model = finished(out, "classify")
     assert model.config.id2label == {0: "a", 1: "b"} and model.config.label2id == {"a": 0, "b": 1}
@@ -161,8 +163,8 @@ def test_a_decoder_without_a_padding_token_classifies(sources, datasets_of, tmp_
 def test_token_classify_learns(sources, datasets_of, tmp_path):
     out = tmp_path / "out"
     recipe("token_classify").main(
-        ["--model", sources["roberta"], "--attention", LONGFORMER, "--dataset", datasets_of["token_classify"], "--cpu",
-         "--output_dir", str(out), "--max_steps", "40", "--learning_rate", "1e-2", "--batch_size", "8"]
+        ["--model", sources["roberta"], "--attention", LONGFORMER, "--dataset", datasets_of["token_classify"], "--use_cpu",
+         "--output_dir", str(out), "--max_steps", "40", "--learning_rate", "1e-2", "--per_device_train_batch_size", "8"]
     )  # fmt: skip
     record, model = finished(out, "token_classify")
     assert record.metrics["trained"]["f1"] > 0.8, "tags that hang on the word alone were not learnt"
@@ -172,10 +174,8 @@ def test_token_classify_learns(sources, datasets_of, tmp_path):
 
 def test_summarize_reports_rouge_of_what_the_saved_model_generates(sources, datasets_of, tmp_path):
     module, out = recipe("summarize"), tmp_path / "out"
-    settings = ["--model", sources["t5"], "--dataset", datasets_of["summarize"], "--output_dir", str(out), "--cpu"]
-    module.main(
-        [*settings, "--max_steps", "3", "--learning_rate", "1e-2", "--max_summary_length", "7", "--max_length", "64"]
-    )
+    settings = ["--model", sources["t5"], "--dataset", datasets_of["summarize"], "--output_dir", str(out), "--use_cpu"]
+    module.main([*settings, "--max_steps=3", "--learning_rate=1e-2", "--generation_max_length=7", "--max_length=64"])
     record, model = finished(out, "summarize")
     rows = module.load_data(module.parse_settings(module.Settings, settings))
     tokenizer, texts = AutoTokenizer.from_pretrained(out / "model"), []
@@ -199,7 +199,8 @@ def test_summarize_takes_mt5(datasets_of, tmp_path):
     tiny_tokenizer("t5").save_pretrained(tmp_path / "source")
     recipe("summarize").main(
         ["--model", str(tmp_path / "source"), "--attention", LONGFORMER, "--dataset", datasets_of["summarize"],
-         "--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--max_summary_length", "5", "--beams", "2", *SMALL]
+         "--output_dir", str(tmp_path / "out"), "--max_steps=2",
+         "--generation_max_length=5", "--generation_num_beams=2", *SMALL]
     )  # fmt: skip
     record, model = finished(tmp_path / "out", "summarize")
     assert type(model).__name__ == "EfficientMT5ForConditionalGeneration"
@@ -210,9 +211,9 @@ def test_embed_saves_what_sentence_transformers_loads(sources, datasets_of, tmp_
     from sentence_transformers import SentenceTransformer
 
     out, module = tmp_path / "out", recipe("embed")
-    settings = ["--model", sources["bert"], "--attention", LONGFORMER, "--max_positions", "256", "--cpu", "--output_dir",
+    settings = ["--model", sources["bert"], "--attention", LONGFORMER, "--max_positions", "256", "--use_cpu", "--output_dir",
                 str(out), "--dataset", datasets_of["embed"]]  # fmt: skip
-    module.main([*settings, "--max_steps", "10", "--learning_rate", "1e-3", "--batch_size", "4"])
+    module.main([*settings, "--max_steps", "10", "--learning_rate", "1e-3", "--per_device_train_batch_size", "4"])
     record, model = finished(out, "embed")
     encoder = SentenceTransformer(str(out / "model"), device="cpu")
     assert encoder.max_seq_length == 256 and type(encoder[0].model) is type(model)
@@ -248,8 +249,8 @@ def test_attention_pooling_starts_as_the_mean_learns_and_is_saved(sources, datas
     pool_by_attention(encoder, num_heads=4)
     np.testing.assert_allclose(encoder.encode(texts), mean, atol=1e-5)
     recipe("embed").main(
-        ["--model", sources["bert"], "--attention", LONGFORMER, "--pooling", "attention", "--cpu", "--output_dir",
-         str(tmp_path / "out"), "--dataset", datasets_of["embed"], "--max_steps", "3", "--batch_size", "4"]
+        ["--model", sources["bert"], "--attention", LONGFORMER, "--pooling", "attention", "--use_cpu", "--output_dir",
+         str(tmp_path / "out"), "--dataset", datasets_of["embed"], "--max_steps", "3", "--per_device_train_batch_size", "4"]
     )  # fmt: skip
     trained = SentenceTransformer(str(tmp_path / "out" / "model"), device="cpu", trust_remote_code=True)
     assert (
@@ -296,9 +297,9 @@ def test_the_loss_is_a_mean_over_labels(name: str, sources, datasets_of, tmp_pat
     source = sources["t5" if name == "summarize" else "bert"]
     for size in (1, 3):
         out = tmp_path / str(size)
-        more = ["--max_summary_length", "12"] if name == "summarize" else []
-        recipe(name).main(["--model", source, "--dataset", str(tmp_path / "data"), "--output_dir", str(out), "--cpu",
-                           "--max_steps", "1", "--batch_size", "2", "--eval_batch_size", str(size), *more])  # fmt: skip
+        more = ["--generation_max_length", "12"] if name == "summarize" else []
+        recipe(name).main(["--model", source, "--dataset", str(tmp_path / "data"), "--output_dir", str(out), *SMALL,
+                           "--max_steps", "1", "--per_device_eval_batch_size", str(size), *more])  # fmt: skip
         losses.append(finished(out, name)[0].metrics["trained"]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -502,10 +503,10 @@ def test_the_baseline_is_the_unconverted_model_trained_alike(sources, datasets_o
 def test_adapters_in_mixed_precision(name: str, sources, datasets_of, tmp_path):
     """LoRA, bf16 and gradient checkpointing together: merged at the end, mechanism and fresh head trained along."""
     source = sources["t5" if name == "summarize" else "bert"]
-    extra = {"question_answering": ["--stride", "16"], "summarize": ["--max_summary_length", "6"]}.get(name, [])
+    extra = {"question_answering": ["--stride", "16"], "summarize": ["--generation_max_length", "6"]}.get(name, [])
     recipe(name).main(
         ["--model", source, "--attention", LONGFORMER, "--dataset", datasets_of[name], "--output_dir",
-         str(tmp_path / "out"), "--lora_rank", "2", "--bf16", "--gradient_checkpointing", "--max_steps", "2",
+         str(tmp_path / "out"), "--lora_rank", "2", "--bf16", "--activation_checkpointing", "--max_steps", "2",
          "--learning_rate", "1e-2", *SMALL, *extra]
     )  # fmt: skip
     record, model = finished(tmp_path / "out", name)
@@ -535,7 +536,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 ):
     """What a mechanism drew anew on the way included, which is no parameter."""
     common = ["--model", sources["bert"], "--attention", attention, "--dataset", datasets_of[name],
-              "--schedule", "constant", "--warmup_steps", "0", "--learning_rate", "1e-2",
+              "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--learning_rate", "1e-2",
               "--lora_rank", str(lora), *SMALL]  # fmt: skip
     main = recipe(name).main
     main([*common, "--max_steps", "4", "--output_dir", str(tmp_path / "whole")])

@@ -19,7 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-SMALL = ["--cpu", "--batch_size", "2", "--max_train_rows", "8", "--max_eval_rows", "6"]
+SMALL = ["--use_cpu", "--per_device_train_batch_size", "2", "--max_train_rows", "8", "--max_eval_rows", "6"]
 
 
 AUTO: dict[str, Any] = {

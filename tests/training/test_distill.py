@@ -226,14 +226,21 @@ def source(tmp_path: Path) -> Path:
 
 
 def arguments(source: Path, output: Path, *more: str) -> list[str]:
-    fixed = (
-        f"--model {source} --output_dir {output} --dataset {source.parent / 'texts.jsonl'} --length 48 --steps 6 --cpu"
-    )
-    return [*fixed.split(), "--attention", '{"mechanism": "linformer", "rank": 8}', *more]
+    fixed = f"--model {source} --output_dir {output} --dataset {source.parent / 'texts.jsonl'} --length 48 --steps 6"
+    return [*fixed.split(), "--use_cpu", "--attention", '{"mechanism": "linformer", "rank": 8}', *more]
 
 
 def test_the_recipe_runs_both_stages_and_resumes_exactly(recipe: ModuleType, source: Path, monkeypatch: Any):
-    more = ("--end_to_end_steps", "6", "--save_steps", "2", "--accumulation_steps", "2", "--learning_rate", "3e-3")
+    more = (
+        "--end_to_end_steps",
+        "6",
+        "--save_steps",
+        "2",
+        "--gradient_accumulation_steps",
+        "2",
+        "--learning_rate",
+        "3e-3",
+    )
     whole, out = source.parent / "whole", source.parent / "out"
     recipe.main(arguments(source, whole, *more))
     figures = json.loads((whole / "result.json").read_text())["metrics"]

@@ -141,7 +141,7 @@ def test_rows_without_a_value_are_refused():
 
 
 def test_lengths_that_do_not_fit_are_refused(sources, datasets_of, tmp_path):
-    common = ["--model", sources["bert"], "--output_dir", str(tmp_path / "out"), "--cpu"]
+    common = ["--model", sources["bert"], "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     with pytest.raises(ValueError, match=r"inputs of 300 tokens .* has 128 positions: .*--max_positions 300"):
         recipe("classify").main([*common, "--dataset", datasets_of["classify"], "--max_length", "300"])
     with pytest.raises(

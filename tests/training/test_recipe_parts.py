@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict
 from pretraining import t5_tokenizer
 from tiny import tiny_tokenizer, words
 from torch import nn
+from transformers import TrainingArguments
 
 from hf_efficient.profiling.json_files import write_json
 from hf_efficient.training import callbacks as callback_parts
@@ -36,83 +37,139 @@ from hf_efficient.training.data.texts import load_rows, load_texts, token_blocks
 from hf_efficient.training.plots import layer_picture, loss_curve
 from hf_efficient.training.pretraining import TokenScores, target_size, text_size, train_tokenizer
 from hf_efficient.training.results import RunRecord
-from hf_efficient.training.settings import parse_settings
+from hf_efficient.training.settings import Settings, parse_settings
 
 # ---- settings ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Job(Settings):
     """A job."""
 
-    model: str  # what is trained
-    learning_rate: float = 5e-5  # highest rate; 10 % of it at the end
-    max_steps: int = 0
-    attention: str = ""
-    bf16: bool = False
+    text: str  # what is read
+    learning_rate: float = 3e-4  # highest rate; 10 % of it at the end
     pack: bool = True
 
 
+GIVEN = ["--text=t", "--model=m", "--output-dir=out"]
+
+
+def job(**settings: Any) -> Job:
+    return Job(text="t", model="m", output_dir="out", **settings)
+
+
 def test_settings_from_both_spellings():
-    settings = parse_settings(Settings, ["--model", "m", "--learning_rate", "1e-4", "--max-steps=3", "--bf16"])
-    assert settings == Settings("m", 1e-4, 3, bf16=True)
-    assert parse_settings(Settings, ["--model=m", "--no_pack", "--bf16", "false"]) == Settings("m", pack=False)
+    settings = parse_settings(Job, [*GIVEN, "--learning_rate", "1e-4", "--max-steps=3", "--bf16"])
+    assert settings == job(learning_rate=1e-4, max_steps=3, bf16=True)
+    assert parse_settings(Job, [*GIVEN, "--no-pack", "--bf16", "false"]) == job(pack=False)
 
 
-def test_settings_from_yaml_then_the_command_line(tmp_path):
-    file = tmp_path / "job.yaml"
-    # YAML takes 1e-4 for text; a mechanism with options may be written out
-    file.write_text("model: m\nlearning_rate: 1e-4\nmax_steps: 7\nbf16: true\nattention: {mechanism: local}\n")
-    for words_ in (["--config", str(file), "--max_steps", "9"], ["--max_steps=9", f"--config={file}"]):
-        settings = parse_settings(Settings, words_)
-        assert settings == Settings("m", 1e-4, 9, '{"mechanism": "local"}', bf16=True)
+def test_settings_of_a_plain_dataclass():
+    assert vars(parse_settings(dataclass(type("Plain", (), {"__annotations__": {"a": int}})), ["--a=3"])) == {"a": 3}
+
+
+@pytest.mark.parametrize("kind", ["yaml", "json"])
+def test_settings_from_a_file_then_the_command_line(kind, tmp_path):
+    """Options of TrainingArguments in every form that it takes them in, and a mechanism written out."""
+    file = tmp_path / f"job.{kind}"
+    values = {"text": "t", "model": "m", "output_dir": "out", "attention": {"mechanism": "local"}, "max_steps": 7}
+    more = {
+        "learning_rate": "1e-4",  # YAML takes this for text
+        "bf16": True,
+        "num_train_epochs": 2,
+        "optim": "adafactor",
+        "report_to": ["tensorboard"],
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": 1e-6},
+        "label_names": ["labels"],
+        "accelerator_config": {"even_batches": False},
+        "hub_token": None,
+        "save_total_limit": 3,
+    }
+    if kind == "json":
+        file.write_text(json.dumps(values | more))
+    else:
+        import yaml
+
+        file.write_text(yaml.safe_dump(values | more).replace("'1e-4'", "1e-4"))
+    expected = job(**{"attention": '{"mechanism": "local"}', "max_steps": 9} | more | {"learning_rate": 1e-4})
+    for given in (
+        ["--config", str(file), "--max_steps", "9"],
+        ["--max-steps=9", f"--config={file}"],
+        [str(file), "--max-steps=9"],
+    ):
+        assert parse_settings(Job, given) == expected
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("learning_rat: 1", r"job.yaml: there is no setting learning_rat. Did you mean learning_rate\? --help"),
         (
-            "learning_rat: 1",
-            r"job.yaml: there is no setting learning_rat. Did you mean learning_rate\? The settings are model",
+            "batch_size: 1",
+            "Did you mean per_device_train_batch_size or auto_find_batch_size or per_device_eval_batch_size",
         ),
         ("max_steps: many", "--max_steps.*invalid int value: 'many'"),
         ("max_steps: [1]", r"invalid int value: '\[1\]'"),
         ("max_steps:", "max_steps has no value"),
+        ("optim: best", "best.* OptimizerNames|invalid choice: 'best'"),
+        ("fp16: true", "fp16=True is not possible: .*use --bf16"),
+        ("remove_unused_columns: true", "remove_unused_columns=True is not possible: collators read columns"),
+        ("eval_steps: 5", "eval_steps=5 needs --eval-strategy steps"),
         ("just words", "must hold `setting: value` lines"),
-        ("a: [", "is no YAML"),
+        ("a: [", "can't be read"),
     ],
 )
-def test_yaml_that_is_refused(line, message, tmp_path):
+def test_files_that_are_refused(line, message, tmp_path):
     (tmp_path / "job.yaml").write_text(line)
     with pytest.raises(ValueError, match=message):
-        parse_settings(Settings, ["--model=m", f"--config={tmp_path / 'job.yaml'}"])
+        parse_settings(Job, [*GIVEN, f"--config={tmp_path / 'job.yaml'}"])
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            ["--model=m", "--lerning_rate=1"],
-            "no setting --lerning_rate. Did you mean learning_rate.* attention, bf16, pack",
-        ),
-        (["--model=m", "--learn=1"], "no setting --learn"),  # no abbreviations
-        (["--model=m", "--learning_rate=fast"], "invalid float value: 'fast'"),
-        (["--model=m", "--bf16=maybe"], "Truthy value expected"),
-        (["--model=m", "stray"], "unrecognized arguments: stray"),
-        ([], "required: --model"),
+        (["--lerning_rate=1"], "no setting --lerning_rate. Did you mean learning_rate"),
+        (["--cpu"], r"no setting --cpu. Did you mean use_cpu\?"),
+        (["--learn=1"], "no setting --learn"),  # no abbreviations
+        (["--learning_rate=fast"], "invalid float value: 'fast'"),
+        (["--bf16=maybe"], "Truthy value expected"),
+        (["stray"], "no setting stray"),
+        (["--resume-from-checkpoint=x"], "resume_from_checkpoint='x' is not possible: --resume"),
     ],
 )
 def test_command_line_that_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        parse_settings(Settings, given)
+        parse_settings(Job, [*GIVEN, *given])
+
+
+def test_settings_that_are_missing():
+    with pytest.raises(ValueError, match="required: --output_dir/--output-dir, --model"):
+        parse_settings(Job, ["--text=t"])
+
+
+def test_every_refused_option_is_one_of_the_trainers():
+    assert set(Job.REFUSED) <= {field.name for field in fields(TrainingArguments)}
+
+
+def test_what_is_recorded_gives_the_same_settings(tmp_path):
+    """Own fields and changed defaults always, other options where they were given, secrets never."""
+    settings = job(adam_beta2=0.98, hub_token="secret", report_to=["tensorboard"], max_steps=4)
+    recorded = settings.recorded()
+    assert json.loads(json.dumps(recorded)) == recorded
+    assert recorded["seed"] == 0 and recorded["attention"] == "" and recorded["adam_beta2"] == 0.98
+    assert "hub_token" not in recorded and "adam_beta1" not in recorded
+    (tmp_path / "job.json").write_text(json.dumps(recorded))
+    assert parse_settings(Job, [str(tmp_path / "job.json")]) == settings.replaced(hub_token=None)
 
 
 def test_help_shows_the_comments(capsys):
     with pytest.raises(SystemExit) as done:
-        parse_settings(Settings, ["--help"])
+        parse_settings(Job, ["--help"])
     assert done.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "what is trained" in printed and "highest rate; 10 % of it at the end (default: 5e-05)" in printed
+    assert "what is read" in printed and "highest rate; 10 % of it at the end (default: 0.0003)" in printed
+    assert "mechanism to convert to, or its JSON" in printed, "of the class that it extends"
 
 
 # ---- data --------------------------------------------------------------------------------------------------------
