@@ -2,7 +2,7 @@
 
     python recipes/segments.py --model openai-community/gpt2 --max_positions 4096 --output_dir xl
     python recipes/segments.py --model scratch:gpt2 --block_length 512 --max_steps 300 --output_dir small-xl
-    python recipes/segments.py --block_length 512 --batch_size 4 --max_steps 300 --record figures.json
+    python recipes/segments.py --block_length 512 --per_device_train_batch_size 4 --max_steps 300 --record figures.json
 
 Row b of a batch goes on where row b of the batch before ended; what the layers keep of it takes no gradient. Evaluation
 reads held-out texts in the same way. `output_dir` gets what recipes/clm.py leaves there, its checkpoints with the memory in
