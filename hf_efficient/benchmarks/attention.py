@@ -3,7 +3,7 @@
     hf-efficient bench attention --out model_cards/results/attention.json
     python -m hf_efficient.benchmarks.attention model_cards/results/attention.json     # draws attention.png beside it
 
-All contenders of one place run in turn, round by round, so that ratios compare neighbours in time. On a GPU, times come from
+All methods of one place run in turn, round by round, so that ratios compare neighbours in time. On a GPU, times come from
 CUDA events and memory from the allocator; on the CPU, memory is the growth of a process made for one call.
 """
 
@@ -24,17 +24,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_efficient.attention.base.mechanism import EfficientAttention
-from hf_efficient.benchmarks import baselines as contenders
 from hf_efficient.benchmarks.baselines import (
+    BASELINES,
     BIASED,
     DENSE,
     MASKED,
     SAME,
-    THEIRS,
+    TILE,
     WINDOW,
     Point,
     build,
-    our_names,
+    mechanism_names,
     settings_of,
 )
 from hf_efficient.benchmarks.models import wide_model
@@ -56,7 +56,7 @@ SHORT_ONLY = ("transformers LongT5 local", "transformers LongT5 transient-global
 
 @dataclass(frozen=True)
 class Stage:
-    """Contenders that run in turn at one point: `"forward"` without gradients, or `"training"` (forward and backward)."""
+    """Methods that run in turn at one point: `"forward"` without gradients, or `"training"` (forward and backward)."""
 
     point: Point
     kind: str
@@ -79,19 +79,19 @@ OVER_FLOOR = 1.5
 
 def cpu_stages() -> list[Stage]:
     """Forward at 512 to 16384 tokens, training where it takes seconds, bfloat16 at 4096; about five minutes on two cores."""
-    everyone = tuple(our_names())
+    everyone = tuple(mechanism_names())
     stages = []
     for length, rounds in ((512, 5), (1024, 5), (2048, 5), (4096, 5), (8192, 3), (16384, 2)):
-        theirs = ["transformers Longformer", "transformers BigBird"]
-        theirs += DENSE if length <= 8192 else ()
-        theirs += (*SHORT_ONLY, "transformers Longformer, first token global") if length <= 4096 else ()
+        baselines = ["transformers Longformer", "transformers BigBird"]
+        baselines += DENSE if length <= 8192 else ()
+        baselines += (*SHORT_ONLY, "transformers Longformer, first token global") if length <= 4096 else ()
         # its first call at a length compiles for half a minute
-        theirs += ["FlexAttention, local"] if length == 4096 else []
-        stages.append(Stage(Point(length), "forward", (*everyone, *theirs), rounds, 25))
+        baselines += ["FlexAttention, local"] if length == 4096 else []
+        stages.append(Stage(Point(length), "forward", (*everyone, *baselines), rounds, 25))
         if length <= 8192:
             trained = everyone if length == 4096 else FLAGSHIPS
-            theirs = [MASKED, "transformers Longformer", "transformers BigBird"]
-            stages.append(Stage(Point(length), "training", (*trained, *theirs), rounds, 25))
+            baselines = [MASKED, "transformers Longformer", "transformers BigBird"]
+            stages.append(Stage(Point(length), "training", (*trained, *baselines), rounds, 25))
     names = (*everyone, *DENSE, "transformers Longformer", "transformers BigBird")
     return [*stages, Stage(Point(4096, dtype="bfloat16"), "forward", names, 3, 15)]
 
@@ -101,18 +101,18 @@ def cuda_stages() -> list[Stage]:
     stages = []
     kinds = [("bfloat16", 64), ("bfloat16", 128), ("float16", 64), ("float32", 64), ("float16", 128), ("float32", 128)]
     for dtype, width in kinds:
-        ours = (*our_names(), *BIASED) if (dtype, width) == kinds[0] else FLAGSHIPS
+        ours = (*mechanism_names(), *BIASED) if (dtype, width) == kinds[0] else FLAGSHIPS
         for length, batch in ((16384, 8), (4096, 1), (4096, 8), (65536, 1), (16384, 1), (65536, 8)):
-            theirs = ["transformers Longformer", "transformers BigBird"]
+            baselines = ["transformers Longformer", "transformers BigBird"]
             # full attention for at most a few seconds
-            theirs += DENSE if batch * length**2 <= (2**31 if dtype == "float32" else 2**32) else ()
+            baselines += DENSE if batch * length**2 <= (2**31 if dtype == "float32" else 2**32) else ()
             if dtype == "bfloat16" and (length, batch) == (16384, 8):
                 # FlexAttention compiles for every place
-                theirs += [n for n in THEIRS if "Flex" in n or "first token" in n]
+                baselines += [n for n in BASELINES if "Flex" in n or "first token" in n]
             if dtype == "bfloat16" and batch * length <= 2**17:
-                theirs += SHORT_ONLY
+                baselines += SHORT_ONLY
             point = Point(length, batch, width=width, dtype=dtype, device="cuda")
-            stages += [Stage(point, kind, (*ours, *theirs), 10, 6) for kind in PRODUCTS]
+            stages += [Stage(point, kind, (*ours, *baselines), 10, 6) for kind in PRODUCTS]
     return stages
 
 
@@ -122,7 +122,7 @@ def cuda_stages() -> list[Stage]:
 def run_stage(
     stage: Stage, best: dict[str, float], progress: bool = False
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of all contenders of a stage, and those that could not run, with the reason."""
+    """Rows of all methods of a stage, and those that could not run, with the reason."""
     point, place = stage.point, asdict(stage.point) | {"pass": stage.kind}
     tensors, calls, reasons = point.tensors(), {}, {}
     for name in stage.names:
@@ -134,7 +134,7 @@ def run_stage(
     times = timed(calls, stage.rounds, stage.seconds, point.device, title, reasons)
     rows = []
     for name, samples in times.items():
-        row: dict[str, Any] = {"contender": name, "ours": name not in THEIRS, **place, "rounds": len(samples)}
+        row: dict[str, Any] = {"contender": name, "ours": name not in BASELINES, **place, "rounds": len(samples)}
         totals = [t.total for t in samples]
         row |= {"seconds": statistics.median(totals), "slowest": max(totals)}
         if stage.kind == "training":
@@ -168,7 +168,7 @@ def _achieved(name: str, stage: Stage, seconds: float, best: dict[str, float]) -
 
 
 def crossovers(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each of our contenders and places that differ by length alone: from which length on it beats full attention.
+    """For each of our methods and places that differ by length alone: from which length on it beats full attention.
 
     `length` is the first measured one from which on it is faster at all of them, `None` if it is not at the longest.
     """
@@ -192,13 +192,13 @@ def crossovers(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cpu_plan() -> list[tuple[str, str, int]]:
-    """(contender, pass, length) of the memory figures on the CPU."""
+    """(method, pass, length) of the memory figures on the CPU."""
     plan = [(name, "forward", n) for name in FLAGSHIPS for n in (8192, 16384, 32768, 65536)]
-    for name in (n for n in our_names() if n not in FLAGSHIPS):
+    for name in (n for n in mechanism_names() if n not in FLAGSHIPS):
         plan += [(name, "forward", n) for n in ((8192, 16384) if name in QUADRATIC else (32768, 65536))]
     plan += [(name, "training", n) for name in FLAGSHIPS for n in (8192, 16384)]
-    theirs = (MASKED, "transformers Longformer", "transformers BigBird")
-    return plan + [(name, "forward", n) for name in theirs for n in (4096, 8192)]
+    baselines = (MASKED, "transformers Longformer", "transformers BigBird")
+    return plan + [(name, "forward", n) for name in baselines for n in (4096, 8192)]
 
 
 def cpu_memory(
@@ -285,7 +285,7 @@ def attention_suite(
     """Every stage in turn; by default those of the hardware at hand, on the GPU if there is one.
 
     Args:
-        memory: (contender, pass, length) to measure in processes of their own; by default `cpu_plan` without a GPU.
+        memory: (method, pass, length) to measure in processes of their own; by default `cpu_plan` without a GPU.
         deadline: `time.monotonic()` after which no further stage starts; those left out are named under `skipped`.
     """
     on_gpu = torch.cuda.is_available()
@@ -307,7 +307,7 @@ def attention_suite(
     sizes = {"batch": point.batch, "heads": point.heads, "width": point.width}
     return {
         "suite": "attention",
-        "settings": {**sizes, "seed": 0, "options": {n: settings_of(n) for n in our_names()}, "tile": contenders.TILE},
+        "settings": {**sizes, "seed": 0, "options": {n: settings_of(n) for n in mechanism_names()}, "tile": TILE},
         "results": rows,
         "bars": bars_of(rows),
         "crossover": crossovers(rows),
@@ -325,8 +325,8 @@ def attention_suite(
 
 
 def attention_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Headings and rows: what every contender took, and how many times longer full attention and its rival took."""
-    headings = ["contender", "pass", "tokens", "batch, width, dtype", "ms", "slowest", "TFLOP/s", "× floor"]
+    """Headings and rows: what every method took, and how many times longer full attention and its rival took."""
+    headings = ["method", "pass", "tokens", "batch, width, dtype", "ms", "slowest", "TFLOP/s", "× floor"]
     headings += ["full, masked ×", "rival ×", "rival"]
     rows = []
     for row in document["results"]:
@@ -343,7 +343,7 @@ def attention_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Time over length, one line per contender, one picture per pass: batch, width and dtype of the first result."""
+    """Time over length, one line per method, one picture per pass: batch, width and dtype of the first result."""
     import matplotlib
     import matplotlib.ticker
 
@@ -359,7 +359,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         rows = [row for row in document["results"] if row | place | {"pass": kind} == row]
         for name in (n for n in names if any(row["contender"] == n for row in rows)):
             line = sorted((row["length"], row["seconds"]) for row in rows if row["contender"] == name)
-            style = "--" if name in THEIRS else "-"
+            style = "--" if name in BASELINES else "-"
             axis.plot(*zip(*line, strict=True), style, marker="o", markersize=3, label=name, color=colours[name])
         lengths = sorted({row["length"] for row in rows})
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title=f"attention alone, {kind}")

@@ -1,6 +1,6 @@
 """What the attention benchmark times: our mechanisms and what users have without us, projected heads in, heads out.
 
-Everything here is called as `contender(query, key, value)` on (B, H, N, D) tensors and returns the same shape. Projections
+Everything here is called as `method(query, key, value)` on (B, H, N, D) tensors and returns the same shape. Projections
 are left out on all sides; what a mechanism makes of hidden states inside its attention (Longformer's global rows, LongT5's
 slots) counts. transformers' classes run their own code, on the given heads in place of what their projections would give.
 """
@@ -27,7 +27,7 @@ from hf_efficient.patterns.pattern import Pattern
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 WINDOW, BLOCK, RANDOM_BLOCKS, SLOT = 512, 64, 3, 16
-# options where the defaults are not what another contender computes
+# options where the defaults are not what another method computes
 SETTINGS: dict[str, dict[str, Any]] = {
     "bigbird": dict(block_size=BLOCK, num_random_blocks=RANDOM_BLOCKS),
     "local": dict(attention_window=WINDOW),
@@ -41,7 +41,7 @@ TILE = 64
 
 @dataclass(frozen=True)
 class Point:
-    """Where contenders are compared: sizes, dtype by name, device."""
+    """Where methods are compared: sizes, dtype by name, device."""
 
     length: int
     batch: int = 1
@@ -82,10 +82,10 @@ def host(point: Point) -> Host:
     return Host(hidden.to(point.kind), *(layer.to(point.kind) for layer in layers))
 
 
-# ---- ours --------------------------------------------------------------------------------------------------------
+# ---- mechanisms --------------------------------------------------------------------------------------------------------
 
 
-def our_names() -> list[str]:
+def mechanism_names() -> list[str]:
     """The mechanisms that are patterns, ETC and LongT5."""
     names = list_mechanisms()
     return [n for n in names if n in BEYOND_PATTERNS or issubclass(get_mechanism(n), PatternAttention)]
@@ -113,7 +113,7 @@ def geometry_of(point: Point) -> AttentionGeometry:
     )
 
 
-class Ours:
+class MechanismAttention:
     """One of our mechanisms, causal ones in a decoder; `bias` adds a relative one, constant beyond 128 tokens: `"fixed"`, or
     `"learned"`.
 
@@ -317,7 +317,7 @@ class TransformersLongT5(_WithHeads):
         return out.unflatten(-1, self.shape[2:]).transpose(1, 2)
 
 
-THEIRS: dict[str, Callable[[Point], Attention]] = {
+BASELINES: dict[str, Callable[[Point], Attention]] = {
     "full (SDPA)": full,
     "full, masked (SDPA)": masked,
     "transformers Longformer": TransformersLongformer,
@@ -325,8 +325,8 @@ THEIRS: dict[str, Callable[[Point], Attention]] = {
     "transformers BigBird": TransformersBigBird,
     "transformers LongT5 local": TransformersLongT5,
     "transformers LongT5 transient-global": lambda point: TransformersLongT5(point, has_slots=True),
-    "FlexAttention, local": lambda point: Ours("local", point, "flex"),
-    "FlexAttention, bigbird": lambda point: Ours("bigbird", point, "flex"),
+    "FlexAttention, local": lambda point: MechanismAttention("local", point, "flex"),
+    "FlexAttention, bigbird": lambda point: MechanismAttention("bigbird", point, "flex"),
 }
 # our window with a relative bias of T5's reach, without and with a gradient
 BIASED = {"local, fixed bias": "fixed", "local, learned bias": "learned"}
@@ -341,11 +341,11 @@ FULL, MASKED = DENSE = ("full (SDPA)", "full, masked (SDPA)")
 
 
 def build(name: str, point: Point) -> Attention:
-    """A contender by name; ours run on the fused kernels where the point lies on a GPU."""
-    if name in THEIRS:
-        return THEIRS[name](point)
+    """A method by name; ours run on the fused kernels where the point lies on a GPU."""
+    if name in BASELINES:
+        return BASELINES[name](point)
     implementation = "triton" if point.device.startswith("cuda") else "torch"
-    return Ours("local" if name in BIASED else name, point, implementation, bias=BIASED.get(name))
+    return MechanismAttention("local" if name in BIASED else name, point, implementation, bias=BIASED.get(name))
 
 
 # ---- the least there is to do ------------------------------------------------------------------------------------

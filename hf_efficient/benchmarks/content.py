@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_efficient.benchmarks.baselines import Attention, Ours, Point
+from hf_efficient.benchmarks.baselines import Attention, MechanismAttention, Point
 from hf_efficient.profiling.counters import LargestTensor
 from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.timing import Mark, attempt, ratios, timed
@@ -29,7 +29,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "transformer_xl": dict(segment_length=128, memory_length=384),
     "compressive": dict(segment_length=128, memory_length=256, compressed_memory_length=128, compression_rate=4),
 }
-FULL, THEIRS = "full (SDPA)", "transformers Reformer"
+FULL, REFORMER = "full (SDPA)", "transformers Reformer"
 
 
 class TransformersReformer:
@@ -72,14 +72,14 @@ class _Half(torch.nn.Module):
         return hidden[..., self.part]
 
 
-def contenders(point: Point, is_causal: bool) -> dict[str, Attention]:
+def methods(point: Point, is_causal: bool) -> dict[str, Attention]:
     """All that are compared at a point, by name; what can't be causal has no causal form."""
     ours = {
-        name: Ours(name, point, is_causal=is_causal, **options)
+        name: MechanismAttention(name, point, is_causal=is_causal, **options)
         for name, options in (DECODERS if is_causal else ENCODERS).items()
     }
     full = partial(F.scaled_dot_product_attention, is_causal=is_causal)
-    return {FULL: full, THEIRS: TransformersReformer(point, is_causal), **ours}
+    return {FULL: full, REFORMER: TransformersReformer(point, is_causal), **ours}
 
 
 def _largest(attention: Attention, tensors: list[Tensor]) -> int:
@@ -91,7 +91,7 @@ def _largest(attention: Attention, tensors: list[Tensor]) -> int:
 def content_suite(
     lengths: Sequence[int] = LENGTHS, rounds: int = 5, seconds: float = 240, progress: bool = True
 ) -> dict[str, Any]:
-    """Forward, and forward with backward, of all contenders in turn at each length, and the largest tensor of each.
+    """Forward, and forward with backward, of all methods in turn at each length, and the largest tensor of each.
 
     Args:
         seconds: per length, side and pass, after which no further round begins.
@@ -102,7 +102,7 @@ def content_suite(
         point = Point(length, heads=HEADS, width=WIDTH, device=device)
         *heads, gradient = point.tensors()
         for side, is_causal in (("encoder", False), ("decoder", True)):
-            found = contenders(point, is_causal)
+            found = methods(point, is_causal)
             largest = {name: _largest(attention, heads) for name, attention in found.items()}
             for kind in ("forward", "training"):
                 calls: dict[str, Callable[[Mark], None]] = {
@@ -114,7 +114,7 @@ def content_suite(
                     row["seconds"] = statistics.median(time.total for time in taken)
                     row["rounds"], row["largest_tensor"] = len(taken), largest[name]
                     row["faster_than"] = {
-                        rival: ratios(times[rival], taken) for rival in (FULL, THEIRS) if rival != name
+                        rival: ratios(times[rival], taken) for rival in (FULL, REFORMER) if rival != name
                     }
                     results.append(row)
     return {
@@ -136,10 +136,12 @@ def content_suite(
 
 def content_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Headings and rows for people."""
-    header = ["contender", "side", "pass", "tokens", "ms", f"speed-up over {FULL}", f"over {THEIRS}", "largest tensor"]
+    header = ["method", "side", "pass", "tokens", "ms", f"speed-up over {FULL}", f"over {REFORMER}", "largest tensor"]
     rows = []
     for row in document["results"]:
-        shares = [row["faster_than"][name]["ratio"] if name in row["faster_than"] else None for name in (FULL, THEIRS)]
+        shares = [
+            row["faster_than"][name]["ratio"] if name in row["faster_than"] else None for name in (FULL, REFORMER)
+        ]
         cells = ["–" if ratio is None else round(ratio, 2) for ratio in shares]
         place = [row["contender"], row["side"], row["pass"], row["length"]]
         rows.append([*place, round(1000 * row["seconds"], 1), *cells, row["largest_tensor"]])

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from hf_efficient.benchmarks.attention import Stage, attention_rows, attention_suite, cuda_stages
-from hf_efficient.benchmarks.baselines import THEIRS, Point, build
+from hf_efficient.benchmarks.baselines import BASELINES, Point, build
 from hf_efficient.ops.linear_attention import linear_attention
 from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.memory import fresh_python
@@ -113,17 +113,17 @@ def summary(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compile_jobs(stages: Iterable[Stage]) -> list[tuple[Point, str]]:
-    """(point, contender) of everything that compiles, once for each dtype, width and contender."""
+    """(point, method) of everything that compiles, once for each dtype, width and method."""
     found: dict[tuple[str, int, str], tuple[Point, str]] = {}
     for stage in stages:
         for name in stage.names:
-            if name not in THEIRS or name.startswith("FlexAttention"):
+            if name not in BASELINES or name.startswith("FlexAttention"):
                 found.setdefault((stage.point.dtype, stage.point.width, name), (stage.point, name))
     return list(found.values())
 
 
 def compile_one(point: Point, name: str, left: Callable[[], float]) -> dict[str, Any]:
-    """Call a contender once in a process of its own, so that its kernels lie in the caches on disk."""
+    """Call a method once in a process of its own, so that its kernels lie in the caches on disk."""
     start, place = time.monotonic(), {"contender": name, **asdict(point)}
     try:
         done = fresh_python("-m", __name__, json.dumps([asdict(point), name]), timeout=left())
@@ -177,7 +177,7 @@ def repeatable(point: Point, names: Sequence[str] = ("local", "bigbird", "local,
 
 
 def rows_at(rows: Iterable[dict[str, Any]], point: Point) -> dict[tuple[str, str], dict[str, Any]]:
-    """{(contender, pass): row} of one point."""
+    """{(method, pass): row} of one point."""
     place = asdict(point)
     return {(row["contender"], row["pass"]): row for row in rows if row | place == row}
 
@@ -253,7 +253,7 @@ def flash_linear_attention() -> Callable[..., torch.Tensor]:
     return call
 
 
-def linear_contenders(device: str) -> tuple[dict[str, Callable[..., torch.Tensor]], dict[str, str]]:
+def linear_methods(device: str) -> tuple[dict[str, Callable[..., torch.Tensor]], dict[str, str]]:
     """Causal linear attention from log-features by name, ours on a GPU in both implementations; and what is missing."""
 
     def ours(implementation: str) -> Callable[..., torch.Tensor]:
@@ -274,7 +274,7 @@ def linear_contenders(device: str) -> tuple[dict[str, Callable[..., torch.Tensor
 
 
 def linear_rows(point: Point, features: Sequence[int] = FEATURES, seconds: float = 4.0) -> list[dict[str, Any]]:
-    """Seconds of causal linear attention at a point, each contender in turn; a row without them says why."""
+    """Seconds of causal linear attention at a point, each method in turn; a row without them says why."""
     rows = []
     for count in features:
         *_, value, gradient = point.tensors()
@@ -282,8 +282,8 @@ def linear_rows(point: Point, features: Sequence[int] = FEATURES, seconds: float
         shape = (*value.shape[:-1], count)
         logs = [torch.randn(shape, generator=generator, device=point.device) for _ in range(2)]
         for kind in ("forward", "training"):
-            contenders, missing = linear_contenders(point.device)
-            calls = {name: attempt(call, kind, (*logs, value, gradient)) for name, call in contenders.items()}
+            methods, missing = linear_methods(point.device)
+            calls = {name: attempt(call, kind, (*logs, value, gradient)) for name, call in methods.items()}
             times = timed(calls, 5, seconds, point.device, failed=missing)
             place = asdict(point) | {"features": count, "pass": kind}
             for name, samples in times.items():
@@ -380,10 +380,10 @@ def _main(first: str, budget: str = "540") -> None:
     if not first.startswith("["):
         Path(first).write_text(json.dumps(gpu_suite(float(budget)), indent=2) + "\n")
         return
-    place, contender = json.loads(first)
+    place, method = json.loads(first)
     point = Point(**place)
     for kind in ("forward", "training"):
-        attempt(build(contender, point), kind, point.tensors())(lambda: None)
+        attempt(build(method, point), kind, point.tensors())(lambda: None)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from hf_efficient.profiling.timing import table_of, timed
 
 BASE_WIDTH = 768
 # options of the encoder benchmark; what transformers' own classes are compared at
-CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
+CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
     "local, window 512": ("local", dict(attention_window=512)),
     "longformer, window 512": ("longformer", dict(attention_window=512)),
     "longformer, window 512, first token global": ("longformer", dict(attention_window=512, global_tokens="first")),
@@ -71,7 +71,7 @@ def encoder_suite(lengths: Sequence[int] = (1024, 4096), repeats: int = 5, progr
     results = {}
     for length in lengths:
         models: dict[str, Any] = {"full attention (SDPA)": wide_model("bert", None, length, "encoder")[0]}
-        for name, (mechanism, options) in CONTENDERS.items():
+        for name, (mechanism, options) in CONVERTED.items():
             spec = {"mechanism": mechanism, **options}
             models[name] = wide_model("bert", spec, length, "encoder")[0]
         sizes = dict(vocab_size=1000, num_hidden_layers=2)

@@ -16,21 +16,20 @@ import torch
 from torch import Tensor
 
 from hf_efficient.benchmarks import attention as benchmark_attention
-from hf_efficient.benchmarks import baselines as contenders
+from hf_efficient.benchmarks import baselines, suites
 from hf_efficient.benchmarks import gpu as benchmark_gpu
 from hf_efficient.benchmarks import models as benchmark
-from hf_efficient.benchmarks import suites
 from hf_efficient.benchmarks.attention import Stage, attention_suite, crossovers
 from hf_efficient.benchmarks.baselines import (
+    BASELINES,
     BIASED,
     DENSE,
     MASKED,
     SAME,
-    THEIRS,
-    Ours,
+    MechanismAttention,
     Point,
     build,
-    our_names,
+    mechanism_names,
 )
 from hf_efficient.benchmarks.work import count_pairs, pattern_of, work_of
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention, reference_attention
@@ -123,34 +122,34 @@ def test_the_same_blocks(monkeypatch: pytest.MonkeyPatch):
     assert count_pairs(pattern, at.length, HEADS) == count_pairs(ours.module.pattern, at.length, HEADS)
 
 
-@pytest.mark.parametrize("name", [n for n in our_names() if n not in ("etc", "longformer", "longt5")])
+@pytest.mark.parametrize("name", [n for n in mechanism_names() if n not in ("etc", "longformer", "longt5")])
 def test_ours_is_the_attention_of_its_pattern(name: str):
     """The three others are more than their pattern; their own files compare them with formulas."""
     at = point(700)
     ours, pattern = build(name, at), pattern_of(name, at).at_length(700)
     assert_same(lambda q, k, v: reference_attention(q, k, v, pattern, scaling=WIDTH**-0.5), ours, at)
-    assert_same(contenders.masked(at, pattern), ours, at)
+    assert_same(baselines.masked(at, pattern), ours, at)
 
 
-def test_every_comparison_names_contenders():
-    assert set(SAME) <= set(our_names()) and set(DENSE) <= set(THEIRS)
-    assert all(other in THEIRS for others in SAME.values() for other in others)
-    assert {"local", "longformer", "bigbird", "axial", "sparse_transformer"} <= set(our_names())
-    assert not {"linformer", "performer"} & set(our_names())
+def test_every_comparison_names_baselines():
+    assert set(SAME) <= set(mechanism_names()) and set(DENSE) <= set(BASELINES)
+    assert all(other in BASELINES for others in SAME.values() for other in others)
+    assert {"local", "longformer", "bigbird", "axial", "sparse_transformer"} <= set(mechanism_names())
+    assert not {"linformer", "performer"} & set(mechanism_names())
 
 
 # ---- floors ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [64, 130, 700])
-@pytest.mark.parametrize("name", our_names())
+@pytest.mark.parametrize("name", mechanism_names())
 def test_pairs_are_counted_as_the_pattern_shows_them(name: str, length: int):
     at = point(length, batch=3)
     position = torch.arange(length)
     pattern = pattern_of(name, at).at_length(length)
     seen = pattern.visible_per_head(position[:, None], position).expand(HEADS, -1, -1)
     work = work_of(name, at)
-    slots = HEADS * length * (length // contenders.SLOT) if name == "longt5" else 0
+    slots = HEADS * length * (length // baselines.SLOT) if name == "longt5" else 0
     assert work.pairs == 3 * (int(seen.sum()) + slots)
     blocks = -(-length // 64)
     padded = torch.zeros(HEADS, blocks * 64, blocks * 64, dtype=torch.bool)
@@ -246,7 +245,7 @@ def test_suite_is_json_and_complete(document: dict[str, Any]):
     for (name, kind, _), row in rows.items():
         assert 0 < row["seconds"] <= row["slowest"] and row["cpu_seconds"] > 0 and row["rounds"] >= 1
         assert ("backward_seconds" in row) == (kind == "training")
-        assert row["ours"] == (name not in THEIRS)
+        assert row["ours"] == (name not in BASELINES)
         if row["ours"]:
             assert row["tflops"] == pytest.approx(row["gflop"] / row["seconds"] / 1e3)
             assert row["tile_gflop"] >= row["gflop"] and row["gbps"] > 0 and row["floor_seconds"] > 0
@@ -303,7 +302,7 @@ def test_the_floor_has_no_attention_left():
 
 def test_stages_of_both_devices_can_be_built():
     every = benchmark_attention.cpu_stages() + benchmark_attention.cuda_stages()
-    known = {*our_names(), *THEIRS, *BIASED}
+    known = {*mechanism_names(), *BASELINES, *BIASED}
     assert all(set(stage.names) <= known for stage in every)
     assert all(len(set(stage.names)) == len(stage.names) for stage in every)
     cuda = [s.point for s in benchmark_attention.cuda_stages()]
@@ -313,10 +312,10 @@ def test_stages_of_both_devices_can_be_built():
     }
     assert {(p.length, p.batch) for p in cuda} == {(n, b) for n in (4096, 16384, 65536) for b in (1, 8)}
     measured = {(name, n) for name, _, n in benchmark_attention.cpu_plan()}
-    linear = set(our_names()) - set(benchmark_attention.QUADRATIC)
+    linear = set(mechanism_names()) - set(benchmark_attention.QUADRATIC)
     assert {"local", "longformer", "bigbird", "blockwise"} <= linear
     assert {name for name, n in measured if n == 65536} == linear
-    assert set(our_names()) <= {name for name, _ in measured}
+    assert set(mechanism_names()) <= {name for name, _ in measured}
 
 
 def test_a_deadline_leaves_stages_out_and_names_them():
@@ -454,7 +453,7 @@ def test_flash_linear_attention_is_called_with_features(monkeypatch: pytest.Monk
     module.chunk_linear_attn = chunk_linear_attn  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fla.ops.linear_attn", module)
     tensors = [torch.randn(2, 3, 29, width) for width in (5, 5, 4)]
-    found, missing = benchmark_gpu.linear_contenders("cpu")
+    found, missing = benchmark_gpu.linear_methods("cpu")
     assert not missing
     assert_close(found[benchmark_gpu.FLA](*tensors), found[f"{benchmark_gpu.OURS}, PyTorch"](*tensors), 1e-5)
 
@@ -467,4 +466,4 @@ def test_compiling_runs_in_a_process_of_its_own():
 
 def test_options_that_a_mechanism_refuses_are_refused():
     with pytest.raises(ValueError, match="never mix"):
-        Ours("blockwise", point(64), shifts=(0,))
+        MechanismAttention("blockwise", point(64), shifts=(0,))
