@@ -18,6 +18,7 @@ from hf_efficient.attention.base import (
     register_mechanism,
 )
 from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.padding import real_tokens
 from hf_efficient.ops.query_clusters import cluster_queries, memberships, rows_at, tile_attention, tiles_of_groups
 from hf_efficient.ops.relative_bias import RelativeBias
 
@@ -91,10 +92,7 @@ class ClusteredAttention(EfficientAttention):
         return dataclasses.replace(config, top_k=length)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        count, keep = self.config.num_clusters, context.key_padding_mask
-        if keep is None:
-            keep = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
-        keep = keep.expand(key.shape[0], -1)
+        count, keep = self.config.num_clusters, real_tokens(context.key_padding_mask, key).expand(key.shape[0], -1)
         labels = cluster_queries(query, keep, count, self.config.iterations)
         wide = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):

@@ -22,6 +22,7 @@ from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.relative_window import labelled_window_attention
 from hf_efficient.ops.block_sparse.windows import ExtraKeys, extra_attention
 from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.padding import real_tokens
 from hf_efficient.ops.softmax import merge_attention
 from hf_efficient.patterns.kinds import Window
 
@@ -204,12 +205,12 @@ class EtcAttention(EfficientAttention):
 
     def _global_columns(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> ExtraKeys:
         """The global tokens as keys of every token."""
-        g, keep = self.config.num_global_tokens, context.key_padding_mask
+        g = self.config.num_global_tokens
         key, value = key[:, :, :g], value[:, :, :g]
         if self.config.sharing == "none":
             assert context.hidden_states is not None
             key, value = (self._heads(f"{x}_long_to_global", context.hidden_states[:, :g]) for x in ("key", "value"))
-        visible = torch.ones(1, g, dtype=torch.bool, device=key.device) if keep is None else keep[:, :g]
+        visible = real_tokens(context.key_padding_mask, key)[:, :g]
         logits = self._kind_logits(LONG_TO_GLOBAL, query, context)
         return ExtraKeys(key, value, visible[:, None], logits)
 
@@ -228,8 +229,7 @@ class EtcAttention(EfficientAttention):
             )
         # beside what is added to both alike, logits of global tokens differ by one number per query
         to_global, to_long = (self._kind_logits(k, query, context) for k in (GLOBAL_TO_GLOBAL, GLOBAL_TO_LONG))
-        keep = context.key_padding_mask
-        visible = torch.ones(1, n, dtype=torch.bool, device=key.device) if keep is None else keep
+        visible = real_tokens(context.key_padding_mask, key)
         options = dict(scaling=context.scaling, dropout=context.dropout)
         parts = (
             ExtraKeys(key[:, :, here], value[:, :, here], visible[:, None, here], bias)

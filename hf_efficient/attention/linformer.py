@@ -17,7 +17,7 @@ from hf_efficient.attention.base import (
     register_mechanism,
 )
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.padding import real_length
+from hf_efficient.ops.padding import real_length, real_tokens
 from hf_efficient.ops.pooled_keys import (
     PooledKeys,
     group_index,
@@ -185,14 +185,12 @@ class LinformerAttention(EfficientAttention):
         return dataclasses.replace(config, rank=length, head_ranks=None, max_length=length, projection=projection)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        n, keep = key.shape[2], context.key_padding_mask
+        n, keep = key.shape[2], real_tokens(context.key_padding_mask, key)
         if n > self.max_length and not self.config.interpolate:
             raise ValueError(
                 f"linformer: input of {n} tokens, but its projections were made for max_length={self.max_length}; shorten "
                 "the input, or convert with a larger max_length or with interpolate=True."
             )
-        if keep is None:
-            keep = torch.ones(1, n, dtype=torch.bool, device=key.device)
         pool = self._convolved if self.config.projection == "conv" else self._projected
         return pooled_attention(query, pool(key, value, keep, context.relative_bias is not None), context)
 

@@ -20,7 +20,7 @@ from hf_efficient.attention.base import (
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.windows import ExtraKeys
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.padding import real_length
+from hf_efficient.ops.padding import real_length, real_tokens
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patterns.kinds import Window
 
@@ -182,9 +182,7 @@ class LongT5Attention(EfficientAttention):
 
     def _blocks(self, query: Tensor, key_padding_mask: Tensor | None) -> _Blocks:
         n, g = query.shape[2], self.config.global_block_size
-        real = key_padding_mask
-        if real is None:
-            real = torch.ones(1, n, dtype=torch.bool, device=query.device)
+        real = real_tokens(key_padding_mask, query)
         length = real_length(real)[:, None]
         count = length // g
         block, token = (torch.arange(stop, device=query.device)[None] for stop in (n // g, n))

@@ -22,7 +22,7 @@ from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.windows import ExtraKeys
 from hf_efficient.ops.compression import CompressedMemory, mean_bias
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.padding import first_real_token, shift_rows
+from hf_efficient.ops.padding import first_real_token, real_tokens, shift_rows
 from hf_efficient.ops.pooled_keys import in_groups, log_count, strided_convolution
 from hf_efficient.ops.relative_bias import RelativeBias, mean_group_bias
 from hf_efficient.patterns.kinds import BlockWindow
@@ -131,7 +131,7 @@ class MemoryCompressedAttention(EfficientAttention):
     ) -> tuple[Tensor, CompressedMemory]:
         """Attention of rows that start at their first token, and their pooled keys."""
         n, block = key.shape[2], self.config.block_size
-        token_mask = key.new_ones(key.shape[0], n, dtype=torch.bool) if keep is None else keep
+        token_mask = real_tokens(keep, key).expand(key.shape[0], -1)
         memory = self._compress(key, value, token_mask, 0)
         own = torch.arange(n, device=key.device)[:, None] // block
         other = memory.number[:1] // (block // self.config.compression_rate)

@@ -18,7 +18,7 @@ from hf_efficient.attention.base import (
     register_mechanism,
 )
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.padding import real_length
+from hf_efficient.ops.padding import real_length, real_tokens
 from hf_efficient.ops.pooled_keys import groups_of_rows
 from hf_efficient.ops.softmax import additive_mask
 
@@ -125,7 +125,9 @@ class NystromformerAttention(EfficientAttention):
     def _nystrom(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
-            means = self._segment_means(query.shape[2], context.key_padding_mask, query.device, wide)
+            # rows shorter than L are computed in full; with every token its own segment their means are finite
+            member = groups_of_rows(real_tokens(context.key_padding_mask, key), self.config.num_landmarks)
+            means = (member.to(wide) / member.sum(-1, keepdim=True).clamp(min=1))[:, None]
             q, k = (x.to(wide) for x in (query, key))
             landmarks_q, landmarks_k = means @ q, means @ k
             scaled = context.scaling * landmarks_k.transpose(-1, -2)
@@ -139,16 +141,6 @@ class NystromformerAttention(EfficientAttention):
             pooled = self._full(landmarks_q, k, value.to(wide), context.key_padding_mask, context)
             out = to_landmarks @ (pseudo_inverse(among, self.config.pinv_iterations) @ pooled)
         return out.to(query.dtype)
-
-    def _segment_means(self, n: int, keep: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(B or 1, 1, L, N): row l is 1 / size on segment l of the row's real tokens, which stand in front."""
-        count = self.config.num_landmarks
-        if keep is None:
-            keep = torch.ones(1, n, dtype=torch.bool, device=device)
-        # rows shorter than L are computed in full; with every token its own segment their means are finite
-        segment = groups_of_rows(keep, count)
-        member = (segment[:, None] == torch.arange(count, device=device)[:, None]) & keep[:, None]
-        return (member.to(dtype) / member.sum(-1, keepdim=True).clamp(min=1))[:, None]
 
     def _convolved(self, value: Tensor, keep: Tensor | None) -> Tensor:
         if keep is not None:

@@ -18,6 +18,7 @@ from hf_efficient.attention.base import (
     register_mechanism,
 )
 from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.padding import real_tokens
 from hf_efficient.ops.pooled_keys import PooledKeys, groups_of_rows, pooled_attention
 
 
@@ -103,11 +104,8 @@ class SetTransformerAttention(EfficientAttention):
         return dataclasses.replace(config, num_inducing=length, segment_bias=40.0)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        count, keep = self.config.num_inducing, context.key_padding_mask
-        if keep is None:
-            keep = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
-        segment = groups_of_rows(keep, count)
-        own = (segment[:, None] == torch.arange(count, device=key.device)[:, None]) & keep[:, None]  # (B or 1, m, S)
+        keep = real_tokens(context.key_padding_mask, key)
+        own = groups_of_rows(keep, self.config.num_inducing)  # (B or 1, m, S)
         size = own.sum(-1)
         wide = torch.promote_types(key.dtype, torch.float32)
         with torch.autocast(key.device.type, enabled=False):

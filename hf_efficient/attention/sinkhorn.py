@@ -28,7 +28,7 @@ from hf_efficient.ops.block_sorting import (
 )
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.decoding import rows_attention
-from hf_efficient.ops.padding import shift_rows
+from hf_efficient.ops.padding import real_tokens, shift_rows
 
 SORTNETS = ("none", "bilinear")
 
@@ -154,9 +154,7 @@ class SinkhornAttention(EfficientAttention):
         return BlockStartLayer() if self.geometry.is_causal else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        n, keep = query.shape[2], context.key_padding_mask
-        keep = key.new_ones(1, key.shape[2], dtype=torch.bool) if keep is None else keep
-        keep = keep.expand(key.shape[0], -1)
+        n, keep = query.shape[2], real_tokens(context.key_padding_mask, key).expand(key.shape[0], -1)
         if n < key.shape[2]:
             return self._decode(query, key, value, keep, context)
         # a row within one block needs none of the block's empty places

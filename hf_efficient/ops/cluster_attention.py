@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.windows import window_sides
+from hf_efficient.ops.query_clusters import rows_at
 from hf_efficient.ops.softmax import additive_mask, attend
 from hf_efficient.patterns.kinds import Window
 
@@ -241,11 +242,6 @@ def _spread(found: Tensor, weights: Tensor, queries: Members) -> Tensor:
     return _Sum.apply(own * found.to(own.dtype), queries.tokens, weights.shape[-1])
 
 
-def _at(x: Tensor, index: Tensor) -> Tensor:
-    place = index.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
-    return x.gather(2, place).unflatten(2, index.shape[2:])
-
-
 def _sum(entries: Tensor, index: Tensor, length: int) -> Tensor:
     batch, heads, _, _, width = entries.shape
     total = wide(entries.new_zeros(batch * heads * length, width))
@@ -263,7 +259,7 @@ class _At(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.length = x.shape[2]
-        return _at(x, index)
+        return rows_at(x, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -280,4 +276,4 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _at(grad, ctx.saved_tensors[0]), None, None
+        return rows_at(grad, ctx.saved_tensors[0]), None, None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_efficient.ops.padding import first_real_token, shift_rows
+from hf_efficient.ops.padding import first_real_token, real_tokens, shift_rows
 from hf_efficient.ops.pooled_keys import in_groups, log_count, strided_convolution
 from hf_efficient.ops.relative_bias import RelativeBias, _mean_weights
 
@@ -52,8 +52,7 @@ def span_of_rows(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None,
     """
     n, first = key.shape[2], memory // size
     start, length = first * size - memory, size * max(1, n // size - first)
-    if keep is None:
-        keep = key.new_ones(key.shape[0], n, dtype=torch.bool)
+    keep = real_tokens(keep, key).expand(key.shape[0], -1)
     token_mask, read = (cut(keep, 1, begin, length) for begin in (start, first * size))
     keys, values = (cut(x, 2, start, length) for x in (key, value))
     number = torch.tensor([first], device=key.device)

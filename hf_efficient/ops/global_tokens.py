@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_efficient.ops.block_sparse.windows import ExtraKeys
 from hf_efficient.ops.decoding import entries_at
-from hf_efficient.ops.padding import first_real_token
+from hf_efficient.ops.padding import first_real_token, real_tokens
 from hf_efficient.ops.relative_bias import RelativeBias
 
 
@@ -67,9 +67,7 @@ def chosen_tokens(
 
 def without_tokens(key_padding_mask: Tensor | None, tokens: GlobalTokens, key: Tensor) -> Tensor:
     """The (B, S) keep-mask without the global tokens."""
-    keep = key_padding_mask
-    if keep is None:
-        keep = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    keep = real_tokens(key_padding_mask, key).expand(key.shape[0], -1)
     return keep.scatter(1, tokens.positions, keep.gather(1, tokens.positions) & ~tokens.exists)
 
 

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def real_tokens(key_padding_mask: Tensor | None, key: Tensor) -> Tensor:
+    """(B or 1, S) bool: which of (B, H, S, D) keys are real, where `None` = all."""
+    return key.new_ones(1, key.shape[2], dtype=torch.bool) if key_padding_mask is None else key_padding_mask
+
+
 def first_real_token(key_padding_mask: Tensor) -> Tensor:
     """(B,) index of each row's first True of a (B, S) keep-mask; 0 for a row without any."""
     return key_padding_mask.int().argmax(dim=-1)

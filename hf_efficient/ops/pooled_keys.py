@@ -97,15 +97,16 @@ def group_means(counts: Tensor, most: int, length: int) -> Tensor:
     return own / group_sizes(counts, most, length).clamp(min=1)[..., None]
 
 
-def groups_of_rows(keep: Tensor, count: int) -> Tensor:
-    """(B, S) segment of each token where every row's real tokens fall into `count` segments, shorter rows into one each.
+def groups_of_rows(key_padding_mask: Tensor, count: int) -> Tensor:
+    """(B, count, S) bool: the real tokens of each of `count` groups, equal in every row; in shorter rows of one token each.
 
     Args:
-        keep: (B, S) bool of rows aligned to the left; behind a row's end the result is `count`.
+        key_padding_mask: (B, S) bool of rows aligned to the left.
     """
-    length = real_length(keep)[:, None]
-    token = torch.arange(keep.shape[1], device=keep.device)
-    return torch.where(token < length, token * count // length.clamp(min=count), count)
+    length = real_length(key_padding_mask)[:, None]
+    token = torch.arange(key_padding_mask.shape[1], device=key_padding_mask.device)
+    group = torch.where(token < length, token * count // length.clamp(min=count), count)
+    return (group[:, None] == torch.arange(count, device=group.device)[:, None]) & key_padding_mask[:, None]
 
 
 def strided_convolution(x: Tensor, keep: Tensor, weight: Tensor) -> Tensor:
