@@ -20,6 +20,7 @@ from hf_efficient.attention.base import (
 from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig
 from hf_efficient.ops.block_sparse.windows import ExtraKeys
 from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.padding import real_tokens
 from hf_efficient.ops.softmax import attend
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.random_blocks import BigBirdBlocks
@@ -139,16 +140,18 @@ class BigBirdAttention(PatternAttention):
         )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        g, keep = self.config.num_global_tokens, context.key_padding_mask
+        g, token_mask = self.config.num_global_tokens, context.key_padding_mask
         if not g:
             return self.attend(query, key, value, context)
         q, k, v = (x[:, :, g:] for x in (query, key, value))
         bias = self.global_logits[None, :, None, None]
         if context.relative_bias is not None:
             bias = bias + context.relative_bias.at(_offsets(range(g, g + q.shape[2]), range(g), key))[None]
-        visible = torch.ones(1, g, dtype=torch.bool, device=key.device) if keep is None else keep[:, :g]
+        visible = real_tokens(token_mask, key)[:, :g]
         extra = ExtraKeys(key[:, :, :g], value[:, :, :g], visible[:, None], bias)
-        out = self.attend(q, k, v, context, key_padding_mask=None if keep is None else keep[:, g:], extra=extra)
+        out = self.attend(
+            q, k, v, context, key_padding_mask=None if token_mask is None else token_mask[:, g:], extra=extra
+        )
         return torch.cat([self._global_rows(query[:, :, :g], key, value, context).to(out.dtype), out], dim=2)
 
     def _global_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:

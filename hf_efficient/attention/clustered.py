@@ -92,26 +92,29 @@ class ClusteredAttention(EfficientAttention):
         return dataclasses.replace(config, top_k=length)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        count, keep = self.config.num_clusters, real_tokens(context.key_padding_mask, key).expand(key.shape[0], -1)
-        labels = cluster_queries(query, keep, count, self.config.iterations)
+        count = self.config.num_clusters
+        token_mask = real_tokens(context.key_padding_mask, key).expand(key.shape[0], -1)
+        labels = cluster_queries(query, token_mask, count, self.config.iterations)
         wide = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
             q, k, v = (x.to(wide) for x in (query, key, value))
-            logits = self._logits(q, k, keep, labels, context)
+            logits = self._logits(q, k, token_mask, labels, context)
             top = logits.detach().topk(min(self.config.top_k, key.shape[2]), dim=-1).indices
             # of a row without any real key all logits are equal; no query reads it
-            weights = logits.softmax(-1).masked_fill(~keep[:, None, None], 0.0)
+            weights = logits.softmax(-1).masked_fill(~token_mask[:, None, None], 0.0)
             mass = weights.gather(-1, top).sum(-1)
             rest = F.dropout(weights.scatter(-1, top, 0.0), context.dropout) @ v
         rest, mass = rest.to(value.dtype), mass.to(value.dtype)
         if not self.config.top_k:
             return rows_at(F.pad(rest, (0, 0, 0, 1)), labels)
         tiles = tiles_of_groups(labels, count, TILE)
-        own = tile_attention(query, key, value, tiles, top, keep, context)
+        own = tile_attention(query, key, value, tiles, top, token_mask, context)
         mass, rest = (rows_at(x, tiles.group)[..., None, :] for x in (mass[..., None], rest))
         return rows_at(F.pad((mass * own + rest).flatten(2, 3), (0, 0, 0, 1)), tiles.place)
 
-    def _logits(self, query: Tensor, key: Tensor, keep: Tensor, labels: Tensor, context: AttentionContext) -> Tensor:
+    def _logits(
+        self, query: Tensor, key: Tensor, token_mask: Tensor, labels: Tensor, context: AttentionContext
+    ) -> Tensor:
         """(B, H, C, S) means of the members' logits; the lowest number at padding."""
         members = memberships(labels, self.config.num_clusters)
         shares = members / members.sum(-1, keepdim=True).clamp(min=1).to(query.dtype)
@@ -121,4 +124,4 @@ class ClusteredAttention(EfficientAttention):
             # what keys see of queries is what queries see of keys, with all offsets the other way round
             mirrored = RelativeBias(bias.table, lambda offsets: bias.bucket(-offsets), bias.saturation)
             logits = logits + mirrored.pooled(shares).transpose(-1, -2)
-        return logits.masked_fill(~keep[:, None, None], torch.finfo(logits.dtype).min)
+        return logits.masked_fill(~token_mask[:, None, None], torch.finfo(logits.dtype).min)

@@ -202,8 +202,8 @@ class CompressiveAttention(SegmentAttention):
     def _far_of_cache(
         self, query: Tensor, key: Tensor, value: Tensor, token: Tensor, context: AttentionContext
     ) -> Any:
-        batch, keep = key.shape[0], context.key_padding_mask
-        token_mask = (token >= 0).expand(batch, -1) if keep is None else (token >= 0) & keep
+        batch, key_padding_mask = key.shape[0], context.key_padding_mask
+        token_mask = (token >= 0).expand(batch, -1) if key_padding_mask is None else (token >= 0) & key_padding_mask
         layer = context.recurrent if isinstance(context.recurrent, SegmentLayer) else None
         queries, read = self._queries_of_cache(query, token_mask, layer)
         sizes = self.config.segment_length, self.config.memory_length

@@ -164,11 +164,11 @@ class EtcAttention(EfficientAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         g, clip, reach = self.config.num_global_tokens, self.config.relative_labels, self.config.attention_window // 2
-        keep = context.key_padding_mask
+        token_mask = context.key_padding_mask
         q, k, v = (x[:, :, g:] for x in (query, key, value))
         options: dict[str, Any] = dict(
             scaling=context.scaling,
-            key_padding_mask=None if keep is None else keep[:, g:],
+            key_padding_mask=None if token_mask is None else token_mask[:, g:],
             relative_bias=context.relative_bias,
             dropout=context.dropout,
         )

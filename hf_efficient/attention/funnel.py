@@ -144,23 +144,23 @@ class FunnelAttention(EfficientAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         (queries, keys), rows = self.pooling, context.rows
         if rows is None:
-            keep, n = context.key_padding_mask, query.shape[2]
-            q, k, v = (window.means(x, keep) for window, x in ((queries, query), (keys, key), (keys, value)))
-            return queries.repeat(self._attend(q, k, v, n, keep, context), n)
+            token_mask, n = context.key_padding_mask, query.shape[2]
+            q, k, v = (window.means(x, token_mask) for window, x in ((queries, query), (keys, key), (keys, value)))
+            return queries.repeat(self._attend(q, k, v, n, token_mask, context), n)
         if keys != queries:
             assert context.project is not None and context.hidden_states is not None
             key, value = context.project(context.hidden_states)
         parts = zip(
             rows.split(query, queries), rows.split(key, keys), rows.split(value, keys), rows.groups, strict=True
         )
-        return rows.join([self._attend(q, k, v, group.tokens, group.keep, context) for q, k, v, group in parts])
+        return rows.join([self._attend(q, k, v, group.tokens, group.token_mask, context) for q, k, v, group in parts])
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, n: int, keep: Tensor | None, context: AttentionContext
+        self, query: Tensor, key: Tensor, value: Tensor, n: int, token_mask: Tensor | None, context: AttentionContext
     ) -> Tensor:
-        """(B, H, query windows, D) full attention of pooled tokens, in rows of n tokens of which (B, n) `keep` are real."""
+        """(B, H, query windows, D) full attention in rows of n tokens, of which `token_mask` (B, n) are real."""
         queries, keys = self.pooling
-        counts = keys.counts(n, keep, key.device)
+        counts = keys.counts(n, token_mask, key.device)
         wide = torch.promote_types(query.dtype, torch.float32)
         logits = None if counts is None else log_count(counts.to(wide)).to(query.dtype)[:, None, None]
         if context.relative_bias is not None:

@@ -90,7 +90,7 @@ class LinformerAttentionConfig(EfficientAttentionConfig):
 class LinformerAttention(EfficientAttention):
     """Attention over R pooled keys and values, each a weighted mean.
 
-    With E, F (R, n) and keep-mask p; the mass m_r is the share of the weights of r that fell on real tokens:
+    With E, F (R, n) and token mask p; the mass m_r is the share of the weights of r that fell on real tokens:
 
         k̃_r = Σ_j E_rj p_j k_j / m_r,   ṽ_r = Σ_j F_rj p_j v_j / m'_r,   m_r = Σ_j |E_rj| p_j / Σ_j |E_rj|
         y_i = Σ_r softmax_r(s · q_i·k̃_r + Σ_j E_rj p_j b(j - i) / m_r + log(m_r c_r)) ṽ_r
@@ -185,42 +185,42 @@ class LinformerAttention(EfficientAttention):
         return dataclasses.replace(config, rank=length, head_ranks=None, max_length=length, projection=projection)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        n, keep = key.shape[2], real_tokens(context.key_padding_mask, key)
+        n, token_mask = key.shape[2], real_tokens(context.key_padding_mask, key)
         if n > self.max_length and not self.config.interpolate:
             raise ValueError(
                 f"linformer: input of {n} tokens, but its projections were made for max_length={self.max_length}; shorten "
                 "the input, or convert with a larger max_length or with interpolate=True."
             )
         pool = self._convolved if self.config.projection == "conv" else self._projected
-        return pooled_attention(query, pool(key, value, keep, context.relative_bias is not None), context)
+        return pooled_attention(query, pool(key, value, token_mask, context.relative_bias is not None), context)
 
-    def _projected(self, key: Tensor, value: Tensor, keep: Tensor, with_weights: bool) -> PooledKeys:
+    def _projected(self, key: Tensor, value: Tensor, token_mask: Tensor, with_weights: bool) -> PooledKeys:
         n, device = key.shape[2], key.device
-        weights = self._weights("key_projection", key, keep)
-        mass = pooling_mass(weights, keep)
+        weights = self._weights("key_projection", key, token_mask)
+        mass = pooling_mass(weights, token_mask)
         if self.config.projection == "max":
             index = group_index(self._ranks(device), self.max_length)[:, :n]
-            keys, values = (max_pooled(x, keep, index, self.rank) for x in (key, value))
+            keys, values = (max_pooled(x, token_mask, index, self.rank) for x in (key, value))
         else:
-            keys = projected(weights, mass, key, keep)
-            other = self._weights("value_projection", value, keep)
-            values = projected(other, pooling_mass(other, keep), value, keep)
+            keys = projected(weights, mass, key, token_mask)
+            other = self._weights("value_projection", value, token_mask)
+            values = projected(other, pooling_mass(other, token_mask), value, token_mask)
         counts = mass.to(torch.promote_types(mass.dtype, torch.float32)) * self._group_sizes(device)
         if n > self.max_length:
-            counts = counts * (real_length(keep).clamp(min=self.max_length) / self.max_length)[:, None, None]
-        real = weights[..., :n] * keep[:, None, None] if with_weights else None
+            counts = counts * (real_length(token_mask).clamp(min=self.max_length) / self.max_length)[:, None, None]
+        real = weights[..., :n] * token_mask[:, None, None] if with_weights else None
         return PooledKeys(
             keys, values, counts, None if real is None else real / torch.where(mass > 0, mass, 1.0)[..., None]
         )
 
-    def _convolved(self, key: Tensor, value: Tensor, keep: Tensor, with_weights: bool) -> PooledKeys:
+    def _convolved(self, key: Tensor, value: Tensor, token_mask: Tensor, with_weights: bool) -> PooledKeys:
         kernels = self.key_projection, getattr(self, "value_projection", self.key_projection)
-        keys, values = (strided_convolution(x, keep, w) for x, w in zip((key, value), kernels, strict=True))
+        keys, values = (strided_convolution(x, token_mask, w) for x, w in zip((key, value), kernels, strict=True))
         size = self.key_projection.shape[1]
-        pooling_weights = mean_weights(keep, size).to(key.dtype)[:, None] if with_weights else None
-        return PooledKeys(keys, values, in_groups(keep, size).sum(-1)[:, None], pooling_weights)
+        pooling_weights = mean_weights(token_mask, size).to(key.dtype)[:, None] if with_weights else None
+        return PooledKeys(keys, values, in_groups(token_mask, size).sum(-1)[:, None], pooling_weights)
 
-    def _weights(self, name: str, like: Tensor, keep: Tensor) -> Tensor:
+    def _weights(self, name: str, like: Tensor, token_mask: Tensor) -> Tensor:
         """(H or 1, R, max_length) projection, of longer inputs (B, H or 1, R, n); E serves for F where they are shared."""
         if self.config.projection != "linear":
             weights = self._group_means(like.device).to(like.dtype)
@@ -228,7 +228,7 @@ class LinformerAttention(EfficientAttention):
             weights = getattr(self, name, self.key_projection).to(like.dtype)
             if self.config.head_ranks is not None:
                 weights = weights * (self._group_sizes(like.device) > 0)[..., None]
-        return stretched(weights, keep) if like.shape[2] > self.max_length else weights
+        return stretched(weights, token_mask) if like.shape[2] > self.max_length else weights
 
     def _ranks(self, device: torch.device) -> Tensor:
         """(H or 1, 1) pooled keys of each head."""

@@ -198,14 +198,14 @@ class LongformerAttention(PatternAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         if query.shape[2] < key.shape[2]:
             return self._decode(query, key, value, context)
-        tokens, keep, extra = self._global_tokens(key, context), context.key_padding_mask, None
+        tokens, token_mask, extra = self._global_tokens(key, context), context.key_padding_mask, None
         # listed positions stand in the same place of every row without padding: they are part of the pattern
-        is_listed = self.listed is not None and keep is None and context.global_attention_mask is None
+        is_listed = self.listed is not None and token_mask is None and context.global_attention_mask is None
         if tokens is not None and not is_listed:
             extra = global_columns(tokens, key, value, context.relative_bias, context.is_causal)
-            keep = without_tokens(keep, tokens, key)
+            token_mask = without_tokens(token_mask, tokens, key)
         pattern = self.listed if is_listed else self.neighbours
-        out = self.attend(query, key, value, context, pattern=pattern, key_padding_mask=keep, extra=extra)
+        out = self.attend(query, key, value, context, pattern=pattern, key_padding_mask=token_mask, extra=extra)
         if tokens is not None and self.has_global_rows:
             rows = self._global_rows(tokens.positions, context).to(out.dtype)
             target = tokens.positions[:, None, :, None].expand(rows.shape)
@@ -219,10 +219,10 @@ class LongformerAttention(PatternAttention):
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         """New queries over the keys that the cache kept."""
-        positions, keep, given = context.key_positions, context.key_padding_mask, context.global_attention_mask
+        positions, token_mask, given = context.key_positions, context.key_padding_mask, context.global_attention_mask
         if positions is None:
             positions = torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1)
-            start = None if keep is None else first_real_token(keep)
+            start = None if token_mask is None else first_real_token(token_mask)
             context = dataclasses.replace(context, key_positions=positions, row_start=start)
         columns = None if given is None else kept_tokens(given, positions, context.query_offset + query.shape[2])
         pattern = self.pattern if given is None else self.neighbours

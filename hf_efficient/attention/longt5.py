@@ -167,10 +167,10 @@ class LongT5Attention(EfficientAttention):
         blocks = self._blocks(query, context.key_padding_mask)
         size = _before(blocks.seen, blocks.end) - _before(blocks.seen, blocks.start)  # (B, G) real tokens
         key, value = context.project(self._pooled(context.hidden_states, blocks, size))
-        keep, bias = (blocks.exists & (size > 0))[:, None], None
+        visible, bias = (blocks.exists & (size > 0))[:, None], None
         if self.config.log_count:
             unseen = self._unseen(blocks, size)
-            keep = keep & (unseen > 0)
+            visible = visible & (unseen > 0)
             bias = unseen.clamp(min=1).to(torch.promote_types(query.dtype, torch.float32)).log()[:, None]
         if self.slot_bias is not None:
             assert context.relative_bias is not None
@@ -178,7 +178,7 @@ class LongT5Attention(EfficientAttention):
             block = torch.arange(size.shape[1], device=query.device)
             side = table.at(block - blocks.block[..., None]).transpose(0, 1)  # (B, H, N, G)
             bias = side if bias is None else side + bias
-        return ExtraKeys(key, value, keep, bias)
+        return ExtraKeys(key, value, visible, bias)
 
     def _blocks(self, query: Tensor, key_padding_mask: Tensor | None) -> _Blocks:
         n, g = query.shape[2], self.config.global_block_size

@@ -109,13 +109,13 @@ class MemoryCompressedAttention(EfficientAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         if query.shape[2] < key.shape[2] or context.key_positions is not None:
             return self._decode(query, key, value, context)
-        keep = context.key_padding_mask
+        key_padding_mask = context.key_padding_mask
         start = None
-        if keep is not None and not self.left_aligned:
-            start = first_real_token(keep)
+        if key_padding_mask is not None and not self.left_aligned:
+            start = first_real_token(key_padding_mask)
             query, key, value = (shift_rows(x, start, 2) for x in (query, key, value))
-            keep = shift_rows(keep, start, 1)
-        out, memory = self._whole_rows(query, key, value, keep, context)
+            key_padding_mask = shift_rows(key_padding_mask, start, 1)
+        out, memory = self._whole_rows(query, key, value, key_padding_mask, context)
         layer = context.recurrent
         if isinstance(layer, CompressedLayer) and layer.dropped is not None:
             dropped = layer.dropped if start is None else shift_rows(layer.dropped, start, 1)
@@ -127,11 +127,11 @@ class MemoryCompressedAttention(EfficientAttention):
         return shift_rows(out, -start, 2).where(started[:, None, :, None], 0.0)
 
     def _whole_rows(
-        self, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, context: AttentionContext
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, context: AttentionContext
     ) -> tuple[Tensor, CompressedMemory]:
         """Attention of rows that start at their first token, and their pooled keys."""
         n, block = key.shape[2], self.config.block_size
-        token_mask = real_tokens(keep, key).expand(key.shape[0], -1)
+        token_mask = real_tokens(key_padding_mask, key).expand(key.shape[0], -1)
         memory = self._compress(key, value, token_mask, 0)
         own = torch.arange(n, device=key.device)[:, None] // block
         other = memory.number[:1] // (block // self.config.compression_rate)
@@ -147,7 +147,7 @@ class MemoryCompressedAttention(EfficientAttention):
             BlockWindow(block_size=block),
             scaling=context.scaling,
             is_causal=context.is_causal,
-            key_padding_mask=keep,
+            key_padding_mask=key_padding_mask,
             relative_bias=context.relative_bias,
             dropout=context.dropout,
             extra=extra,
@@ -166,16 +166,16 @@ class MemoryCompressedAttention(EfficientAttention):
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         """New queries over the pooled keys of the cache and the keys that it kept, whose complete blocks are pooled."""
-        positions, keep = context.key_positions, context.key_padding_mask
+        positions, mask = context.key_positions, context.key_padding_mask
         if positions is None:
             positions = torch.arange(key.shape[2], device=key.device)[None]
         batch, start = key.shape[0], context.row_start
         if start is None:
-            start = torch.zeros(1, dtype=torch.long, device=key.device) if keep is None else first_real_token(keep)
+            start = torch.zeros(1, dtype=torch.long, device=key.device) if mask is None else first_real_token(mask)
         exists = ((positions >= 0) & (positions >= start[:, None])).expand(batch, -1)
         shift = first_real_token(exists)
         key, value = (shift_rows(x, shift, 2) for x in (key, value))
-        token_mask = shift_rows(exists if keep is None else exists & keep, shift, 1)
+        token_mask = shift_rows(exists if mask is None else exists & mask, shift, 1)
         first = (positions.expand(batch, -1).gather(1, shift[:, None]) - start[:, None]).clamp(min=0)
         memory = self._compress(key, value, token_mask, first[..., None, None])
         layer = context.recurrent

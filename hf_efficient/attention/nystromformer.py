@@ -101,23 +101,23 @@ class NystromformerAttention(EfficientAttention):
         return dataclasses.replace(config, num_landmarks=length)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        n, count, keep = key.shape[2], self.config.num_landmarks, context.key_padding_mask
+        n, count, token_mask = key.shape[2], self.config.num_landmarks, context.key_padding_mask
         if n <= count:
-            out = self._full(query, key, value, keep, context)
+            out = self._full(query, key, value, token_mask, context)
         else:
             out = self._nystrom(query, key, value, context)
-            if keep is not None:
+            if token_mask is not None:
                 q, k, v = (x[:, :, :count] for x in (query, key, value))
-                short = F.pad(self._full(q, k, v, keep[:, :count], context), (0, 0, 0, n - count))
-                out = torch.where((real_length(keep) <= count)[:, None, None, None], short, out)
+                short = F.pad(self._full(q, k, v, token_mask[:, :count], context), (0, 0, 0, n - count))
+                out = torch.where((real_length(token_mask) <= count)[:, None, None, None], short, out)
         if self.config.conv_kernel_size is not None:
-            out = out + self._convolved(value, keep)
+            out = out + self._convolved(value, token_mask)
         return out
 
     def _full(
-        self, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, context: AttentionContext
+        self, query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None, context: AttentionContext
     ) -> Tensor:
-        mask = None if keep is None else additive_mask(keep, query.dtype)[:, None, None]
+        mask = None if token_mask is None else additive_mask(token_mask, query.dtype)[:, None, None]
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=context.dropout, scale=context.scaling
         )
@@ -142,9 +142,9 @@ class NystromformerAttention(EfficientAttention):
             out = to_landmarks @ (pseudo_inverse(among, self.config.pinv_iterations) @ pooled)
         return out.to(query.dtype)
 
-    def _convolved(self, value: Tensor, keep: Tensor | None) -> Tensor:
-        if keep is not None:
-            value = value * keep[:, None, :, None]
+    def _convolved(self, value: Tensor, token_mask: Tensor | None) -> Tensor:
+        if token_mask is not None:
+            value = value * token_mask[:, None, :, None]
         kernel = self.convolution.to(value.dtype)[:, None, :, None]
         return F.conv2d(value, kernel, padding=(self.convolution.shape[1] // 2, 0), groups=value.shape[1])
 

@@ -165,9 +165,9 @@ def _unit(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
-def _mean(x: Tensor, keep: Tensor | None) -> Tensor:
+def _mean(x: Tensor, token_mask: Tensor | None) -> Tensor:
     """(B, H, 1, D) mean of the real tokens of (B, H, N, D)."""
-    if keep is None:
+    if token_mask is None:
         return x.mean(2, keepdim=True)
-    real = keep[:, None, :, None]
+    real = token_mask[:, None, :, None]
     return torch.where(real, x, 0.0).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)

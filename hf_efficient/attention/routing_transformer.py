@@ -132,7 +132,7 @@ class RoutingTransformerAttention(EfficientAttention):
         return BucketLayer() if self.geometry.is_causal else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        size, near, keep = self.config.cluster_size, self.config.attention_window, context.key_padding_mask
+        size, near, token_mask = self.config.cluster_size, self.config.attention_window, context.key_padding_mask
         if self.geometry.is_causal:
             routed = self._routed(query, key[:, :, key.shape[2] - query.shape[2] :])
             labels = labels_of_all(nearest(routed, self.centroids)[:, :, None], key.shape[2], context)
@@ -142,10 +142,10 @@ class RoutingTransformerAttention(EfficientAttention):
             if size >= query.shape[2]:
                 # one cluster takes everything
                 centroids, near = centroids[:, :1], 0
-            members = (best_members(x, centroids, size, keep) for x in (query, key))
+            members = (best_members(x, centroids, size, token_mask) for x in (query, key))
             out = cluster_attention(query, key, value, *members, near=near, context=context)
         if self.config.ema_decay and self.training and out.requires_grad:
-            self._count(query, key, keep, out)
+            self._count(query, key, token_mask, out)
         return out
 
     def _routed(self, query: Tensor, key: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class RoutingTransformerAttention(EfficientAttention):
         counts = cluster_sums(self._routed(query, key)[None], self.centroids, None)[..., -1]
         return counts / query.shape[1]
 
-    def _count(self, query: Tensor, key: Tensor, keep: Tensor | None, out: Tensor) -> None:
+    def _count(self, query: Tensor, key: Tensor, token_mask: Tensor | None, out: Tensor) -> None:
         """Count the call when its gradient comes: once, although checkpointing may compute it twice."""
         if torch.compiler.is_compiling():
             raise ValueError(
@@ -184,7 +184,7 @@ class RoutingTransformerAttention(EfficientAttention):
             )
         new = slice(key.shape[2] - query.shape[2], None)
         routed = F.normalize(self._routed(query, key[:, :, new]), dim=-1)
-        sums = cluster_sums(routed, self.centroids, None if keep is None else keep[:, new])
+        sums = cluster_sums(routed, self.centroids, None if token_mask is None else token_mask[:, new])
 
         def add(gradient: Tensor) -> None:
             self.pending = sums if self.pending is None else self.pending + sums

@@ -104,20 +104,20 @@ class SetTransformerAttention(EfficientAttention):
         return dataclasses.replace(config, num_inducing=length, segment_bias=40.0)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        keep = real_tokens(context.key_padding_mask, key)
-        own = groups_of_rows(keep, self.config.num_inducing)  # (B or 1, m, S)
+        token_mask = real_tokens(context.key_padding_mask, key)
+        own = groups_of_rows(token_mask, self.config.num_inducing)  # (B or 1, m, S)
         size = own.sum(-1)
         wide = torch.promote_types(key.dtype, torch.float32)
         with torch.autocast(key.device.type, enabled=False):
-            tokens = key.to(wide).masked_fill(~keep[:, None, :, None], 0.0)
+            tokens = key.to(wide).masked_fill(~token_mask[:, None, :, None], 0.0)
             means = (own / size.clamp(min=1)[..., None]).to(wide)[:, None] @ tokens
             points = self.inducing_points.to(wide) + self.key_weight.to(wide)[:, None, None] * means
             logits = context.scaling * points @ tokens.transpose(-1, -2)
             logits = logits + self.segment_bias.to(wide)[:, None, None] * own[:, None]
-            weights = logits.masked_fill(~keep[:, None, None], torch.finfo(wide).min).softmax(-1)
+            weights = logits.masked_fill(~token_mask[:, None, None], torch.finfo(wide).min).softmax(-1)
             # a row without any real token has weights of its padding, which no pooled key shows
             keys = weights @ tokens
-            values = weights @ value.to(wide).masked_fill(~keep[:, None, :, None], 0.0)
+            values = weights @ value.to(wide).masked_fill(~token_mask[:, None, :, None], 0.0)
         return pooled_attention(
             query, PooledKeys(keys.to(key.dtype), values.to(value.dtype), size[:, None], weights), context
         )

@@ -154,16 +154,16 @@ class SinkhornAttention(EfficientAttention):
         return BlockStartLayer() if self.geometry.is_causal else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        n, keep = query.shape[2], real_tokens(context.key_padding_mask, key).expand(key.shape[0], -1)
+        n, token_mask = query.shape[2], real_tokens(context.key_padding_mask, key).expand(key.shape[0], -1)
         if n < key.shape[2]:
-            return self._decode(query, key, value, keep, context)
+            return self._decode(query, key, value, token_mask, context)
         # a row within one block needs none of the block's empty places
         size = min(self.config.block_size, n)
-        descriptors = self._descriptors(query, keep, size, context)
+        descriptors = self._descriptors(query, token_mask, size, context)
         targets = torch.arange(descriptors.shape[2], device=key.device)
-        exists = first_tokens(keep, size)[1]
+        exists = first_tokens(token_mask, size)[1]
         eligible = other_blocks(targets, len(targets), context.is_causal) & exists[:, None] & exists[..., None]
-        shares = self._shares(descriptors, block_means(key.detach(), keep, size), eligible[:, None], context)
+        shares = self._shares(descriptors, block_means(key.detach(), token_mask, size), eligible[:, None], context)
         chosen = best_blocks(shares, self.config.num_sorted_blocks)
         # the same in a first pass without gradients, whose recomputation draws dropout likewise
         is_learned = self.config.sortnet != "none" and (self.training or torch.is_grad_enabled())
@@ -181,13 +181,13 @@ class SinkhornAttention(EfficientAttention):
             dropout=context.dropout,
         )
 
-    def _descriptors(self, query: Tensor, keep: Tensor, size: int, context: AttentionContext) -> Tensor:
+    def _descriptors(self, query: Tensor, token_mask: Tensor, size: int, context: AttentionContext) -> Tensor:
         """(B, H, U, D) what blocks choose by."""
         query = query.detach()
         if not context.is_causal:
-            means = block_means(query, keep, size)
-            return block_means(query, keep, query.shape[2]).expand_as(means) if self.config.sortcut else means
-        first = first_tokens(keep, size)[0]
+            means = block_means(query, token_mask, size)
+            return block_means(query, token_mask, query.shape[2]).expand_as(means) if self.config.sortcut else means
+        first = first_tokens(token_mask, size)[0]
         if isinstance(context.recurrent, BlockStartLayer):
             return context.recurrent.append(query, first, 0)
         return tokens_at(query, first)
@@ -203,7 +203,9 @@ class SinkhornAttention(EfficientAttention):
                 scores = scores - torch.empty_like(scores).exponential_().log()
             return log_shares(scores / self.config.temperature, eligible, self.config.iterations)
 
-    def _decode(self, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, context: AttentionContext) -> Tensor:
+    def _decode(
+        self, query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor, context: AttentionContext
+    ) -> Tensor:
         """New queries against all keys so far, of which each sees those of its block's choice."""
         layer, size = context.recurrent, self.config.block_size
         if not isinstance(layer, BlockStartLayer) or layer.state is None:
@@ -212,10 +214,10 @@ class SinkhornAttention(EfficientAttention):
                 "under torch.compile: give past_key_values=None with the first call, or use_cache=False."
             )
         start = key.new_zeros(key.shape[0], dtype=torch.long) if context.row_start is None else context.row_start
-        there = shift_rows(keep, start, 1)
-        first, exists = first_tokens(there, size)
+        shifted = shift_rows(token_mask, start, 1)
+        first, exists = first_tokens(shifted, size)
         queries = layer.append(query, first + start[:, None], context.query_offset)
-        means = block_means(shift_rows(key.detach(), start, 2), there, size)
+        means = block_means(shift_rows(key.detach(), start, 2), shifted, size)
         count = means.shape[2]
 
         def visible(rows: Tensor, keys: Tensor) -> Tensor:

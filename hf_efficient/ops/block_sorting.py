@@ -13,20 +13,20 @@ from hf_efficient.ops.pooled_keys import in_groups
 from hf_efficient.ops.softmax import merge_attention
 
 
-def block_means(x: Tensor, keep: Tensor, size: int) -> Tensor:
+def block_means(x: Tensor, token_mask: Tensor, size: int) -> Tensor:
     """(B, H, U, D) means of the real tokens of blocks of `size`, in fp32 at least, of (B, H, N, D) and a (B, N) mask; 0
     for a block without any."""
-    token_mask = in_groups(keep, size)
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~keep[:, None, :, None], 0.0)
+    members = in_groups(token_mask, size)
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~token_mask[:, None, :, None], 0.0)
     total = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size)).sum(3)
-    return total / token_mask.sum(-1).clamp(min=1)[:, None, :, None]
+    return total / members.sum(-1).clamp(min=1)[:, None, :, None]
 
 
-def first_tokens(keep: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def first_tokens(token_mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """(B, U) index of the first real token of each block of `size` of a (B, N) mask, and which blocks have one."""
-    token_mask = in_groups(keep, size)
-    blocks = torch.arange(token_mask.shape[1], device=keep.device)
-    return blocks * size + token_mask.int().argmax(-1), token_mask.any(-1)
+    members = in_groups(token_mask, size)
+    blocks = torch.arange(members.shape[1], device=token_mask.device)
+    return blocks * size + members.int().argmax(-1), members.any(-1)
 
 
 def tokens_at(x: Tensor, index: Tensor) -> Tensor:

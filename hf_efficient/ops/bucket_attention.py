@@ -195,8 +195,8 @@ class _Round(NamedTuple):
     block: int
 
 
-def _hidden(key: Tensor, keep: Tensor | None) -> Tensor:
-    return key if keep is None else torch.where(keep[:, None], key, -FAR)
+def _hidden(key: Tensor, token_mask: Tensor | None) -> Tensor:
+    return key if token_mask is None else torch.where(token_mask[:, None], key, -FAR)
 
 
 def _window(token: Tensor, near: int, context: AttentionContext) -> _Codes:
@@ -204,11 +204,11 @@ def _window(token: Tensor, near: int, context: AttentionContext) -> _Codes:
     return _Codes(code, _hidden(code, context.key_padding_mask), *window_sides(near, context.is_causal))
 
 
-def _sorted(labels: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _sorted(labels: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(order, place, label at each place) of (B, H, N) labels, by label and position."""
     n = labels.shape[-1]
     token = torch.arange(n, device=labels.device)
-    labels = labels if keep is None else torch.where(keep[:, None], labels, PRIVATE)
+    labels = labels if token_mask is None else torch.where(token_mask[:, None], labels, PRIVATE)
     # distinct, so that every sort is stable
     order = (labels * n + token).argsort(dim=-1)
     place = torch.empty_like(order).scatter_(-1, order, token.expand_as(order))
@@ -228,10 +228,10 @@ def _by_label(labels: Tensor, size: int, context: AttentionContext) -> _Round:
 
 def _by_rank(query_labels: Tensor, key_labels: Tensor, size: int, context: AttentionContext) -> _Round:
     """Codes are numbers of chunks."""
-    keep = context.key_padding_mask
-    queries, keys = (_sorted(labels, keep)[:2] for labels in (query_labels, key_labels))
+    token_mask = context.key_padding_mask
+    queries, keys = (_sorted(labels, token_mask)[:2] for labels in (query_labels, key_labels))
     query, key = ((place // size).to(torch.int32) for _, place in (queries, keys))
-    return _Round(queries, keys, _Codes(query, _hidden(key, keep), 0, 0), size)
+    return _Round(queries, keys, _Codes(query, _hidden(key, token_mask), 0, 0), size)
 
 
 def _one_tile(
@@ -254,9 +254,9 @@ def _one_tile(
 def _last_resort(value: Tensor, context: AttentionContext) -> Partial:
     """Every token's own value, with a weight that only counts beside nothing."""
     weight = value.new_full(value.shape[:3], LEAST, dtype=torch.promote_types(value.dtype, torch.float32))
-    if (keep := context.key_padding_mask) is None:
+    if (token_mask := context.key_padding_mask) is None:
         return value, weight
-    gone = ~keep[:, None]
+    gone = ~token_mask[:, None]
     return value.masked_fill(gone[..., None], 0.0), weight.masked_fill(gone, float("-inf"))
 
 
@@ -336,8 +336,8 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, labels: Tensor, rule: _Ru
     """New queries, a few at a time; where only few of all keys can be visible, these alone are looked at."""
     s, context, most = key.shape[2], rule.context, labels.shape[2] * rule.size + rule.near
     token = torch.arange(s, device=key.device)
-    keep = context.key_padding_mask
-    there = token >= 0 if keep is None else keep[:, None, None]
+    token_mask = context.key_padding_mask
+    there = token >= 0 if token_mask is None else token_mask[:, None, None]
     outputs, first = [], s - query.shape[2]
     for part in query.split(CHUNK, dim=2):
         own = token[first : first + part.shape[2], None]

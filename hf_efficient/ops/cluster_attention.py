@@ -94,16 +94,16 @@ def nearest(x: Tensor, centroids: Tensor) -> Tensor:
         return (wide(x) @ wide(centroids).transpose(-1, -2)).argmax(-1)
 
 
-def cluster_sums(x: Tensor, centroids: Tensor, keep: Tensor | None) -> Tensor:
+def cluster_sums(x: Tensor, centroids: Tensor, token_mask: Tensor | None) -> Tensor:
     """(H, k, D + 1): the sum over all real tokens nearest to each centroid, and in the last column their number.
 
     Args:
-        x: (B, H, N, D). centroids: (H, k, D). keep: (B, N) bool; `None` = all real.
+        x: (B, H, N, D). centroids: (H, k, D). token_mask: (B, N) bool; `None` = all real.
     """
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         member = F.one_hot(nearest(x, centroids), centroids.shape[1]).to(wide(x).dtype)
-        if keep is not None:
-            member = member * keep[:, None, :, None]
+        if token_mask is not None:
+            member = member * token_mask[:, None, :, None]
         # padding may hold anything
         x = torch.where(member.sum(-1, keepdim=True) > 0, wide(x), 0.0)
         return torch.einsum("bhnk,bhnd->hkd", member, F.pad(x, (0, 1), value=1.0))
@@ -125,7 +125,7 @@ class Members(NamedTuple):
     slot: Tensor
 
 
-def best_members(x: Tensor, centroids: Tensor, size: int, keep: Tensor | None) -> Members:
+def best_members(x: Tensor, centroids: Tensor, size: int, token_mask: Tensor | None) -> Members:
     """The `size` real tokens whose directions are closest to each centroid; the earlier one of two that are as close.
 
     Cosines are rounded to multiples of `CLOSE`: where a model has no position table, repeats of a token are equal up to
@@ -133,17 +133,17 @@ def best_members(x: Tensor, centroids: Tensor, size: int, keep: Tensor | None) -
     at the border of two multiples, in fp32 one in several hundred.
 
     Args:
-        x: (B, H, N, D). centroids: (H, k, D). keep: (B, N) bool; `None` = all real.
+        x: (B, H, N, D). centroids: (H, k, D). token_mask: (B, N) bool; `None` = all real.
 
     O(N · k · D) time, O(N · k) memory. No gradient.
     """
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         cosine = (F.normalize(wide(x), dim=-1) @ wide(centroids).transpose(-1, -2)).transpose(-1, -2)
         score = (cosine / CLOSE).round()
-        if keep is None:
-            keep = torch.ones_like(score[:, 0, 0], dtype=torch.bool)
-        there = keep[:, None, None].expand(score.shape)
-        score, size = score.masked_fill(~there, float("-inf")), min(size, score.shape[-1])
+        if token_mask is None:
+            token_mask = torch.ones_like(score[:, 0, 0], dtype=torch.bool)
+        visible = token_mask[:, None, None].expand(score.shape)
+        score, size = score.masked_fill(~visible, float("-inf")), min(size, score.shape[-1])
         # a sort of whole rows would take several times as long
         least = score.topk(size, dim=-1).values[..., -1:]
         above, level = score > least, score == least
@@ -152,7 +152,7 @@ def best_members(x: Tensor, centroids: Tensor, size: int, keep: Tensor | None) -
         token = torch.arange(score.shape[-1], device=score.device).expand(slot.shape)
         # entry `size` takes in all tokens that were not taken
         index = slot.new_zeros(*slot.shape[:-1], size + 1).scatter(-1, slot, token)[..., :size]
-        return Members(index, there.gather(-1, index), torch.where(there, slot, size))
+        return Members(index, visible.gather(-1, index), torch.where(visible, slot, size))
 
 
 def cluster_attention(

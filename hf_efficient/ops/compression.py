@@ -44,16 +44,18 @@ def cut(x: Tensor, dim: int, start: int, length: int) -> Tensor:
     return F.pad(part, (0, 0) * (x.dim() - 1 - dim) + (front, length - front - part.shape[dim]))
 
 
-def span_of_rows(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, size: int, memory: int) -> Span:
+def span_of_rows(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, size: int, memory: int
+) -> Span:
     """The blocks that leave the memory of (B, H, N, D) rows aligned to the left; at least one.
 
     Args:
-        keep: (B, N) bool. size, memory: T and M.
+        key_padding_mask: (B, N) bool. size, memory: T and M.
     """
     n, first = key.shape[2], memory // size
     start, length = first * size - memory, size * max(1, n // size - first)
-    keep = real_tokens(keep, key).expand(key.shape[0], -1)
-    token_mask, read = (cut(keep, 1, begin, length) for begin in (start, first * size))
+    key_padding_mask = real_tokens(key_padding_mask, key).expand(key.shape[0], -1)
+    token_mask, read = (cut(key_padding_mask, 1, begin, length) for begin in (start, first * size))
     keys, values = (cut(x, 2, start, length) for x in (key, value))
     number = torch.tensor([first], device=key.device)
     return Span(cut(query, 2, first * size, length), keys, values, token_mask, read, number, start)

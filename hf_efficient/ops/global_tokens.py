@@ -66,9 +66,9 @@ def chosen_tokens(
 
 
 def without_tokens(key_padding_mask: Tensor | None, tokens: GlobalTokens, key: Tensor) -> Tensor:
-    """The (B, S) keep-mask without the global tokens."""
-    keep = real_tokens(key_padding_mask, key).expand(key.shape[0], -1)
-    return keep.scatter(1, tokens.positions, keep.gather(1, tokens.positions) & ~tokens.exists)
+    """The (B, S) token mask without the global tokens."""
+    mask = real_tokens(key_padding_mask, key).expand(key.shape[0], -1)
+    return mask.scatter(1, tokens.positions, mask.gather(1, tokens.positions) & ~tokens.exists)
 
 
 def global_columns(
@@ -82,11 +82,11 @@ def global_columns(
     index = tokens.positions
     gather = index[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
     offset = index[:, None, :] - torch.arange(key.shape[2], device=key.device)[:, None]  # (B, N, G)
-    keep = tokens.exists[:, None]
+    visible = tokens.exists[:, None]
     if is_causal:
-        keep = keep & (offset <= 0)
+        visible = visible & (offset <= 0)
     bias = None if relative_bias is None else relative_bias.at(offset).transpose(0, 1)
-    return ExtraKeys(key.gather(2, gather), value.gather(2, gather), keep, bias)
+    return ExtraKeys(key.gather(2, gather), value.gather(2, gather), visible, bias)
 
 
 def _full_length(mask: Tensor, length: int, is_causal: bool) -> Tensor:

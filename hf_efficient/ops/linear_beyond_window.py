@@ -49,15 +49,15 @@ def far_future(log_query: Tensor, log_key: Tensor, value: Tensor, beyond: int) -
     return out.flip(2), lse.flip(2)
 
 
-def window_means(key: Tensor, keep: Tensor | None, left: int, right: int, num_queries: int) -> Tensor:
+def window_means(key: Tensor, token_mask: Tensor | None, left: int, right: int, num_queries: int) -> Tensor:
     """(B, H, N, D) mean of the keys (B, H, S, D) that a window shows each of the last N tokens; 0 where it shows none.
 
     Args:
-        keep: (B, S) bool, True = real; `None` = all.
+        token_mask: (B, S) bool, True = real; `None` = all.
 
     By prefix sums, of what keys differ from their mean, which would cancel: O(S · D) time and memory.
     """
-    real = torch.ones_like(key[:1, :1, :, :1]) if keep is None else keep[:, None, :, None].to(key.dtype)
+    real = torch.ones_like(key[:1, :1, :, :1]) if token_mask is None else token_mask[:, None, :, None].to(key.dtype)
     centre = ((key * real).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)).detach()
     total = F.pad((key - centre) * real, (0, 0, 1, 0)).cumsum(2)
     count = F.pad(real, (0, 0, 1, 0)).cumsum(2)

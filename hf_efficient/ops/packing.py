@@ -29,17 +29,17 @@ class Steps(NamedTuple):
     last: Tensor
 
 
-def position_steps(position_ids: Tensor, keep: Tensor | None = None, first: int = 0) -> Steps:
+def position_steps(position_ids: Tensor, token_mask: Tensor | None = None, first: int = 0) -> Steps:
     """Where (B, N) `position_ids` start again and where they jump.
 
     Behind padding a sequence starts only at the position `first`: `generate()` goes on counting from the padding.
 
     Args:
-        keep: (B, N) bool, True = real token; `None` = all real.
+        token_mask: (B, N) bool, True = real token; `None` = all real.
 
     Static shapes and no look at values. O(B · N) time and memory.
     """
-    real = torch.ones_like(position_ids, dtype=torch.bool) if keep is None else keep
+    real = torch.ones_like(position_ids, dtype=torch.bool) if token_mask is None else token_mask
     token = torch.arange(position_ids.shape[-1], device=position_ids.device)
     last = torch.where(real, token, -1).cummax(dim=-1).values
     before = F.pad(last[:, :-1], (1, 0), value=-1)
@@ -51,13 +51,13 @@ def position_steps(position_ids: Tensor, keep: Tensor | None = None, first: int 
 
 
 class Group(NamedTuple):
-    """Sequences of similar length: (M, L) indices of their `tokens` among all B · N, and `keep` (M, L), `None` = all real.
+    """Sequences of similar length: (M, L) indices of their `tokens` among all B · N, and which are real, `None` = all.
 
-    Entries behind a sequence's end repeat its first token and are False in `keep`.
+    Entries behind a sequence's end repeat its first token and are False in `token_mask`.
     """
 
     tokens: Tensor
-    keep: Tensor | None
+    token_mask: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +76,14 @@ class PackedSequences:
     real: Tensor | None
 
     @classmethod
-    def find(cls, steps: Steps, keep: Tensor | None = None) -> PackedSequences:
-        """The sequences that `position_steps(position_ids, keep)` found, trimmed of padding at their ends.
+    def find(cls, steps: Steps, token_mask: Tensor | None = None) -> PackedSequences:
+        """The sequences that `position_steps(position_ids, token_mask)` found, trimmed of padding at their ends.
 
         Reads values: the index tables are made on the CPU, and sent to the device once.
         """
         device, (batch, length) = steps.last.device, steps.last.shape
         last = steps.last.cpu()
-        real = torch.ones_like(last, dtype=torch.bool) if keep is None else keep.cpu()
+        real = torch.ones_like(last, dtype=torch.bool) if token_mask is None else token_mask.cpu()
         row = torch.arange(batch)[:, None] * length
         real, last = real.flatten(), (last + row).flatten()
         start = (steps.first | steps.restart).cpu().flatten().nonzero().squeeze(-1)

@@ -12,12 +12,12 @@ def real_tokens(key_padding_mask: Tensor | None, key: Tensor) -> Tensor:
 
 
 def first_real_token(key_padding_mask: Tensor) -> Tensor:
-    """(B,) index of each row's first True of a (B, S) keep-mask; 0 for a row without any."""
+    """(B,) index of each row's first True of a (B, S) token mask; 0 for a row without any."""
     return key_padding_mask.int().argmax(dim=-1)
 
 
 def real_length(key_padding_mask: Tensor) -> Tensor:
-    """(B,) one past the index of each row's last True of a (B, S) keep-mask; 0 for a row without any."""
+    """(B,) one past the index of each row's last True of a (B, S) token mask; 0 for a row without any."""
     positions = torch.arange(1, key_padding_mask.shape[-1] + 1, device=key_padding_mask.device)
     return (positions * key_padding_mask).amax(dim=-1)
 

@@ -56,25 +56,25 @@ def pooled_attention(query: Tensor, pooled: PooledKeys, context: AttentionContex
     )
 
 
-def pooling_mass(weights: Tensor, keep: Tensor) -> Tensor:
+def pooling_mass(weights: Tensor, token_mask: Tensor) -> Tensor:
     """(B or 1, H or 1, R) share of the absolute weights (H or 1, R, M) or (B, H or 1, R, M) that fell on real tokens."""
     size = weights.abs()
     form = "hrn,bn->bhr" if weights.dim() == 3 else "bhrn,bn->bhr"
-    real = torch.einsum(form, size[..., : keep.shape[-1]], keep.to(weights.dtype))
+    real = torch.einsum(form, size[..., : token_mask.shape[-1]], token_mask.to(weights.dtype))
     total = size.sum(-1)
     return real / torch.where(total > 0, total, 1.0)
 
 
-def projected(weights: Tensor, mass: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+def projected(weights: Tensor, mass: Tensor, x: Tensor, token_mask: Tensor) -> Tensor:
     """(B, H, R, D) of (B, H, S, D) tokens: weighted sums of the real ones, divided by the mass."""
-    pooled = weights[..., : x.shape[2]] @ (x * keep[:, None, :, None])
+    pooled = weights[..., : x.shape[2]] @ (x * token_mask[:, None, :, None])
     return pooled / torch.where(mass > 0, mass, 1.0)[..., None]
 
 
-def max_pooled(x: Tensor, keep: Tensor, index: Tensor, count: int) -> Tensor:
+def max_pooled(x: Tensor, token_mask: Tensor, index: Tensor, count: int) -> Tensor:
     """(B, H, count, D) largest entries of the real tokens of each group, (H or 1, S) `index`; 0 for a group without any."""
     lowest = torch.finfo(x.dtype).min
-    x = x.masked_fill(~keep[:, None, :, None], lowest)
+    x = x.masked_fill(~token_mask[:, None, :, None], lowest)
     start = x.new_full((*x.shape[:2], count, x.shape[3]), lowest)
     best = start.scatter_reduce(2, index[None, :, :, None].expand_as(x), x, "amax")
     return torch.where(best == lowest, 0.0, best)
@@ -109,11 +109,11 @@ def groups_of_rows(key_padding_mask: Tensor, count: int) -> Tensor:
     return (group[:, None] == torch.arange(count, device=group.device)[:, None]) & key_padding_mask[:, None]
 
 
-def strided_convolution(x: Tensor, keep: Tensor, weight: Tensor) -> Tensor:
+def strided_convolution(x: Tensor, token_mask: Tensor, weight: Tensor) -> Tensor:
     """`x̃_t = c / |real u| · Σ_{u < c, real} W_u x_{tc + u}`: one for c tokens, at a row's end for fewer.
 
     Args:
-        x: (B, H, S, D). keep: (B or 1, S) bool.
+        x: (B, H, S, D). token_mask: (B or 1, S) bool.
         weight: (H or 1, c, D) per channel, or (H or 1, c, D, D) with `W_u[d, e]` from channel d to e. `1 / c` (times the
             unit matrix) gives means.
 
@@ -121,35 +121,35 @@ def strided_convolution(x: Tensor, keep: Tensor, weight: Tensor) -> Tensor:
         (B, H, ⌈S / c⌉, D); zeros for a group without tokens. O(S · D) or O(S · D²) time.
     """
     size = weight.shape[1]
-    token_mask = in_groups(keep, size)
+    members = in_groups(token_mask, size)
     tokens = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
-    tokens = tokens.masked_fill(~token_mask[:, None, :, :, None], 0.0)
+    tokens = tokens.masked_fill(~members[:, None, :, :, None], 0.0)
     form = "bhtud,hud->bhtd" if weight.dim() == 3 else "bhtud,hude->bhte"
-    scale = size / token_mask.sum(-1).clamp(min=1)
+    scale = size / members.sum(-1).clamp(min=1)
     return torch.einsum(form, tokens, weight.to(x.dtype)) * scale[:, None, :, None].to(x.dtype)
 
 
-def in_groups(keep: Tensor, size: int) -> Tensor:
-    """(B, ⌈S / size⌉, size) of a (B, S) keep-mask; False behind its end."""
-    return F.pad(keep, (0, -keep.shape[1] % size)).unflatten(1, (-1, size))
+def in_groups(token_mask: Tensor, size: int) -> Tensor:
+    """(B, ⌈S / size⌉, size) of a (B, S) token mask; False behind its end."""
+    return F.pad(token_mask, (0, -token_mask.shape[1] % size)).unflatten(1, (-1, size))
 
 
-def mean_weights(keep: Tensor, size: int) -> Tensor:
+def mean_weights(token_mask: Tensor, size: int) -> Tensor:
     """(B, ⌈S / size⌉, S): the weights of the mean over the real tokens of each group."""
-    token_mask = in_groups(keep, size)
-    group, token = (torch.arange(stop, device=keep.device) for stop in (token_mask.shape[1], keep.shape[1]))
-    own = (token // size == group[:, None]) & keep[:, None]
-    return own / token_mask.sum(-1, keepdim=True).clamp(min=1)
+    members = in_groups(token_mask, size)
+    group, token = (torch.arange(stop, device=token_mask.device) for stop in (members.shape[1], token_mask.shape[1]))
+    own = (token // size == group[:, None]) & token_mask[:, None]
+    return own / members.sum(-1, keepdim=True).clamp(min=1)
 
 
-def stretched(weights: Tensor, keep: Tensor) -> Tensor:
+def stretched(weights: Tensor, token_mask: Tensor) -> Tensor:
     """Weights over M positions for rows longer than that: (B, H, R, S) of (H, R, M), by linear interpolation.
 
     A row of L > M tokens takes its weight at position j from `(j + ½) M / L - ½`; shorter rows keep theirs.
     """
     known, device = weights.shape[-1], weights.device
-    length = real_length(keep).clamp(min=known)[:, None]
-    token = torch.arange(keep.shape[1], device=device)
+    length = real_length(token_mask).clamp(min=known)[:, None]
+    token = torch.arange(token_mask.shape[1], device=device)
     place = ((token + 0.5) * (known / length) - 0.5).clamp(0, known - 1)
     low = place.floor().long()
     part = (place - low).to(weights.dtype)

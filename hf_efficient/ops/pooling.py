@@ -41,19 +41,19 @@ class PoolingWindow:
         rows = F.pad(rows, (0, 0) * (-1 - dim) + (self.lead, tail))
         return rows.unflatten(dim, (self.number(n), self.size))
 
-    def counts(self, n: int, keep: Tensor | None, device: torch.device) -> Tensor | None:
+    def counts(self, n: int, token_mask: Tensor | None, device: torch.device) -> Tensor | None:
         """(B or 1, windows) how many of n tokens are in each, in fp32; `None` = as many in all.
 
         Args:
-            keep: (B, n) bool, True = real token; `None` = all real.
+            token_mask: (B, n) bool, True = real token; `None` = all real.
         """
-        if keep is None:
+        if token_mask is None:
             if not self.lead and n % self.size == 0:
                 return None
-            keep = torch.ones(1, n, dtype=torch.bool, device=device)
-        return self._cut(keep.float(), -1).sum(-1)
+            token_mask = torch.ones(1, n, dtype=torch.bool, device=device)
+        return self._cut(token_mask.float(), -1).sum(-1)
 
-    def means(self, rows: Tensor, keep: Tensor | None) -> Tensor:
+    def means(self, rows: Tensor, token_mask: Tensor | None) -> Tensor:
         """(B, …, windows, W) means of the real tokens of (B, …, n, W); 0 where a window has none. O(B · n · W)."""
         if self.size == 1:
             return rows
@@ -61,9 +61,9 @@ class PoolingWindow:
         shape = (-1, *(1,) * (rows.dim() - 3))
         # sums of many tokens would round in half precision
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if keep is not None:
-            wide = wide.masked_fill(~keep.view(*shape, n, 1), 0.0)
-        counts = self.counts(n, keep, rows.device)
+        if token_mask is not None:
+            wide = wide.masked_fill(~token_mask.view(*shape, n, 1), 0.0)
+        counts = self.counts(n, token_mask, rows.device)
         total = self._cut(wide, -2).sum(-2)
         total = total / (self.size if counts is None else counts.clamp(min=1).view(*shape, counts.shape[-1], 1))
         return total.to(rows.dtype)
@@ -105,7 +105,7 @@ class RowGroup(NamedTuple):
 
     rows: int
     tokens: int
-    keep: Tensor | None
+    token_mask: Tensor | None
 
 
 class PackedRows:
@@ -115,23 +115,23 @@ class PackedRows:
     similar length, (1, windows of all groups, W).
 
     Args:
-        states: (B, N, W) of the batch. keep: (B, N) bool, True = real token; `None` = all real.
+        states: (B, N, W) of the batch. token_mask: (B, N) bool, True = real token; `None` = all real.
         sequences: the packed sequences, where there are any.
     """
 
-    def __init__(self, states: Tensor, keep: Tensor | None, sequences: PackedSequences | None):
+    def __init__(self, states: Tensor, token_mask: Tensor | None, sequences: PackedSequences | None):
         self.sequences = sequences
         self.start: Tensor | None = None
         if sequences is not None:
             self.groups = [
-                RowGroup(len(tokens), tokens.shape[1], None if keep is None else keep.to(states.device))
-                for tokens, keep in sequences.groups
+                RowGroup(len(tokens), tokens.shape[1], None if token_mask is None else token_mask.to(states.device))
+                for tokens, token_mask in sequences.groups
             ]
             return
-        if keep is not None:
-            self.start = first_real_token(keep)
-            keep = shift_rows(keep, self.start, 1)
-        self.groups = [RowGroup(states.shape[0], states.shape[1], keep)]
+        if token_mask is not None:
+            self.start = first_real_token(token_mask)
+            token_mask = shift_rows(token_mask, self.start, 1)
+        self.groups = [RowGroup(states.shape[0], states.shape[1], token_mask)]
 
     def means(self, states: Tensor, window: PoolingWindow) -> Tensor:
         """(B, windows, W) or (1, all windows, W) means of (B, N, W) states."""
@@ -139,7 +139,7 @@ class PackedRows:
             rows = [self.sequences.split(states, group) for group in self.sequences.groups]
         else:
             rows = [states if self.start is None else shift_rows(states, self.start, 1)]
-        return self.join([window.means(x, group.keep) for x, group in zip(rows, self.groups, strict=True)])
+        return self.join([window.means(x, group.token_mask) for x, group in zip(rows, self.groups, strict=True)])
 
     def repeat(self, states: Tensor, window: PoolingWindow) -> Tensor:
         """(B, N, W): every token gets the entry of its window; 0 at padding of packed rows."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def cluster_queries(query: Tensor, keep: Tensor, count: int, iterations: int) -> Tensor:
+def cluster_queries(query: Tensor, token_mask: Tensor, count: int, iterations: int) -> Tensor:
     """(B, H, N) group of each query by k-means of every row and head alone; `count` for padding.
 
     Of a row's L real tokens those of rank `⌊c L / count⌋` are the first centres; then `iterations` times
@@ -26,33 +26,33 @@ def cluster_queries(query: Tensor, keep: Tensor, count: int, iterations: int) ->
     at least. Rows of at most `count` tokens get a group for every token, unless tokens are equal.
 
     Args:
-        query: (B, H, N, D). keep: (B, N) bool, True = real token.
+        query: (B, H, N, D). token_mask: (B, N) bool, True = real token.
 
     O(iterations · N · count · D) time, O(N · count) memory.
     """
     n, device = query.shape[2], query.device
     wide = torch.promote_types(query.dtype, torch.float32)
-    rank = keep.sum(-1, keepdim=True) * torch.arange(count, device=device) // count
+    rank = token_mask.sum(-1, keepdim=True) * torch.arange(count, device=device) // count
     # real tokens in front, both kinds in order
-    order = torch.where(keep, 0, n).add(torch.arange(n, device=device)).argsort(-1)
+    order = torch.where(token_mask, 0, n).add(torch.arange(n, device=device)).argsort(-1)
     first = order.gather(1, rank)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     with torch.autocast(device.type, enabled=False):
         x = query.to(wide)
         centres = x.gather(2, first)
-        labels = _nearest(x, centres, keep)
+        labels = _nearest(x, centres, token_mask)
         for _ in range(iterations):
             members = memberships(labels, count)
             size = members.sum(-1, keepdim=True)
             # as a product: scattered sums would be added in another order each time on some devices
             means = members.to(wide) @ x / size.clamp(min=1)
             centres = torch.where(size > 0, means, centres)
-            labels = _nearest(x, centres, keep)
+            labels = _nearest(x, centres, token_mask)
     return labels
 
 
-def _nearest(x: Tensor, centres: Tensor, keep: Tensor) -> Tensor:
+def _nearest(x: Tensor, centres: Tensor, token_mask: Tensor) -> Tensor:
     closeness = x @ centres.transpose(-1, -2) - centres.square().sum(-1)[:, :, None] / 2
-    return torch.where(keep[:, None], closeness.argmax(-1), centres.shape[2])
+    return torch.where(token_mask[:, None], closeness.argmax(-1), centres.shape[2])
 
 
 def memberships(labels: Tensor, count: int) -> Tensor:
@@ -102,19 +102,25 @@ def tiles_of_groups(labels: Tensor, count: int, size: int) -> Tiles:
 
 
 def tile_attention(
-    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, chosen: Tensor, keep: Tensor, context: AttentionContext
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: Tiles,
+    chosen: Tensor,
+    token_mask: Tensor,
+    context: AttentionContext,
 ) -> Tensor:
     """(B, H, T, m, D) softmax attention of the queries in tiles to the keys `chosen` (B, H, C, K) by their groups.
 
     Args:
-        query, key, value: (B, H, N, D). keep: (B, N) bool, True = may be seen.
+        query, key, value: (B, H, N, D). token_mask: (B, N) bool, True = may be seen.
 
     O((N + C m) K D) time, and copies of (N / m + C) K keys and values.
     """
     batch, heads = chosen.shape[:2]
     index = rows_at(chosen, tiles.group)  # (B, H, T, K)
-    there = keep[:, None].expand(-1, heads, -1).gather(2, index.flatten(2)).unflatten(2, index.shape[2:])
-    logits = additive_mask(there, query.dtype)[..., None, :]
+    visible = token_mask[:, None].expand(-1, heads, -1).gather(2, index.flatten(2)).unflatten(2, index.shape[2:])
+    logits = additive_mask(visible, query.dtype)[..., None, :]
     if context.relative_bias is not None:
         offset = index[..., None, :] - tiles.member[..., None]
         logits = logits + context.relative_bias.per_head(offset, 1).to(query.dtype)

@@ -37,6 +37,8 @@ def attend_segments(
         facts: dict[str, Any] = {
             name: segments.split(tensor, group) for name in PER_TOKEN if (tensor := getattr(context, name)) is not None
         }
-        keep = None if group.keep is None else group.keep.to(query.device)
-        outputs.append(mix(q, k, v, dataclasses.replace(context, key_padding_mask=keep, **facts)).transpose(1, 2))
+        token_mask = None if group.token_mask is None else group.token_mask.to(query.device)
+        outputs.append(
+            mix(q, k, v, dataclasses.replace(context, key_padding_mask=token_mask, **facts)).transpose(1, 2)
+        )
     return segments.join(outputs).transpose(1, 2)

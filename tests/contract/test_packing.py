@@ -377,7 +377,7 @@ def test_segments_are_found_split_and_joined(seed: int) -> None:
     pieces = [segments.split(numbers, group) for group in segments.groups]
     rows = []
     for group, piece in zip(segments.groups, pieces, strict=True):
-        kept = torch.ones(piece.shape[:2], dtype=torch.bool) if group.keep is None else group.keep
+        kept = torch.ones(piece.shape[:2], dtype=torch.bool) if group.token_mask is None else group.token_mask
         rows += [row[k].flatten().tolist() for row, k in zip(piece, kept, strict=True)]
     assert sorted(rows) == sorted(expected)
     assert torch.equal(segments.join(pieces).squeeze(-1), torch.where(keep, numbers.squeeze(-1), 0.0))

@@ -104,7 +104,7 @@ class SegmentAttention(EfficientAttention):
 
     def _whole_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         """Attention of rows that start at their first token, one segment at a time."""
-        size, n, keep = self.config.segment_length, query.shape[2], context.key_padding_mask
+        size, n, token_mask = self.config.segment_length, query.shape[2], context.key_padding_mask
         count = -(-n // size)
         reach = min(self.config.memory_length, (count - 1) * size)
         tile = _tile(min(n, size), reach, query, context)
@@ -118,8 +118,8 @@ class SegmentAttention(EfficientAttention):
             low, high = max(0, u * size - reach), u * size + q.shape[2]
             k, v = (torch.cat([*pieces(part, low, size, u), x], 2) for part, x in zip(old, (k, v), strict=True))
             logits = tile[..., : q.shape[2], reach - u * size + low : reach + q.shape[2]]
-            if keep is not None:
-                logits = torch.where(keep[:, None, None, low:high], logits, float("-inf"))
+            if token_mask is not None:
+                logits = torch.where(token_mask[:, None, None, low:high], logits, float("-inf"))
             outputs.append(self._attend(q, k, v, logits, offsets, far_of and far_of(u, q.shape[2]), context))
         return torch.cat(outputs, dim=2)
 
