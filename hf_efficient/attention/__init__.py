@@ -1,1 +1,1 @@
-"""One mechanism per file; every module in this package is found and registered by itself."""
+"""One mechanism per file; every module in this package is found and registered automatically."""

@@ -110,7 +110,7 @@ class ClusteredAttention(EfficientAttention):
         tiles = tiles_of_groups(labels, count, TILE)
         own = tile_attention(query, key, value, tiles, top, token_mask, context)
         mass, rest = (rows_at(x, tiles.group)[..., None, :] for x in (mass[..., None], rest))
-        return rows_at(F.pad((mass * own + rest).flatten(2, 3), (0, 0, 0, 1)), tiles.place)
+        return rows_at(F.pad((mass * own + rest).flatten(2, 3), (0, 0, 0, 1)), tiles.entry)
 
     def _logits(
         self, query: Tensor, key: Tensor, token_mask: Tensor, labels: Tensor, context: AttentionContext

@@ -61,8 +61,8 @@ class CombinedAttentionConfig(PatternAttentionConfig):
         plain = [{k: v for k, v in part.to_dict().items() if k not in SHARED_OPTIONS} for part in self.patterns]
         return super().to_dict() | {"patterns": plain}
 
-    def places(self, geometry: AttentionGeometry) -> Iterator[tuple[PatternAttentionConfig, AttentionGeometry]]:
-        """Each pattern with the place that it sees: all heads, or its share."""
+    def geometries(self, geometry: AttentionGeometry) -> Iterator[tuple[PatternAttentionConfig, AttentionGeometry]]:
+        """Each pattern with the geometry of its heads: all of them, or its share."""
         for number, part in enumerate(self.patterns):
             heads = geometry.num_heads
             if self.heads is not None:
@@ -70,7 +70,7 @@ class CombinedAttentionConfig(PatternAttentionConfig):
             yield part, dataclasses.replace(geometry, num_heads=heads)
 
     def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
-        found = [(part.visible_keys(place), place.num_heads) for part, place in self.places(geometry)]
+        found = [(part.visible_keys(own), own.num_heads) for part, own in self.geometries(geometry)]
         if self.heads is None:
             return reduce(or_, (pattern for pattern, _ in found))
         return PerHead(parts=tuple(pattern.head(head) for pattern, heads in found for head in range(heads)))
@@ -138,18 +138,18 @@ class CombinedAttention(PatternAttention):
                 f"heads={config.heads!r} are {sum(config.heads)} shares of {geometry.num_heads} heads: their sum must "
                 "divide the number of heads",
             ]
-        for part, place in config.places(geometry):
+        for part, own in config.geometries(geometry):
             if getattr(part, "global_tokens", None) == "question":
                 reasons.append(
                     f"{part.mechanism}: global_tokens='question' looks at the tokens, a combination at positions only: name "
                     "positions"
                 )
-            reasons += [f"{part.mechanism}: {reason}" for reason in part.attention_class.unsupported(part, place)]
+            reasons += [f"{part.mechanism}: {reason}" for reason in part.attention_class.unsupported(part, own)]
         return reasons
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig | None:
-        exact = [part.attention_class.exact_config(part, place, length) for part, place in config.places(geometry)]
+        exact = [part.attention_class.exact_config(part, own, length) for part, own in config.geometries(geometry)]
         possible = [new is not None for new in exact]
         if not (any(possible) if config.heads is None else all(possible)):
             return None

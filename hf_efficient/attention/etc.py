@@ -193,7 +193,7 @@ class EtcAttention(EfficientAttention):
         return context.scaling * torch.einsum("bhnd,thd->bhnt", query, self.label_vectors[labels].to(query.dtype))
 
     def _kind_logits(self, kind: int, query: Tensor, context: AttentionContext) -> Tensor:
-        """(B or 1, H, N or 1, 1): what the logits of a kind of pair with a global token get beside `s · q·k`."""
+        """(B or 1, H, N or 1, 1): what the logits of a kind of pair with a global token get in addition to `s · q·k`."""
         logits = self.global_logits[kind][None, :, None, None]
         if not self.config.relative_labels:
             return logits
@@ -227,7 +227,7 @@ class EtcAttention(EfficientAttention):
                 )
                 for x in ("key", "value")
             )
-        # beside what is added to both alike, logits of global tokens differ by one number per query
+        # apart from what is added to both alike, logits of global tokens differ by one number per query
         to_global, to_long = (self._kind_logits(k, query, context) for k in (GLOBAL_TO_GLOBAL, GLOBAL_TO_LONG))
         visible = real_tokens(context.key_padding_mask, key)
         options = dict(scaling=context.scaling, dropout=context.dropout)

@@ -1,4 +1,4 @@
-"""Hedgehog: a learned feature map with softmax-normalised features of both signs, beside a window of exact attention."""
+"""Hedgehog: a learned feature map with softmax-normalised features of both signs, with a window of exact attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class HedgehogAttentionConfig(HybridAttentionConfig):
     Args:
         attention_window: w, in tokens, even; 0 = no window. Encoder: w // 2 keys on each side plus the token itself are
             exact. Causal: the last w keys, the token itself included.
-        sink_tokens: so many tokens from each row's first real one on are exact for every query, beside a window.
+        sink_tokens: so many tokens from each row's first real one on are exact for every query, in addition to a window.
         feature_dim: rows of the map of each head, which gives twice as many features; `None` = the head's width D.
     """
 

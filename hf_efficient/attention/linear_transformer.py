@@ -15,7 +15,7 @@ from hf_efficient.attention.base.kernel import KernelAttention
 
 @dataclass(frozen=True, kw_only=True)
 class LinearTransformerAttentionConfig(EfficientAttentionConfig):
-    """Options of Linear Transformer attention: none beside `layers` and `side`."""
+    """Options of Linear Transformer attention: none except `layers` and `side`."""
 
     mechanism: ClassVar[str] = "linear_transformer"
 

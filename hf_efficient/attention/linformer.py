@@ -102,7 +102,7 @@ class LinformerAttention(EfficientAttention):
     `"conv"`: `k̃_r = c / |real u| Σ_u W_u ∘ k_{rc + u}` over the c = max_length / R tokens of group r, at first W = 1 / c.
     With `interpolate` a row of L > max_length tokens has E_rj = E_r at `(j + ½) max_length / L - ½`, between columns linear.
 
-    O(N R) time and memory beside the R · max_length weights of a matrix, or the D · max_length / R of a kernel. Source: Wang
+    O(N R) time and memory, and the R · max_length weights of a matrix, or the D · max_length / R of a kernel. Source: Wang
     et al. 2020 (arXiv 2006.04768), §4. Deviations: masses honour padding, log-counts, interpolation.
     """
 

@@ -199,7 +199,7 @@ class LongformerAttention(PatternAttention):
         if query.shape[2] < key.shape[2]:
             return self._decode(query, key, value, context)
         tokens, token_mask, extra = self._global_tokens(key, context), context.key_padding_mask, None
-        # listed positions stand in the same place of every row without padding: they are part of the pattern
+        # listed positions are the same in every row without padding: they are part of the pattern
         is_listed = self.listed is not None and token_mask is None and context.global_attention_mask is None
         if tokens is not None and not is_listed:
             extra = global_columns(tokens, key, value, context.relative_bias, context.is_causal)

@@ -1,4 +1,4 @@
-"""Reformer: attention among tokens whose queries and keys hash alike, beside a local window."""
+"""Reformer: attention among tokens whose queries and keys hash alike, and a local window."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ReformerAttention(EfficientAttention):
         h_r(x) = argmax [Ω_r x, -Ω_r x]
 
     Encoder: queries are sorted by `h_r(q_i - mean q)`, keys by `h_r(k_j - mean k)`, both then by position, and each w
-    sorted queries see the w sorted keys of the same places. Means are over the real tokens of a row; subtracting that of
+    sorted queries see the w sorted keys of the same ranks. Means are over the real tokens of a row; subtracting that of
     the keys changes no attention weight. Causal: query i sees the last w tokens up to itself that have its own
     `h_r(q_i / ‖q_i‖ + k_i / ‖k_i‖)`, which no later token can change. Then
 

@@ -40,8 +40,8 @@ class RoutingTransformerAttentionConfig(EfficientAttentionConfig):
         num_clusters: k, per head. Encoder: k · w of about the length or more lets every token into some cluster.
         cluster_size: w. Encoder: queries, and keys, that each cluster takes. Causal: of a query's own cluster the last w
             tokens are seen, the token itself included.
-        attention_window: even; encoder: half of it on each side is seen beside the clusters; causal: the last so many keys;
-            0 = none, and then a token that no cluster takes gets 0.
+        attention_window: even; encoder: half of it on each side is seen as well as the clusters; causal: the last so many
+            keys; 0 = none, and then a token that no cluster takes gets 0.
         ema_decay: λ of the centroids' moving average while training, below 1; 0 = they stay. Moved by
             `hf_efficient.training.MechanismCallback`.
         seed: of the centroids' start.
@@ -125,8 +125,8 @@ class RoutingTransformerAttention(EfficientAttention):
     def control_config(cls, config: Any) -> EfficientAttentionConfig | None:
         if not config.attention_window:
             return None
-        places = dict(layers=config.layers, side=config.side)
-        return attention_config("local", attention_window=config.attention_window, **places)
+        shared = dict(layers=config.layers, side=config.side)
+        return attention_config("local", attention_window=config.attention_window, **shared)
 
     def cache_layer(self) -> BucketLayer | None:
         return BucketLayer() if self.geometry.is_causal else None

@@ -157,7 +157,7 @@ class SinkhornAttention(EfficientAttention):
         n, token_mask = query.shape[2], real_tokens(context.key_padding_mask, key).expand(key.shape[0], -1)
         if n < key.shape[2]:
             return self._decode(query, key, value, token_mask, context)
-        # a row within one block needs none of the block's empty places
+        # a row within one block needs none of the block's empty entries
         size = min(self.config.block_size, n)
         descriptors = self._descriptors(query, token_mask, size, context)
         targets = torch.arange(descriptors.shape[2], device=key.device)

@@ -84,7 +84,7 @@ class SynthesizerAttention(EfficientAttention):
         y_i = Σ_j softmax_j(logit_ij + b(j - i)) v_j     over all real keys, causally those with j ≤ i
 
     b is the host's relative bias. Start: γ = 0, so that a mixture is the original model; R_ij and (A Bᵀ)_ij fall with the
-    distance, hardly so beside a relative bias, which knows it already; dense logits are slight, with W₁ = [I, -I], for which
+    distance, hardly so with a relative bias, which knows it already; dense logits are slight, with W₁ = [I, -I], for which
     W₂ = s [k̄_j, -k̄_j] would give s · q_i·k̄_j. Logits and softmax are computed in fp32 at least. A pure form has no use for
     the host's keys, nor the random ones for its queries: those projections get a gradient of 0.
 

@@ -1,4 +1,4 @@
-"""T2R: a learned ReLU feature map ("Transformer to RNN"), alone or beside a window of exact attention."""
+"""T2R: a learned ReLU feature map ("Transformer to RNN"), alone or with a window of exact attention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class T2RAttentionConfig(HybridAttentionConfig):
     Args:
         attention_window: w, in tokens, even; 0 = no window. Encoder: w // 2 keys on each side plus the token itself are
             exact. Causal: the last w keys, the token itself included.
-        sink_tokens: so many tokens from each row's first real one on are exact for every query, beside a window.
+        sink_tokens: so many tokens from each row's first real one on are exact for every query, in addition to a window.
         feature_dim: features of each head; `None` = the head's width D.
     """
 

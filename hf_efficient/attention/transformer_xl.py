@@ -1,4 +1,4 @@
-"""Transformer-XL: segments that see themselves and a memory of the tokens before them."""
+"""Transformer-XL: segments that see themselves and a segment memory, the tokens before them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TransformerXLAttentionConfig(SegmentAttentionConfig):
     """Options of Transformer-XL: those of every attention in segments, and
 
     Args:
-        relative: learn how far away keys are by a term of its own, beside the positions of the model.
+        relative: learn how far away keys are by a term of its own, in addition to the positions of the model.
     """
 
     mechanism: ClassVar[str] = "transformer_xl"

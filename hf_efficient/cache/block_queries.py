@@ -1,4 +1,4 @@
-"""First queries of blocks: what attention to sorted blocks keeps beside all keys while decoding."""
+"""The cache of attention to sorted blocks: all keys, and the first query of every block."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Bounded decoding: cache layers that forget keys which no later query can see.
 
-They sit in transformers' own cache objects beside ordinary layers, so that `generate()` and its beam search run as ever. To
+They sit in transformers' own cache objects next to ordinary layers, so that `generate()` and its beam search run as ever. To
 the host such a layer looks as long as all tokens seen; only the dispatcher learns which keys are left, by their positions.
 """
 

@@ -1,4 +1,4 @@
-"""Labels beside keys: what attention by content keeps while decoding."""
+"""The cache of attention by content: all keys, and the labels of their tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BucketMemory(NamedTuple):
 
 
 class BucketLayer(RecurrentLayer):
-    """Cache layer that keeps all keys, and beside them the labels of their tokens.
+    """Cache layer that keeps all keys, and the labels of their tokens.
 
     A label depends on the query and the key of its token, of which a cache has the key alone. Every old token can be among
     the last ones of its label, so nothing is forgotten, and `crop` can go back to any token. O(S · (D + R)) per head.

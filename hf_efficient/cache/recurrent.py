@@ -19,7 +19,7 @@ class RecurrentLayer(BoundedLayer):
     bfloat16 the normaliser of positive features stops growing after a few hundred tokens.
 
     transformers' `LinearAttentionAndFullAttentionLayer` can't serve: it takes no token back once it has a recurrent state,
-    doesn't repeat or select rows of it, and keeps all keys beside it.
+    doesn't repeat or select rows of it, and keeps all keys as well.
 
     Attributes:
         state: of the forgotten keys; `None` = nothing was forgotten.

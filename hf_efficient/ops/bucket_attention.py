@@ -1,4 +1,4 @@
-"""Attention by content: tokens that share a label see each other, beside a local window; every pair once, in one softmax."""
+"""Attention by content: tokens that share a label see each other, and a local window; every pair once, in one softmax."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _check(query: Tensor, labels: Tensor, length: int) -> None:
 
 
 class _Rule(NamedTuple):
-    """What a call asks for beside its labels."""
+    """The facts of a call, except for its labels."""
 
     size: int
     near: int
@@ -184,9 +184,9 @@ class _Round(NamedTuple):
     """Queries and keys of one round, each in the order of their labels, padding behind.
 
     Attributes:
-        queries, keys: (order, place), each (B, H, N): the token at each place and the place of each token.
+        queries, keys: (order, rank), each (B, H, N): the tokens in sorted order, and the rank of each token in it.
         codes: whom the round shows whom.
-        block: queries of a tile, whose keys lie at the same places, and `codes.left` before and `codes.right` behind.
+        block: queries of a tile, whose keys have the same ranks, and `codes.left` before and `codes.right` behind.
     """
 
     queries: tuple[Tensor, Tensor]
@@ -205,32 +205,32 @@ def _window(token: Tensor, near: int, context: AttentionContext) -> _Codes:
 
 
 def _sorted(labels: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(order, place, label at each place) of (B, H, N) labels, by label and position."""
+    """(order, rank, label at each rank) of (B, H, N) labels, sorted by label and position."""
     n = labels.shape[-1]
     token = torch.arange(n, device=labels.device)
     labels = labels if token_mask is None else torch.where(token_mask[:, None], labels, PRIVATE)
     # distinct, so that every sort is stable
     order = (labels * n + token).argsort(dim=-1)
-    place = torch.empty_like(order).scatter_(-1, order, token.expand_as(order))
-    return order, place, labels.gather(-1, order)
+    rank = torch.empty_like(order).scatter_(-1, order, token.expand_as(order))
+    return order, rank, labels.gather(-1, order)
 
 
 def _by_label(labels: Tensor, size: int, context: AttentionContext) -> _Round:
-    """Codes are places, with a gap between labels that no reach bridges."""
+    """Codes are ranks, with a gap between labels that no reach bridges."""
     left, right = window_sides(size, context.is_causal)
-    order, place, ordered = _sorted(labels, context.key_padding_mask)
+    order, rank, ordered = _sorted(labels, context.key_padding_mask)
     change = F.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0)).cumsum(-1)
-    code = (place + (max(left, right) + 1) * change.gather(-1, place)).to(torch.int32)
+    code = (rank + (max(left, right) + 1) * change.gather(-1, rank)).to(torch.int32)
     codes = _Codes(code, _hidden(code, context.key_padding_mask), left, right)
     block = min(256, max(16, -(-(left + right) // 32) * 16))
-    return _Round((order, place), (order, place), codes, block)
+    return _Round((order, rank), (order, rank), codes, block)
 
 
 def _by_rank(query_labels: Tensor, key_labels: Tensor, size: int, context: AttentionContext) -> _Round:
     """Codes are numbers of chunks."""
     token_mask = context.key_padding_mask
     queries, keys = (_sorted(labels, token_mask)[:2] for labels in (query_labels, key_labels))
-    query, key = ((place // size).to(torch.int32) for _, place in (queries, keys))
+    query, key = ((rank // size).to(torch.int32) for _, rank in (queries, keys))
     return _Round(queries, keys, _Codes(query, _hidden(key, token_mask), 0, 0), size)
 
 
@@ -252,7 +252,7 @@ def _one_tile(
 
 
 def _last_resort(value: Tensor, context: AttentionContext) -> Partial:
-    """Every token's own value, with a weight that only counts beside nothing."""
+    """Every token's own value, with a weight that only counts where there is nothing else."""
     weight = value.new_full(value.shape[:3], LEAST, dtype=torch.promote_types(value.dtype, torch.float32))
     if (token_mask := context.key_padding_mask) is None:
         return value, weight
@@ -337,12 +337,12 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, labels: Tensor, rule: _Ru
     s, context, most = key.shape[2], rule.context, labels.shape[2] * rule.size + rule.near
     token = torch.arange(s, device=key.device)
     token_mask = context.key_padding_mask
-    there = token >= 0 if token_mask is None else token_mask[:, None, None]
+    exists = token >= 0 if token_mask is None else token_mask[:, None, None]
     outputs, first = [], s - query.shape[2]
     for part in query.split(CHUNK, dim=2):
         own = token[first : first + part.shape[2], None]
         first += part.shape[2]
-        past = (token <= own) & there
+        past = (token <= own) & exists
         visible = past & (token > own - rule.near)
         for label in labels.unbind(2):
             same = (label[..., own] == label[:, :, None]) & past

@@ -117,12 +117,12 @@ class Members(NamedTuple):
 
     Attributes:
         tokens: (B, H, k, w) in the order of their positions. real: (B, H, k, w) bool, False = padding.
-        slot: (B, H, k, N) where `tokens` has a token; w = the cluster did not take it.
+        entry: (B, H, k, N) where `tokens` has a token; w = the cluster did not take it.
     """
 
     tokens: Tensor
     real: Tensor
-    slot: Tensor
+    entry: Tensor
 
 
 def best_members(x: Tensor, centroids: Tensor, size: int, token_mask: Tensor | None) -> Members:
@@ -148,11 +148,11 @@ def best_members(x: Tensor, centroids: Tensor, size: int, token_mask: Tensor | N
         least = score.topk(size, dim=-1).values[..., -1:]
         above, level = score > least, score == least
         taken = above | (level & (level.cumsum(-1) <= size - above.sum(-1, keepdim=True)))
-        slot = torch.where(taken, taken.cumsum(-1) - 1, size)
-        token = torch.arange(score.shape[-1], device=score.device).expand(slot.shape)
+        entry = torch.where(taken, taken.cumsum(-1) - 1, size)
+        token = torch.arange(score.shape[-1], device=score.device).expand(entry.shape)
         # entry `size` takes in all tokens that were not taken
-        index = slot.new_zeros(*slot.shape[:-1], size + 1).scatter(-1, slot, token)[..., :size]
-        return Members(index, visible.gather(-1, index), torch.where(visible, slot, size))
+        index = entry.new_zeros(*entry.shape[:-1], size + 1).scatter(-1, entry, token)[..., :size]
+        return Members(index, visible.gather(-1, index), torch.where(visible, entry, size))
 
 
 def cluster_attention(
@@ -184,7 +184,7 @@ def cluster_attention(
     assert lse is not None
     found, lse = (x.unflatten(0, query.shape[:2]) for x in (found, lse))
     # (B, H, k, N): what each cluster has of each token
-    sums = F.pad(lse, (0, 1), value=float("-inf")).gather(-1, queries.slot)
+    sums = F.pad(lse, (0, 1), value=float("-inf")).gather(-1, queries.entry)
     if not near:
         weights = _shares(sums)
         return _spread(found, weights, queries).to(query.dtype)
@@ -216,7 +216,7 @@ def _tile_logits(queries: Members, keys: Members, near: int, context: AttentionC
         earlier = (earlier[:, None] > earlier)[..., None]
         # (B, H, k, k', w): which tokens of cluster k an earlier cluster k' took as well
         also = [
-            (m.slot < m.tokens.shape[-1])[:, :, None]
+            (m.entry < m.tokens.shape[-1])[:, :, None]
             .expand(-1, -1, count, -1, -1)
             .gather(-1, m.tokens[:, :, :, None].expand(-1, -1, -1, count, -1))
             for m in (queries, keys)

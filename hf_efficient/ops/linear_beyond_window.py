@@ -16,7 +16,7 @@ def far_past(
     """Kernel attention of each query over the keys at least `beyond` tokens before it.
 
     The queries are the last of the keys' tokens: query n stands at key S - N + n. Keys are shifted by whole tokens, not by
-    blocks, so that no query misses a key or sees one twice beside its window, and nothing is subtracted.
+    blocks, so that no query misses a key or sees one twice next to its window, and nothing is subtracted.
 
     Args:
         log_query: (B, H, N, M); log_key: (B, H, S, M), S ≥ N; value: (B, H, S, D), see `linear_attention`.

@@ -150,8 +150,8 @@ def stretched(weights: Tensor, token_mask: Tensor) -> Tensor:
     known, device = weights.shape[-1], weights.device
     length = real_length(token_mask).clamp(min=known)[:, None]
     token = torch.arange(token_mask.shape[1], device=device)
-    place = ((token + 0.5) * (known / length) - 0.5).clamp(0, known - 1)
-    low = place.floor().long()
-    part = (place - low).to(weights.dtype)
+    position = ((token + 0.5) * (known / length) - 0.5).clamp(0, known - 1)
+    low = position.floor().long()
+    part = (position - low).to(weights.dtype)
     first, second = (weights[..., index].movedim(-2, 0) for index in (low, (low + 1).clamp(max=known - 1)))
     return torch.lerp(first, second, part[:, None, None]) * (token < length)[:, None, None]

@@ -109,7 +109,7 @@ class RowGroup(NamedTuple):
 
 
 class PackedRows:
-    """The rows of one call, each from its first real token on: those of the batch, or every packed sequence by itself.
+    """The rows of one call, each from its first real token on: those of the batch, or the packed sequences.
 
     Pooled tokens of all rows travel as one tensor: (B, windows, W) of a batch; of packed sequences, which come in groups of
     similar length, (1, windows of all groups, W).

@@ -61,22 +61,22 @@ def memberships(labels: Tensor, count: int) -> Tensor:
 
 
 class Tiles(NamedTuple):
-    """T tiles of m slots; a group fills as many whole tiles as it needs.
+    """T tiles of m entries; a group fills as many whole tiles as it needs.
 
     Attributes:
-        member: (B, H, T, m) index of the query in a slot; 0 in slots without one, whose result no query reads.
+        member: (B, H, T, m) index of the query in each entry; 0 in empty ones, whose result no query reads.
         group: (B, H, T) whose queries a tile holds.
-        place: (B, H, N) slot of each query, counted over all tiles; T · m for padding.
+        entry: (B, H, N) entry of each query, counted over all tiles; T · m for padding.
     """
 
     member: Tensor
     group: Tensor
-    place: Tensor
+    entry: Tensor
 
 
 @torch.no_grad()
 def tiles_of_groups(labels: Tensor, count: int, size: int) -> Tiles:
-    """Tiles of `size` slots for (B, H, N) labels in 0 … count - 1, `count` = padding.
+    """Tiles of `size` entries for (B, H, N) labels in 0 … count - 1, `count` = padding.
 
     The number of tiles, `⌊N / size⌋ + min(count, N)`, depends on shapes alone: it serves however uneven the groups are.
     """
@@ -92,13 +92,13 @@ def tiles_of_groups(labels: Tensor, count: int, size: int) -> Tiles:
     label = labels.gather(-1, order)
     rank = token - (sizes.cumsum(-1) - sizes).gather(-1, label)
     start = (ends - tiles).gather(-1, label.clamp(max=count - 1)) * size
-    slot = torch.where(label < count, start + rank, total * size)
-    place = torch.empty_like(labels).scatter(-1, order, slot)
+    entry_of = torch.where(label < count, start + rank, total * size)
+    entry = torch.empty_like(labels).scatter(-1, order, entry_of)
     member = torch.zeros(*labels.shape[:2], total * size + 1, dtype=torch.long, device=device)
-    member = member.scatter(-1, place, token)[..., :-1].unflatten(-1, (total, size))
+    member = member.scatter(-1, entry, token)[..., :-1].unflatten(-1, (total, size))
     index = torch.arange(total, device=device).expand(*labels.shape[:2], -1).contiguous()
     group = torch.searchsorted(ends, index, right=True).clamp(max=count - 1)
-    return Tiles(member, group, place)
+    return Tiles(member, group, entry)
 
 
 def tile_attention(

@@ -85,8 +85,8 @@ class RandomLogits(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        place = torch.arange(self.table.shape[1])
-        self.table.copy_(-torch.tensor(self.slopes)[:, None, None] * (place - place[:, None]).abs())
+        position = torch.arange(self.table.shape[1])
+        self.table.copy_(-torch.tensor(self.slopes)[:, None, None] * (position - position[:, None]).abs())
 
     def forward(self, query: Tensor, rows: slice | Tensor, size: int) -> Tensor:
         return _by_row(self.table[:, rows, :size]).to(query.dtype)
@@ -116,12 +116,12 @@ class FactorizedRandomLogits(nn.Module):
     @torch.no_grad()
     def reset(self) -> None:
         _, size, rank = self.query_factor.shape
-        place, waves = torch.arange(size, dtype=torch.float64), _waves(size, rank - 1)
+        position, waves = torch.arange(size, dtype=torch.float64), _waves(size, rank - 1)
         if self.is_causal:
             # one factor of the other terms is 0: they take part as soon as it learns
-            column, query_waves = place, torch.zeros_like(waves)
+            column, query_waves = position, torch.zeros_like(waves)
         else:
-            column = place * (size - 1 - place) / size
+            column = position * (size - 1 - position) / size
             waves = waves / (math.sqrt(size) * torch.sin(math.pi / (2 * size) * torch.arange(1, rank)))
             query_waves = waves
         balance = math.sqrt(size)
@@ -143,5 +143,5 @@ def _by_row(picked: Tensor) -> Tensor:
 
 def _waves(length: int, count: int) -> Tensor:
     """(length, count) in fp64: cos(π k (j + ½) / length) at position j, for k = 1 … count."""
-    place = (torch.arange(length, dtype=torch.float64) + 0.5) / length
-    return torch.cos(math.pi * place[:, None] * torch.arange(1, count + 1))
+    position = (torch.arange(length, dtype=torch.float64) + 0.5) / length
+    return torch.cos(math.pi * position[:, None] * torch.arange(1, count + 1))

@@ -154,7 +154,7 @@ def test_clusters_take_the_best_and_of_equal_ones_the_earlier():
     taken = torch.zeros_like(score, dtype=torch.bool).scatter(-1, found.tokens, True)
     least = score.masked_fill(~taken, torch.inf).amin(-1)
     assert (least >= score.masked_fill(taken, -torch.inf).amax(-1)).all()
-    assert torch.equal(found.slot < 7, taken)
+    assert torch.equal(found.entry < 7, taken)
     assert not (taken[0, :, :, 20] & ~taken[0, :, :, 3]).any() and (taken[0, :, :, 3] & ~taken[0, :, :, 20]).any()
 
 
@@ -166,7 +166,7 @@ def test_clusters_of_equal_tokens_or_few_take_the_earlier():
     few = [0, 1, 2, 4, 5, 6, 7, 8]
     for cluster in range(3):
         assert found.tokens[1, 0, cluster][found.real[1, 0, cluster]].tolist() == few
-    assert torch.equal((found.slot < 12)[1], keep[1].expand(1, 3, 50) & (torch.arange(50) < 9))
+    assert torch.equal((found.entry < 12)[1], keep[1].expand(1, 3, 50) & (torch.arange(50) < 9))
 
 
 def test_rounding_does_not_choose_among_repeats_of_a_token():

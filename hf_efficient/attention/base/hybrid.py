@@ -28,12 +28,12 @@ START = {"log_scale": -1.0, "sharpness": 0.5}
 
 @dataclass(frozen=True, kw_only=True)
 class HybridAttentionConfig(EfficientAttentionConfig):
-    """Options of a learned feature map, alone or beside a window.
+    """Options of a learned feature map, alone or with a window.
 
     Args:
         attention_window: w, in tokens, even; 0 = no window. Encoder: w // 2 keys on each side plus the token itself are
             exact. Causal: the last w keys, the token itself included.
-        sink_tokens: so many tokens from each row's first real one on are exact for every query, beside a window.
+        sink_tokens: so many tokens from each row's first real one on are exact for every query, in addition to a window.
         feature_dim: rows of the map of each head; `None` = the head's width D.
     """
 

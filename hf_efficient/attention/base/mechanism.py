@@ -180,7 +180,7 @@ class EfficientAttention(nn.Module):
 
     @classmethod
     def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
-        """All reasons why this mechanism can't work in this place, each with its remedy; empty = it can."""
+        """All reasons why this mechanism can't work in this layer, each with its remedy; empty = it can."""
         reasons = []
         if geometry.is_causal and cls.causal_refusal:
             reasons.append(f"{cls.Config.mechanism} can't be causal: {cls.causal_refusal}")

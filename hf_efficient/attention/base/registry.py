@@ -84,7 +84,7 @@ def attention_configs(spec: ConfigLike, **options: Any) -> list[EfficientAttenti
     """Normalise any accepted form (name with options, config, JSON object or text, or a list of these) to a list.
 
     Raises:
-        ValueError: unknown mechanism or option, options beside something that is no name, an empty list.
+        ValueError: unknown mechanism or option, options next to something that is not a name, an empty list.
         TypeError: a form that is none of these.
     """
     if isinstance(spec, str):
