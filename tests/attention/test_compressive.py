@@ -1,4 +1,4 @@
-"""Compressive memory against its formula, repeated tokens, exact limits, the cache that holds slots, and its own loss."""
+"""Compressive memory against its formula, repeated tokens, exact limits, the cache of pooled keys, and its own loss."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def bias_of(n: int) -> tuple[RelativeBias, Tensor]:
     return RelativeBias(table, lambda offsets: offsets.clamp(-4, 4) + 4, 4), table[ids].movedim(-1, 0)
 
 
-def slots_by_formula(mechanism: Any, q: Tensor, k: Tensor, v: Tensor, keep: list[bool]) -> dict[int, tuple[Any, ...]]:
+def pooled_by_formula(mechanism: Any, q: Tensor, k: Tensor, v: Tensor, keep: list[bool]) -> dict[int, tuple[Any, ...]]:
     """{number: (key, value, its real tokens)} of one head of a row that starts at its first token: (N, D) q, k, v."""
     config, n = mechanism.config, k.shape[0]
     size, rate, kind = config.segment_length, config.compression_rate, config.compression
@@ -91,9 +91,9 @@ def by_formula(mechanism: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bi
             continue
         start = keep[b].int().argmax().item()
         far_k, far_v = (x[b, h, start:] for x in stopped)
-        slots = slots_by_formula(mechanism, q[b, h, start:].detach(), far_k, far_v, keep[b, start:].tolist())
+        pooled_keys = pooled_by_formula(mechanism, q[b, h, start:].detach(), far_k, far_v, keep[b, start:].tolist())
         if convolves:
-            for g, (taps, _, here) in slots.items():
+            for g, (taps, _, here) in pooled_keys.items():
                 pooled = [
                     rate / len(taps) * sum(x[t] @ weight[h, tap] for tap, t in taps)
                     for x, weight in (
@@ -101,7 +101,7 @@ def by_formula(mechanism: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bi
                         (far_v, mechanism.value_convolution),
                     )
                 ]
-                slots[g] = (*pooled, here)
+                pooled_keys[g] = (*pooled, here)
         for i in range(q.shape[2] - start):
             u = i // size
             logits, values = [], []
@@ -111,7 +111,7 @@ def by_formula(mechanism: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bi
                     shift = 0.0 if bias is None else bias[h, i, j]
                     logits.append(0.6 * q[b, h, start + i] @ source[0][b, h, start + j] + shift)
                     values.append(source[1][b, h, start + j])
-            for g, (key, value, here) in slots.items():
+            for g, (key, value, here) in pooled_keys.items():
                 if u * size // rate - config.compressed_memory_length <= g < u * size // rate:
                     shift = 0.0 if bias is None else bias[h, i, here].mean()
                     logits.append(0.6 * q[b, h, start + i] @ key + shift + math.log(len(here)))
@@ -128,7 +128,7 @@ def by_formula(mechanism: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bi
     [(4, 4, 3, 2, 23), (4, 6, 100, 2, 21), (12, 13, 5, 3, 63), (4, 4, 1, 1, 17)],
 )
 def test_equals_its_formula(size: int, memory: int, most: int, rate: int, n: int, kind: str, with_bias: bool):
-    """Padding left, right and in the middle, a row of padding; gradients, stopped in memory and slots."""
+    """Padding left, right and in the middle, a row of padding; gradients, stopped in memory and pooled keys."""
     options = dict(segment_length=size, memory_length=memory, compressed_memory_length=most, compression_rate=rate)
     mechanism = mechanism_of(**options, compression=kind)
     q, k, v = (x.requires_grad_() for x in heads(4, HEADS, n, WIDTH))
@@ -156,7 +156,7 @@ def test_equals_its_formula(size: int, memory: int, most: int, rate: int, n: int
 
 
 @pytest.mark.parametrize("kind", ["mean", "conv", "dilated"])
-def test_exact_for_tokens_that_repeat_within_slots(kind: str):
+def test_exact_for_tokens_that_repeat_within_pooled_keys(kind: str):
     """At the start: a slot then stands for equal tokens, and its log-count makes up for their number."""
     rate, n = 2, 46
     options = dict(segment_length=8, memory_length=8, compressed_memory_length=100, compression_rate=rate)
@@ -181,7 +181,7 @@ def test_exact_for_tokens_that_repeat_within_slots(kind: str):
     ids=["memory", *KINDS],
 )
 def test_exact_limits_of_a_short_segment(family: str, options: dict[str, Any]):
-    """A memory of the whole text, which is never compressed; and slots of one token each, of all of it."""
+    """A memory of the whole text, which is never compressed; and pooled keys of one token each, of all of it."""
     model = tiny_model(family).double()
     inputs = inputs_for(model, length=97)
     side, mask = ("decoder", "decoder_attention_mask") if family == "t5" else (None, "attention_mask")
@@ -194,8 +194,8 @@ def test_exact_limits_of_a_short_segment(family: str, options: dict[str, Any]):
 
 @pytest.mark.parametrize("side", [None, "decoder"], ids=["gpt2", "t5"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_cache_keeps_a_bounded_number_of_slots(kind: str, side: str | None):
-    """Long enough that much is forgotten: in chunks and in steps as in one forward, with M + T keys and G slots kept."""
+def test_the_cache_keeps_a_bounded_number_of_pooled_keys(kind: str, side: str | None):
+    """So long that much is forgotten: in chunks and in steps as in one forward; M + T keys and G pooled ones are kept."""
     length, steps = 420, 8
     model = tiny_model("gpt2" if side is None else "t5", positions=512).double()
     prefix = "" if side is None else "decoder_"
@@ -227,7 +227,7 @@ def test_the_cache_keeps_a_bounded_number_of_slots(kind: str, side: str | None):
 
 @pytest.mark.parametrize("kind", ["conv", "most_used"])
 def test_beams_and_taken_back_tokens(kind: str):
-    """Beam search reorders slots and queries with the keys, and assisted generation crops them."""
+    """Beam search reorders pooled keys and queries with the keys, and assisted generation crops them."""
     model = tiny_model("gpt2", positions=400).double()
     draft = tiny_model("gpt2", positions=400, seed=1).double()
     ids = inputs_for(model, batch=2, length=150, padded=False)["input_ids"]
@@ -250,21 +250,24 @@ def dense_reconstruction(mechanism: Any, q: Tensor, k: Tensor, v: Tensor) -> Ten
     q, k, v = (x.detach() for x in (q, k, v))
     error, total = torch.zeros((), dtype=q.dtype), torch.zeros((), dtype=q.dtype)
     for b, h in ((b, h) for b in range(q.shape[0]) for h in range(HEADS)):
-        far = slots_by_formula(mechanism, q[b, h], k[b, h], v[b, h], [True] * n)
+        far = pooled_by_formula(mechanism, q[b, h], k[b, h], v[b, h], [True] * n)
         for w in range(-(-n // size) - 1):
             old = [t for t in range(w * size - memory, (w + 1) * size - memory) if t >= 0]
             if not old:
                 continue
             queries = q[b, h, w * size : (w + 1) * size]
             expected = (0.6 * queries @ k[b, h, old].T).softmax(-1) @ v[b, h, old]
-            slots = [far[g] for g in range(w * size // rate, (w + 1) * size // rate) if g in far]
+            pooled_keys = [far[g] for g in range(w * size // rate, (w + 1) * size // rate) if g in far]
             pooled = [
                 torch.stack(
-                    [rate / len(taps) * sum(x[b, h, t] @ weight[h, tap] for tap, t in taps) for taps, _, _ in slots]
+                    [
+                        rate / len(taps) * sum(x[b, h, t] @ weight[h, tap] for tap, t in taps)
+                        for taps, _, _ in pooled_keys
+                    ]
                 )
                 for x, weight in ((k, mechanism.key_convolution), (v, mechanism.value_convolution))
             ]
-            counts = torch.tensor([len(here) for _, _, here in slots]).double().log()
+            counts = torch.tensor([len(here) for _, _, here in pooled_keys]).double().log()
             actual = (0.6 * queries @ pooled[0].T + counts).softmax(-1) @ pooled[1]
             error, total = error + (actual - expected).square().sum(), total + expected.square().sum()
     return error / total

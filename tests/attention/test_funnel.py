@@ -52,7 +52,7 @@ def embedded(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def runs_of(n: int, size: int, apart: bool) -> list[list[int]]:
-    """The tokens of every slot."""
+    """The tokens of every window."""
     first = [[0]] if apart else []
     return first + [list(range(i, min(i + size, n))) for i in range(len(first), n, size)]
 
@@ -164,7 +164,7 @@ def test_equals_a_slow_forward(family: str, options: dict[str, Any], length: int
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("length", [1, 7, 45])
-def test_bias_between_slots(length: int, options: dict[str, Any]) -> None:
+def test_bias_between_windows(length: int, options: dict[str, Any]) -> None:
     """Every layer's queries and keys against the mean over places, the table's gradient included."""
     config: Any = he.attention_config("funnel", **options)
     table = torch.randn(11, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
@@ -199,7 +199,7 @@ def test_bias_between_slots(length: int, options: dict[str, Any]) -> None:
 )
 @pytest.mark.parametrize("family", ENCODERS)
 def test_equals_the_unconverted_model_where_neighbours_are_equal(family: str, options: dict[str, Any]) -> None:
-    """Every token stands p² times in a row, without positions: slots of equal tokens, the last one not full."""
+    """Every token stands p² times in a row, without positions: windows of equal tokens, the last one not full."""
     model = tiny_model(family, layers=4).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -234,7 +234,7 @@ def structure(**options: Any) -> Any:
 
 @pytest.mark.parametrize("apart", [True, False])
 def test_pooling_and_upsampling_are_those_of_transformers_funnel(apart: bool) -> None:
-    """Two levels where all slots are full, and a last slot of one token at one level."""
+    """Two levels where all windows are full, and a last window of one token at one level."""
     from transformers.models.funnel.modeling_funnel import upsample
 
     other = structure(separate_cls=apart)
@@ -274,7 +274,7 @@ def test_masks_differ_from_transformers_only_where_a_slot_is_half_real() -> None
 # ---- cost --------------------------------------------------------------------------------------------------------
 
 
-def test_whole_layers_run_on_slots() -> None:
+def test_whole_layers_run_on_pooled_tokens() -> None:
     """What two more layers of a block cost, beside what two more layers of the unconverted model do."""
     costs = {}
     for layers in (2, 4):
@@ -435,7 +435,7 @@ def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
 
 @pytest.mark.slow
 def test_compiles_as_one_graph() -> None:
-    """Two levels of slots and a decoder, rows padded on either side."""
+    """Two levels of pooling and a decoder, rows padded on either side."""
     model = tiny_model("t5", layers=4)
     inputs = {k: v for k, v in inputs_for(model).items() if not k.startswith("decoder")}
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Memory-compressed attention against its formula, tokens that repeat, and the cache that holds slots in place of keys."""
+"""Memory-compressed attention against its formula, tokens that repeat, and the cache of pooled keys."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def by_formula(mechanism: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool,
         if not real:
             continue
         start = real[0]
-        slots: dict[int, list[int]] = {}
+        pooled_keys: dict[int, list[int]] = {}
         for j in real:
-            slots.setdefault((j - start) // rate, []).append(j)
+            pooled_keys.setdefault((j - start) // rate, []).append(j)
         pooled = {
             u: [
                 rate / len(js) * sum(x[b, h, j] @ w[h, (j - start) % rate] for j in js)
                 for x, w in ((k, mechanism.key_convolution), (v, mechanism.value_convolution))
             ]
-            for u, js in slots.items()
+            for u, js in pooled_keys.items()
         }
         for i in range(start, q.shape[2]):
             own = (i - start) // block
@@ -66,7 +66,7 @@ def by_formula(mechanism: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool,
                 if (j - start) // block == own and not (is_causal and j > i):
                     logits.append(0.6 * q[b, h, i] @ k[b, h, j] + (0.0 if bias is None else bias[h, i, j]))
                     values.append(v[b, h, j])
-            for u, js in slots.items():
+            for u, js in pooled_keys.items():
                 other = u * rate // block
                 if other < own if is_causal else other != own:
                     shift = 0.0 if bias is None else bias[h, i, js].mean()
@@ -107,7 +107,7 @@ def test_equals_its_formula(rate: int, block: int, n: int, is_causal: bool, with
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_exact_for_tokens_repeated_within_slots(is_causal: bool) -> None:
+def test_exact_for_tokens_repeated_within_pooled_keys(is_causal: bool) -> None:
     """At the start: a slot then stands for equal tokens, and its log-count makes up for their number."""
     rate, n = 4, 46
     mechanism = mechanism_of(is_causal, moved=False, compression_rate=rate, block_size=8)
@@ -123,7 +123,7 @@ def test_exact_for_tokens_repeated_within_slots(is_causal: bool) -> None:
 
 
 @pytest.mark.parametrize("side", [None, "decoder"], ids=["gpt2", "t5"])
-def test_the_cache_keeps_slots_in_place_of_keys(side: str | None) -> None:
+def test_the_cache_keeps_pooled_keys_in_place_of_keys(side: str | None) -> None:
     """What is kept grows by one slot per `compression_rate` tokens, and continues as one forward does."""
     rate, block, length, steps = 4, 8, 400, 12
     model = tiny_model("gpt2" if side is None else "t5", positions=512).double()
@@ -162,7 +162,7 @@ def test_the_cache_keeps_slots_in_place_of_keys(side: str | None) -> None:
         assert (length - layer.keys.shape[2]) // rate - 2 <= layer.state.keys.shape[2] <= length // rate
 
 
-def test_rows_that_start_at_different_tokens_keep_no_empty_slots():
+def test_rows_that_start_at_different_tokens_keep_no_empty_pooled_keys():
     rate, block, length, rows = 4, 5 * SLACK, 1000, 6
     model = tiny_model("gpt2", positions=1024)
     mask = torch.ones(rows, length, dtype=torch.long)
@@ -179,13 +179,13 @@ def test_rows_that_start_at_different_tokens_keep_no_empty_slots():
             )
             cache = step.past_key_values
     for layer in cache.layers:
-        slots = layer.state.token_mask.any(-1)[:, 0]
-        assert slots.shape[1] == slots.sum(-1).max() <= length // rate
+        pooled_keys = layer.state.token_mask.any(-1)[:, 0]
+        assert pooled_keys.shape[1] == pooled_keys.sum(-1).max() <= length // rate
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_a_long_continuation_needs_no_quadratic_memory(family: str):
-    """After a cache of 16 tokens the largest tensor grows as without one: n / c slots, block by block, and no n²."""
+    """After a cache of 16 tokens the largest tensor grows as without one: n / c pooled keys, block by block, and no n²."""
     cost = {}
     for length in (256, 1024):
         model = tiny_model(family, positions=1100)
@@ -204,6 +204,6 @@ def test_a_long_continuation_needs_no_quadratic_memory(family: str):
     assert cost[1024] <= 4.5 * cost[256], cost
 
 
-def test_blocks_that_are_no_whole_number_of_slots_are_refused() -> None:
+def test_blocks_that_are_no_whole_number_of_pooled_keys_are_refused() -> None:
     with pytest.raises(ValueError, match="block_size=10 is not possible; it must be a multiple of compression_rate=4"):
         he.MemoryCompressedAttentionConfig(compression_rate=4, block_size=10)

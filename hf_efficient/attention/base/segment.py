@@ -1,4 +1,4 @@
-"""Attention in segments that see themselves and a memory of what came before: rows at once, and new tokens with a cache."""
+"""Attention in segments that see themselves and a segment memory before them: rows at once, and new tokens with a cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Far(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentAttentionConfig(EfficientAttentionConfig):
-    """Options of attention in segments with a memory.
+    """Options of attention in segments with a segment memory.
 
     Args:
         segment_length: T, tokens of a segment.
@@ -51,7 +51,7 @@ class SegmentAttentionConfig(EfficientAttentionConfig):
 
 
 class SegmentAttention(EfficientAttention):
-    """What mechanisms with segments and a memory share: rows in segments, and new tokens against a cache.
+    """What mechanisms with segments and a segment memory share: rows in segments, and new tokens against a cache.
 
     A subclass may put keys in front of each segment: `_far_of_rows`, `_far_of_cache`.
     """
@@ -85,7 +85,7 @@ class SegmentAttention(EfficientAttention):
         return self._whole_rows(query, key, value, context)
 
     def _far_of_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Any:
-        """A function of a segment's number and length that gives its `Far`; `None` = there is none."""
+        """A function of a segment's number and length that gives its `Far`; `None` = there are no such keys."""
         return None
 
     def _far_of_cache(
