@@ -68,7 +68,7 @@ class AxialAttention(PatternAttention):
         time="n·(C + n/C)",
         memory="n·(C + n/C)",
         exact_when="form = union and row_length ≥ n",
-        training="works untrained; training restores long range",
+        training="works without training; training restores long range",
     )
 
     @classmethod

@@ -104,7 +104,7 @@ class BigBirdAttention(PatternAttention):
         time="n·β·(5 + r)",
         memory="n·β·(5 + r)",
         exact_when="block_size ≥ n / 4 (causal: with num_random_blocks ≥ 1)",
-        training="works untrained; training restores long range",
+        training="works without training; training restores long range",
     )
 
     def __init__(self, config: BigBirdAttentionConfig, geometry: AttentionGeometry):

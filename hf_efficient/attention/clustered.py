@@ -80,7 +80,7 @@ class ClusteredAttention(EfficientAttention):
         time="n·c·d + n·k·d",
         memory="n·(c + k)",
         exact_when="top_k ≥ n",
-        training="works untrained with top_k; needed with top_k = 0",
+        training="works without training with top_k; needed with top_k = 0",
     )
     causal_refusal = (
         "clusters are made of later queries too, and while decoding there is one query, with nothing to share; use local, "

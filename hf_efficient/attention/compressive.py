@@ -44,7 +44,7 @@ class CompressiveAttentionConfig(SegmentAttentionConfig):
         self._require_positive("compressed_memory_length", "compression_rate")
         self._require("compression", self.compression in COMPRESSIONS, f"one of {', '.join(COMPRESSIONS)}")
         fits = self.segment_length % self.unit == 0
-        self._require("segment_length", fits, f"a multiple of {self.unit}, so that segments make whole slots")
+        self._require("segment_length", fits, f"a multiple of {self.unit}, so that segments make whole pooled keys")
         if self.compression == "most_used":
             fits = self.memory_length >= self.segment_length
             rule = "at least segment_length, so that a whole segment has seen what leaves the memory"
@@ -96,8 +96,8 @@ class CompressiveAttention(SegmentAttention):
         paper="arXiv 1911.05507",
         time="n·(T + M + G)",
         memory="n·(T + M + G)",
-        exact_when="memory_length or segment_length ≥ n; compression_rate = 1 with enough slots",
-        training="works untrained; training restores detail far away",
+        exact_when="memory_length or segment_length ≥ n; compression_rate = 1 with enough pooled keys",
+        training="works without training; training restores detail far away",
     )
     reconstruction_loss: Tensor | None = None
     """Of the last training step, where the config asks for it."""
@@ -116,7 +116,7 @@ class CompressiveAttention(SegmentAttention):
 
     @torch.no_grad()
     def initialise_from(self, source: object) -> dict[str, str]:
-        return {name: "means of the tokens of a slot" for name, _ in self.named_parameters(recurse=False)}
+        return {name: "means of the tokens of a pooled key" for name, _ in self.named_parameters(recurse=False)}
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:

@@ -63,7 +63,7 @@ class CosformerAttention(KernelAttention):
         time="n·d²",
         memory="n·d",
         exact_when="never; another kernel than the softmax",
-        training="needed: untrained it loses most of the model",
+        training="needed: without it most of the model is lost",
     )
 
     def __init__(self, config: CosformerAttentionConfig, geometry: AttentionGeometry):

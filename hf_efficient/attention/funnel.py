@@ -111,7 +111,9 @@ class FunnelAttention(EfficientAttention):
         exact_when="pool_size = 1",
         training="needed: later layers see means of tokens",
     )
-    causal_refusal = "a slot pools later tokens too; use local, longformer or bigbird, or convert the encoder only"
+    causal_refusal = (
+        "a pooled key has later tokens in it; use local, longformer or bigbird, or convert the encoder only"
+    )
     left_aligned = True
     needs_project = True
     pooling: Pooling

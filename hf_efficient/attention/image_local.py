@@ -155,7 +155,7 @@ class ImageLocalAttention(PatternAttention):
         time="n·(lq + lm)",
         memory="n·(lq + lm)",
         exact_when="block_size ≥ n (in a grid: one block covers it)",
-        training="works untrained; training restores long range",
+        training="works without training; training restores long range",
     )
 
     @classmethod

@@ -45,7 +45,7 @@ class LinearTransformerAttention(KernelAttention):
         time="n·d²",
         memory="n·d",
         exact_when="never; another kernel than the softmax",
-        training="needed: untrained it loses most of the model",
+        training="needed: without it most of the model is lost",
     )
 
     def __init__(self, config: LinearTransformerAttentionConfig, geometry: AttentionGeometry):

@@ -114,11 +114,9 @@ class LinformerAttention(EfficientAttention):
         time="n·r",
         memory="n·r",
         exact_when="rank = max_length",
-        training="needed: untrained it loses much of the model",
+        training="needed: without it much of the model is lost",
     )
-    causal_refusal = (
-        "a projection along the sequence puts future keys into every slot; use local, longformer, bigbird or performer"
-    )
+    causal_refusal = "every pooled key has later tokens in it; use local, longformer, bigbird or performer"
     left_aligned = True
 
     def __init__(self, config: LinformerAttentionConfig, geometry: AttentionGeometry):
@@ -169,7 +167,7 @@ class LinformerAttention(EfficientAttention):
             reasons.append(f"rank={rank} exceeds max_length={max_length}: give a rank of at most {max_length}")
         elif config.projection == "conv" and max_length % rank:
             reasons.append(
-                f"projection='conv' needs slots of one size: rank={rank} must divide max_length={max_length}"
+                f"projection='conv' needs pooled keys of one size: rank={rank} must divide max_length={max_length}"
             )
         if not config.interpolate and max_length is not None and max_length < (geometry.max_positions or 0):
             table = f"the {geometry.max_positions} positions of the model"

@@ -63,7 +63,7 @@ class LocalAttention(PatternAttention):
         time="n·w",
         memory="n·w",
         exact_when="attention_window ≥ 2n",
-        training="works untrained; training restores long range",
+        training="works without training; training restores long range",
     )
 
     @classmethod

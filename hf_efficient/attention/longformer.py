@@ -132,7 +132,7 @@ class LongformerAttention(PatternAttention):
         time="n·(w + g)",
         memory="n·(w + g)",
         exact_when="attention_window ≥ 2n and no global tokens, or all tokens global",
-        training="works untrained; training restores long range",
+        training="works without training; training restores long range",
     )
     uses_global_attention_mask = True
 

@@ -106,9 +106,11 @@ class LongT5Attention(EfficientAttention):
         time="n·(w + n/g)",
         memory="n·(w + n/g)",
         exact_when="attention_window ≥ 2n and global_block_size > n",
-        training="works untrained; training improves the slots",
+        training="works without training; training improves the pooled keys",
     )
-    causal_refusal = "a slot pools later tokens too; use local, longformer or bigbird, or convert the encoder only"
+    causal_refusal = (
+        "a pooled key has later tokens in it; use local, longformer or bigbird, or convert the encoder only"
+    )
     left_aligned = True
     needs_hidden_states = True
     needs_project = True

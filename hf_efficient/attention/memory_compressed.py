@@ -79,7 +79,7 @@ class MemoryCompressedAttention(EfficientAttention):
         time="n²/c + n·b",
         memory="n²/c + n·b",
         exact_when="compression_rate = 1 or block_size ≥ n",
-        training="works untrained; training restores detail far away",
+        training="works without training; training restores detail far away",
     )
 
     def __init__(self, config: MemoryCompressedAttentionConfig, geometry: AttentionGeometry):
@@ -97,7 +97,7 @@ class MemoryCompressedAttention(EfficientAttention):
 
     @torch.no_grad()
     def initialise_from(self, source: object) -> dict[str, str]:
-        return {name: "means of the tokens of a slot" for name in ("key_convolution", "value_convolution")}
+        return {name: "means of the tokens of a pooled key" for name in ("key_convolution", "value_convolution")}
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:

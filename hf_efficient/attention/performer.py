@@ -71,7 +71,7 @@ class PerformerAttention(KernelAttention):
         time="n·m·d",
         memory="n·m",
         exact_when="never; error falls as num_features^-½",
-        training="needed: untrained it loses most of the model",
+        training="needed: without it most of the model is lost",
     )
     features: Tensor
     redraws: Tensor

@@ -78,7 +78,7 @@ class RandomFeatureAttention(KernelAttention):
         time="n·m·d",
         memory="n·m",
         exact_when="never; lengths of queries and keys are lost",
-        training="needed: untrained it loses most of the model",
+        training="needed: without it most of the model is lost",
     )
 
     features: Tensor

@@ -93,7 +93,7 @@ class ReformerAttention(EfficientAttention):
         time="n·(r·w + log n)",
         memory="n·w",
         exact_when="num_buckets = 1 and bucket_size ≥ 2n",
-        training="works untrained beside a window; training restores what no hash finds",
+        training="works without training beside a window; training restores what no hash finds",
     )
     rotations: Tensor
 

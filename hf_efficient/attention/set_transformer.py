@@ -72,11 +72,11 @@ class SetTransformerAttention(EfficientAttention):
         time="n·m",
         memory="n·m",
         exact_when="num_inducing ≥ n and segment_bias → ∞",
-        training="needed: untrained it loses much of the model",
+        training="needed: without it much of the model is lost",
     )
     causal_refusal = (
-        "inducing points read the future; use memory_compressed, whose slots are complete before they are seen, or local, "
-        "longformer, bigbird or performer"
+        "inducing points read the future; use memory_compressed, whose pooled keys are complete before they are seen, or "
+        "local, longformer, bigbird or performer"
     )
     left_aligned = True
     transfer_learning_rate = 1e-2

@@ -111,7 +111,7 @@ class SinkhornAttention(EfficientAttention):
         time="n·b·(c + 2)·d + (n / b)²·d",
         memory="n·b·(c + 2) + (n / b)²",
         exact_when="block_size ≥ n or num_sorted_blocks ≥ n / b - 1",
-        training="works untrained; training restores what was not chosen",
+        training="works without training; training restores what was not chosen",
     )
     left_aligned = True
     transfer_learning_rate = 1e-2

@@ -86,7 +86,7 @@ class SparseTransformerAttention(PatternAttention):
         time="n·(l + n/l)",
         memory="n·(l + n/l)",
         exact_when="head_policy = merged and stride ≥ n",
-        training="works untrained; training restores long range",
+        training="works without training; training restores long range",
     )
 
     @classmethod

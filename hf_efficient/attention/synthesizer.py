@@ -104,7 +104,7 @@ class SynthesizerAttention(EfficientAttention):
         time="n²",
         memory="n²",
         exact_when="variant = mixture, at its start",
-        training="none for a mixture, which may learn more; pure forms need it: untrained they lose most of the model",
+        training="none for a mixture, which may learn more; pure forms lose most of the model without it",
     )
     left_aligned = True
     transfer_learning_rate = 1e-2

@@ -56,7 +56,7 @@ class TransformerXLAttention(SegmentAttention):
         time="n·(T + M)",
         memory="n·(T + M)",
         exact_when="memory_length ≥ n or segment_length ≥ n",
-        training="works untrained; training restores long range",
+        training="works without training; training restores long range",
     )
 
     def __init__(self, config: TransformerXLAttentionConfig, geometry: AttentionGeometry):
