@@ -111,9 +111,7 @@ class FunnelAttention(EfficientAttention):
         exact_when="pool_size = 1",
         training="needed: later layers see means of tokens",
     )
-    causal_refusal = (
-        "a pooled key has later tokens in it; use local, longformer or bigbird, or convert the encoder only"
-    )
+    causal_refusal = "pooled keys have later tokens in them; use local or longformer, or convert only the encoder"
     left_aligned = True
     needs_project = True
     pooling: Pooling

@@ -108,9 +108,7 @@ class LongT5Attention(EfficientAttention):
         exact_when="attention_window ≥ 2n and global_block_size > n",
         training="works without training; training improves the pooled keys",
     )
-    causal_refusal = (
-        "a pooled key has later tokens in it; use local, longformer or bigbird, or convert the encoder only"
-    )
+    causal_refusal = "pooled keys have later tokens in them; use local or longformer, or convert only the encoder"
     left_aligned = True
     needs_hidden_states = True
     needs_project = True
