@@ -1,6 +1,6 @@
 """What every mechanism costs a language model, and what of it transfer and continued pretraining give back.
 
-A small model is trained from scratch, then taken down the same road with every mechanism that fits it, each step the
+A small model is trained from scratch, then taken through the same pipeline with every mechanism that fits it, each step the
 command that a user would type: convert → transfer attention → continue pretraining. Held-out perplexity all along, the
 dense model trained on just as long as ceiling, the mean of values and the window alone as floor. One table, one JSON.
 
@@ -36,9 +36,9 @@ from hf_efficient.training.settings import parse_settings
 @dataclass
 class Settings:
     family: str = "gpt2"  # gpt2, or t5, whose encoder is converted
-    output_dir: str = ""  # every model of the road; empty = outputs/recover-gpt2 or outputs/recover-t5
+    output_dir: str = ""  # every model of the pipeline; empty = outputs/recover-gpt2 or outputs/recover-t5
     record: str = ""  # also write the table's JSON here
-    only: str = ""  # names of roads, with semicolons between them; empty = all
+    only: str = ""  # names of pipelines, with semicolons between them; empty = all
     hidden_size: int = 128
     layers: int = 3
     heads: int = 4
@@ -65,7 +65,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "axial": dict(mechanism="axial", row_length=16),
 }
 FIXED = dict(mechanism="sparse_transformer", pattern="fixed", stride=16, summary_size=2)
-ROADS: dict[str, dict[str, dict[str, Any]]] = {
+PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     "gpt2": PATTERNS
     | {
         "combined": dict(mechanism="combined", patterns=[PATTERNS["local"], FIXED]),
@@ -100,13 +100,15 @@ PLACES = ("output_dir", "record", "only")
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_settings(Settings, arguments)
-    if settings.family not in ROADS:
-        raise ValueError(f"family={settings.family!r} is not possible; it must be one of {', '.join(ROADS)}.")
-    roads = ROADS[settings.family]
-    chosen = [name.strip() for name in settings.only.split(";")] if settings.only else list(roads)
-    unknown = [name for name in chosen if name not in roads]
+    if settings.family not in PIPELINES:
+        raise ValueError(f"family={settings.family!r} is not possible; it must be one of {', '.join(PIPELINES)}.")
+    pipelines = PIPELINES[settings.family]
+    chosen = [name.strip() for name in settings.only.split(";")] if settings.only else list(pipelines)
+    unknown = [name for name in chosen if name not in pipelines]
     if unknown:
-        raise ValueError(f"only={settings.only!r}: there is no road {unknown[0]!r}; there are {'; '.join(roads)}.")
+        raise ValueError(
+            f"only={settings.only!r}: there is no pipeline {unknown[0]!r}; there are {'; '.join(pipelines)}."
+        )
     folder = Path(settings.output_dir or f"outputs/recover-{settings.family}")
     files = [folder / "perplexity.json", *([Path(settings.record)] if settings.record else [])]
     made_with = {name: value for name, value in asdict(settings).items() if name not in PLACES}
@@ -114,8 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
     dense = train(settings, f"scratch:{settings.family}", folder / "dense", settings.pretrain_steps, from_scratch=True)
     ceiling = train(settings, str(folder / "dense/model"), folder / "dense-continued", settings.steps)
     rows = {}
-    for name in tqdm(chosen, desc="roads"):
-        rows[name] = travel(settings, folder, name, roads[name])
+    for name in tqdm(chosen, desc="pipelines"):
+        rows[name] = run_pipeline(settings, folder, name, pipelines[name])
     document: dict[str, Any] = {
         "suite": "perplexity",
         "settings": made_with,
@@ -156,7 +158,7 @@ def refuse_changes(file: Path, then: dict[str, Any], now: dict[str, Any], remedy
         raise ValueError(f"{file} was made otherwise ({', '.join(changed)}): give {remedy}.")
 
 
-def travel(settings: Settings, folder: Path, name: str, attention: dict[str, Any]) -> dict[str, Any]:
+def run_pipeline(settings: Settings, folder: Path, name: str, attention: dict[str, Any]) -> dict[str, Any]:
     """One mechanism all the way; figures of what is already there are read, not computed again."""
     place = folder / name.replace(" ", "-").replace(",", "")
     converted = place / "converted"
@@ -237,7 +239,7 @@ def call(command: list[Any]) -> None:
 
 
 def show(document: dict[str, Any]) -> None:
-    """The table: perplexity at every step of the road, and the end as a multiple of the dense model's."""
+    """The table: perplexity at every step of the pipeline, and the end as a multiple of the dense model's."""
     settings, ceiling = document["settings"], document["dense, continued"]["perplexity"]
     steps = ("control", "converted", "continued", "transferred", "transferred, continued")
     table = Table(title=f"{settings['family']}: held-out perplexity (dense {document['dense']['perplexity']:.2f}, "

@@ -17,7 +17,7 @@ from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
 
 RECIPE = RECIPES / "recover.py"
-ROADS = {"local": {"mechanism": "local", "attention_window": 8}, "t2r": {"mechanism": "t2r"}}
+PIPELINES = {"local": {"mechanism": "local", "attention_window": 8}, "t2r": {"mechanism": "t2r"}}
 
 
 class Commands:
@@ -41,7 +41,7 @@ class Commands:
             options = dict(zip(words[2:-1:2], words[3:-1:2], strict=True))
             out = Path(options.pop("--output_dir"))
         settings = {name.lstrip("-").replace("-", "_"): plain(value) for name, value in options.items()}
-        self.ran.append(out.relative_to(out.parents[1]).as_posix() if out.parent.name in ROADS else out.name)
+        self.ran.append(out.relative_to(out.parents[1]).as_posix() if out.parent.name in PIPELINES else out.name)
         record = RunRecord("distill" if is_distill else "clm", settings, training={"tokens": 7})
         record.write(out / "result.json")
         if self.ran[-1] == self.stop_at:
@@ -68,7 +68,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, spec.name, loaded)
     spec.loader.exec_module(loaded)
     monkeypatch.setattr(loaded, "call", Commands())
-    monkeypatch.setattr(loaded, "ROADS", {"gpt2": ROADS, "t5": ROADS})
+    monkeypatch.setattr(loaded, "PIPELINES", {"gpt2": PIPELINES, "t5": PIPELINES})
     return loaded
 
 
@@ -82,13 +82,13 @@ def test_a_finished_measurement_is_read_and_not_made_again(recipe: Any, tmp_path
     first = (tmp_path / "record.json").read_text()
     assert first == (tmp_path / "out" / "perplexity.json").read_text()
     document = json.loads(first)
-    assert set(document["results"]) == set(ROADS)
+    assert set(document["results"]) == set(PIPELINES)
     assert "transferred, continued" in document["results"]["t2r"]
     assert "transferred" not in document["results"]["local"], "nothing to transfer there"
     # it names all that it was made with, and nothing of where it was put
     expected = set(vars(parse_settings(recipe.Settings, []))) - {"output_dir", "record", "only"}
     assert set(document["settings"]) == expected and document["settings"]["steps"] == 3
-    assert document["versions"]["torch"] and document["results"]["t2r"]["attention"] == ROADS["t2r"]
+    assert document["versions"]["torch"] and document["results"]["t2r"]["attention"] == PIPELINES["t2r"]
     recipe.main(arguments)
     assert recipe.call.ran == ALL and (tmp_path / "record.json").read_text() == first
     assert "× dense" in capsys.readouterr().out
@@ -144,18 +144,18 @@ def test_runs_with_other_settings_are_refused(more: list[str], stage: str, messa
     assert recipe.call.ran == []
 
 
-def test_a_road_of_another_mechanism_is_refused(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_pipeline_of_another_mechanism_is_refused(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     arguments = ["--output_dir", str(tmp_path / "out")]
     recipe.main(arguments)
     there = AutoConfig.from_pretrained(tmp_path / "out" / "local" / "converted").efficient_attention
     other = {"local": {"mechanism": "local", "attention_window": 4}}
-    monkeypatch.setattr(recipe, "ROADS", {"gpt2": other})
+    monkeypatch.setattr(recipe, "PIPELINES", {"gpt2": other})
     with pytest.raises(ValueError, match=r"converted was made otherwise \(efficient_attention .*: 8.*: 4"):
         recipe.main(arguments)
     assert AutoConfig.from_pretrained(tmp_path / "out" / "local" / "converted").efficient_attention == there
 
 
-def test_some_roads_leave_the_rows_of_others(recipe: Any, tmp_path: Path):
+def test_some_pipelines_leave_the_rows_of_others(recipe: Any, tmp_path: Path):
     arguments = ["--output_dir", str(tmp_path / "out"), "--record", str(tmp_path / "record.json")]
     recipe.main([*arguments, "--only", "t2r"])
     recipe.main([*arguments, "--only", "local"])
@@ -176,10 +176,10 @@ def test_families_have_folders_of_their_own(recipe: Any, tmp_path: Path, monkeyp
     assert {path.name for path in Path("outputs").iterdir()} == {"recover-gpt2", "recover-t5"}
 
 
-def test_what_there_is_no_road_for_is_refused(recipe: Any, tmp_path: Path):
+def test_what_there_is_no_pipeline_for_is_refused(recipe: Any, tmp_path: Path):
     for given, message in (
         (["--family", "bert"], "family='bert' is not possible; it must be one of gpt2, t5"),
-        (["--only", "local; nowhere"], "there is no road 'nowhere'; there are local; t2r"),
+        (["--only", "local; nowhere"], "there is no pipeline 'nowhere'; there are local; t2r"),
     ):
         with pytest.raises(ValueError, match=message):
             recipe.main(["--output_dir", str(tmp_path / "out"), *given])
