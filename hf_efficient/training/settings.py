@@ -39,7 +39,6 @@ class Settings(TrainingArguments):
         "include_num_input_tokens_seen": "result.json counts the tokens that are not padding",
         "label_smoothing_factor": "the loss is the model's own",
         "push_to_hub": "upload OUTPUT_DIR/model when the run is finished",
-        "remove_unused_columns": "collators read columns that the model does not know",
         "restore_callback_states_from_checkpoint": "the callbacks of a recipe restore themselves",
         "resume_from_checkpoint": "--resume continues from the last complete checkpoint",
         "save_only_model": "a checkpoint without the optimizer can't be resumed exactly",
@@ -66,6 +65,11 @@ class Settings(TrainingArguments):
     include_num_input_tokens_seen: str = "non_padding"
 
     def __post_init__(self) -> None:
+        # transformers' own defaults, as a file with all values of a TrainingArguments has them: collators read columns that
+        # the model does not know, and give it none of them; result.json needs the number of tokens
+        self.remove_unused_columns = False
+        if self.include_num_input_tokens_seen == "no":
+            self.include_num_input_tokens_seen = "non_padding"
         # transformers changes some of them below
         self.given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         reasons = [

@@ -101,6 +101,23 @@ def test_settings_from_a_file_then_the_command_line(kind, tmp_path):
         assert parse_settings(Job, given) == expected
 
 
+def test_settings_from_all_values_of_training_arguments(tmp_path):
+    """As `TrainingArguments.to_dict` gives them: transformers' defaults are honoured, and no option refuses its own."""
+    import yaml
+
+    file = tmp_path / "arguments.yaml"
+    stock = TrainingArguments(
+        "out", learning_rate=2e-5, lr_scheduler_type="cosine", eval_strategy="steps", eval_steps=7
+    )
+    file.write_text(yaml.safe_dump(stock.to_dict()))
+    settings = parse_settings(Job, [str(file), "--text=t", "--model=m"])
+    assert (settings.learning_rate, settings.seed, settings.eval_steps) == (2e-5, 42, 7)
+    assert settings.lr_scheduler_type == "cosine" and settings.remove_unused_columns is False
+    file.write_text(yaml.safe_dump(stock.to_dict() | {"fp16": True}))
+    with pytest.raises(ValueError, match="fp16=True is not possible"):
+        parse_settings(Job, [str(file), "--text=t", "--model=m"])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -114,7 +131,10 @@ def test_settings_from_a_file_then_the_command_line(kind, tmp_path):
         ("max_steps:", "max_steps has no value"),
         ("optim: best", "best.* OptimizerNames|invalid choice: 'best'"),
         ("fp16: true", "fp16=True is not possible: .*use --bf16"),
-        ("remove_unused_columns: true", "remove_unused_columns=True is not possible: collators read columns"),
+        (
+            "include_num_input_tokens_seen: all",
+            "include_num_input_tokens_seen='all' is not possible: result.json counts",
+        ),
         ("eval_steps: 5", "eval_steps=5 needs --eval-strategy steps"),
         ("just words", "must hold `setting: value` lines"),
         ("a: [", "can't be read"),
