@@ -18,8 +18,7 @@ from hf_efficient.attention.base import (
     register_mechanism,
 )
 from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig
-from hf_efficient.ops.block_sparse.windows import ExtraKeys
-from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.context import AttentionContext, ExtraKeys
 from hf_efficient.ops.padding import real_tokens
 from hf_efficient.ops.softmax import attend
 from hf_efficient.patterns.pattern import Pattern
@@ -149,9 +148,8 @@ class BigBirdAttention(PatternAttention):
             bias = bias + context.relative_bias.at(_offsets(range(g, g + q.shape[2]), range(g), key))[None]
         visible = real_tokens(token_mask, key)[:, :g]
         extra = ExtraKeys(key[:, :, :g], value[:, :, :g], visible[:, None], bias)
-        out = self.attend(
-            q, k, v, context, key_padding_mask=None if token_mask is None else token_mask[:, g:], extra=extra
-        )
+        own = None if token_mask is None else token_mask[:, g:]
+        out = self.attend(q, k, v, dataclasses.replace(context, key_padding_mask=own, extra=extra))
         return torch.cat([self._global_rows(query[:, :, :g], key, value, context).to(out.dtype), out], dim=2)
 
     def _global_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:

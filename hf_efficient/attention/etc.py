@@ -20,8 +20,8 @@ from hf_efficient.attention.base import (
 )
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.relative_window import labelled_window_attention
-from hf_efficient.ops.block_sparse.windows import ExtraKeys, extra_attention
-from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.block_sparse.windows import extra_attention
+from hf_efficient.ops.context import AttentionContext, ExtraKeys
 from hf_efficient.ops.padding import real_tokens
 from hf_efficient.ops.softmax import merge_attention
 from hf_efficient.patterns.kinds import Window
@@ -166,19 +166,14 @@ class EtcAttention(EfficientAttention):
         g, clip, reach = self.config.num_global_tokens, self.config.relative_labels, self.config.attention_window // 2
         token_mask = context.key_padding_mask
         q, k, v = (x[:, :, g:] for x in (query, key, value))
-        options: dict[str, Any] = dict(
-            scaling=context.scaling,
-            key_padding_mask=None if token_mask is None else token_mask[:, g:],
-            relative_bias=context.relative_bias,
-            dropout=context.dropout,
-        )
         extra = self._global_columns(q, key, value, context) if g else None
+        call = replace(context, key_padding_mask=None if token_mask is None else token_mask[:, g:], extra=extra)
         if clip:
             logits = self._vector_logits(q, slice(0, 2 * clip + 1), context) + self.label_logits.T[:, None]
-            out = labelled_window_attention(q, k, v, logits, reach=reach, extra=extra, **options)
+            out = labelled_window_attention(q, k, v, logits, call, reach=reach)
         else:
             window = Window(left=reach, right=reach)
-            out = block_sparse_attention(q, k, v, window, extra=extra, **options)
+            out = block_sparse_attention(q, k, v, window, call)
         if not g:
             return out
         rows = (

@@ -204,8 +204,8 @@ class LongformerAttention(PatternAttention):
         if tokens is not None and not is_listed:
             extra = global_columns(tokens, key, value, context.relative_bias, context.is_causal)
             token_mask = without_tokens(token_mask, tokens, key)
-        pattern = self.listed if is_listed else self.neighbours
-        out = self.attend(query, key, value, context, pattern=pattern, key_padding_mask=token_mask, extra=extra)
+        call = dataclasses.replace(context, key_padding_mask=token_mask, extra=extra)
+        out = self.attend(query, key, value, call, self.listed if is_listed else self.neighbours)
         if tokens is not None and self.has_global_rows:
             rows = self._global_rows(tokens.positions, context).to(out.dtype)
             target = tokens.positions[:, None, :, None].expand(rows.shape)

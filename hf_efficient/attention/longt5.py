@@ -18,8 +18,7 @@ from hf_efficient.attention.base import (
     register_mechanism,
 )
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
-from hf_efficient.ops.block_sparse.windows import ExtraKeys
-from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.context import AttentionContext, ExtraKeys
 from hf_efficient.ops.padding import real_length, real_tokens
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patterns.kinds import Window
@@ -145,17 +144,7 @@ class LongT5Attention(EfficientAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         window = Window(left=self.config.attention_window // 2, right=self.config.attention_window // 2)
         pooled = self._global_keys(query, context) if query.shape[2] >= self.config.global_block_size else None
-        out: Tensor = block_sparse_attention(
-            query,
-            key,
-            value,
-            window,
-            scaling=context.scaling,
-            key_padding_mask=context.key_padding_mask,
-            relative_bias=context.relative_bias,
-            dropout=context.dropout,
-            extra=pooled,
-        )
+        out = block_sparse_attention(query, key, value, window, replace(context, extra=pooled))
         if pooled is None and self.training and torch.is_grad_enabled():
             # data-parallel training waits for a gradient of every parameter, also of those without a part in this call
             out = out + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad).to(out.dtype)  # type: ignore[union-attr]

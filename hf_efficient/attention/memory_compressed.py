@@ -19,9 +19,8 @@ from hf_efficient.attention.base import (
 )
 from hf_efficient.cache.pooled import CompressedLayer
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
-from hf_efficient.ops.block_sparse.windows import ExtraKeys
 from hf_efficient.ops.compression import CompressedMemory, mean_bias
-from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.context import AttentionContext, ExtraKeys
 from hf_efficient.ops.padding import first_real_token, real_tokens, shift_rows
 from hf_efficient.ops.pooled_keys import in_groups, log_count, strided_convolution
 from hf_efficient.ops.relative_bias import RelativeBias, mean_group_bias
@@ -140,18 +139,8 @@ class MemoryCompressedAttention(EfficientAttention):
         if context.relative_bias is not None:
             bias = bias + mean_group_bias(context.relative_bias, memory.token_mask[:, 0], n)
         extra = ExtraKeys(memory.keys, memory.values, visible & memory.token_mask.any(-1), bias)
-        out = block_sparse_attention(
-            query,
-            key,
-            value,
-            BlockWindow(block_size=block),
-            scaling=context.scaling,
-            is_causal=context.is_causal,
-            key_padding_mask=key_padding_mask,
-            relative_bias=context.relative_bias,
-            dropout=context.dropout,
-            extra=extra,
-        )
+        call = dataclasses.replace(context, key_padding_mask=key_padding_mask, extra=extra)
+        out = block_sparse_attention(query, key, value, BlockWindow(block_size=block), call)
         return out, memory
 
     def _compress(self, key: Tensor, value: Tensor, token_mask: Tensor, first: Tensor | int) -> CompressedMemory:

@@ -173,12 +173,8 @@ class SinkhornAttention(EfficientAttention):
             value,
             chosen,
             shares.gather(-1, chosen.clamp(min=0)) if is_learned else None,
+            context,
             block_size=size,
-            scaling=context.scaling,
-            is_causal=context.is_causal,
-            key_padding_mask=context.key_padding_mask,
-            relative_bias=context.relative_bias,
-            dropout=context.dropout,
         )
 
     def _descriptors(self, query: Tensor, token_mask: Tensor, size: int, context: AttentionContext) -> Tensor:
@@ -232,15 +228,5 @@ class SinkhornAttention(EfficientAttention):
             block = (keys.clamp(min=0) // size)[:, None]
             return seen.gather(-1, block.expand(*seen.shape[:3], -1))
 
-        return rows_attention(
-            query,
-            key,
-            value,
-            visible,
-            scaling=context.scaling,
-            key_padding_mask=context.key_padding_mask,
-            relative_bias=context.relative_bias,
-            dropout=context.dropout,
-            query_offset=context.query_offset,
-            row_start=start,
-        )
+        call = dataclasses.replace(context, row_start=start)
+        return rows_attention(query, key, value, visible, call)

@@ -139,19 +139,19 @@ class MechanismAttention:
         module: EfficientAttention = cls(config, geometry)
         module.reset_parameters()
         self.module = module.to(point.device, point.kind).eval()
-        self.context = AttentionContext(is_causal=is_causal, scaling=point.width**-0.5)
+        facts: dict[str, Any] = {}
         if bias is not None:
             table = torch.zeros(257, point.heads, device=point.device, requires_grad=bias == "learned")
-            self.context.relative_bias = RelativeBias(table, lambda offset: offset.clamp(-128, 128) + 128, 128)
+            facts["relative_bias"] = RelativeBias(table, lambda offset: offset.clamp(-128, 128) + 128, 128)
         if module.needs_hidden_states or module.needs_project:
             layer, heads = host(point), (point.heads, point.width)
-            self.context.hidden_states = layer.hidden
 
             def project(x: Tensor) -> tuple[Tensor, Tensor]:
                 key, value = (f(x).unflatten(-1, heads).transpose(1, 2) for f in (layer.key, layer.value))
                 return key, value
 
-            self.context.project = project
+            facts |= dict(hidden_states=layer.hidden, project=project)
+        self.context = AttentionContext(is_causal=is_causal, scaling=point.width**-0.5, **facts)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.module(query, key, value, self.context)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.ops.block_sparse.gather import BlockPlan, block_list_attention
+from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.pooled_keys import in_groups
-from hf_efficient.ops.softmax import merge_attention
+from hf_efficient.ops.softmax import Result, merge_attention
 
 
 def block_means(x: Tensor, token_mask: Tensor, size: int) -> Tensor:
@@ -76,9 +77,9 @@ def near_and_sorted_attention(
     value: Tensor,
     chosen: Tensor,
     shares: Tensor | None,
+    call: AttentionCall,
     *,
     block_size: int,
-    **options: Any,
 ) -> Tensor:
     """Softmax attention of each block to itself, the block before and the `chosen` ones, in one softmax.
 
@@ -87,7 +88,7 @@ def near_and_sorted_attention(
         shares: (B, H, U, c) logarithms of shares S of the chosen blocks: their keys' weights are multiplied by S divided by
             its own value, which is 1, so that S gets the gradient of a factor on what is chosen (straight through). `None`
             = no gradient.
-        options: further ones of `block_list_attention`.
+        call: as for `block_list_attention`.
 
     O(N · (c + 2) · block_size · D) time.
     """
@@ -96,16 +97,18 @@ def near_and_sorted_attention(
     near = torch.stack([rows, rows - 1], dim=-1)[None, None]
     none = torch.zeros(0, block_size, block_size, dtype=torch.bool, device=query.device)
 
-    def attention(columns: Tensor, **more: Any) -> Any:
+    def attention(columns: Tensor, call: AttentionCall) -> Result:
         plan = BlockPlan([(rows, columns, None)], none, None)
-        return block_list_attention(query, key, value, plan, block_size=block_size, **options, **more)
+        return block_list_attention(query, key, value, plan, call, block_size=block_size)
 
     if shares is None:
-        return attention(torch.cat([near.expand(*chosen.shape[:2], -1, -1), chosen], dim=-1))
-    parts = [attention(near, return_lse=True)]
+        return attention(torch.cat([near.expand(*chosen.shape[:2], -1, -1), chosen], dim=-1), call)[0]
+    call = dataclasses.replace(call, return_lse=True)
+    parts = [attention(near, call)]
     for columns, log_share in zip(chosen.split(1, -1), shares.unbind(-1), strict=True):
         log_share = torch.where(columns[..., 0] < 0, 0.0, log_share)
         factor = (log_share - log_share.detach()).repeat_interleave(block_size, -1)[..., : query.shape[2]]
-        out, lse = attention(columns, return_lse=True)
+        out, lse = attention(columns, call)
+        assert lse is not None
         parts.append((out, lse + factor))
-    return merge_attention(*parts)[0]
+    return merge_attention(*parts)[0]  # type: ignore[arg-type]

@@ -261,19 +261,8 @@ def _last_resort(value: Tensor, context: AttentionContext) -> Partial:
 
 
 def _near(query: Tensor, key: Tensor, value: Tensor, window: _Codes, context: AttentionContext) -> Partial:
-    part: Partial = block_sparse_attention(
-        query,
-        key,
-        value,
-        Window(left=window.left, right=window.right),
-        scaling=context.scaling,
-        is_causal=context.is_causal,
-        key_padding_mask=context.key_padding_mask,
-        relative_bias=context.relative_bias,
-        dropout=context.dropout,
-        return_lse=True,
-    )
-    return part
+    pattern = Window(left=window.left, right=window.right)
+    return block_sparse_attention(query, key, value, pattern, context, return_lse=True)
 
 
 def _round(

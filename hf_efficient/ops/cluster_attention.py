@@ -189,17 +189,8 @@ def cluster_attention(
         weights = _shares(sums)
         return _spread(found, weights, queries).to(query.dtype)
     left, right = window_sides(near, is_causal=False)
-    window, last = block_sparse_attention(
-        query,
-        key,
-        value,
-        Window(left=left, right=right),
-        scaling=context.scaling,
-        key_padding_mask=context.key_padding_mask,
-        relative_bias=context.relative_bias,
-        dropout=context.dropout,
-        return_lse=True,
-    )
+    near_keys = Window(left=left, right=right)
+    window, last = block_sparse_attention(query, key, value, near_keys, context, return_lse=True)
     weights = _shares(torch.cat([sums, last[:, :, None].to(sums.dtype)], dim=2))
     return (_spread(found, weights[:, :, :-1], queries) + weights[:, :, -1, :, None] * window).to(query.dtype)
 

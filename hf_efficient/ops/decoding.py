@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.ops.context import AttentionCall
 
 
 def rows_attention(
@@ -16,14 +16,8 @@ def rows_attention(
     key: Tensor,
     value: Tensor,
     visible: Callable[[Tensor, Tensor], Tensor],
+    call: AttentionCall,
     *,
-    scaling: float,
-    key_padding_mask: Tensor | None = None,
-    relative_bias: RelativeBias | None = None,
-    dropout: float = 0.0,
-    query_offset: int = 0,
-    row_start: Tensor | None = None,
-    key_positions: Tensor | None = None,
     columns: Tensor | None = None,
     chunk: int = 32,
 ) -> Tensor:
@@ -35,22 +29,19 @@ def rows_attention(
         query: (B, H, N, D). key, value: (B, H, S, D), in any order.
         visible: takes integer query positions (B or 1, N, 1) and key positions (B or 1, 1, S), negative before a row's
             start, and gives (B or 1, H or 1, N, S) bool, e.g. `Pattern.visible_per_head`.
-        key_padding_mask: (B, S) bool, True = may be seen.
-        relative_bias: added to the logits at the true offsets j - i.
-        row_start: (B,) position of each row's first real token; `None` = 0.
-        key_positions: (B or 1, S) position of each key, -1 = no key; `None` = 0 … S - 1.
+        call: always taken as causal; the bias goes by the true offsets j - i; without log-sum-exp.
         columns: (B, S) bool, keys that every query from their position on sees.
         chunk: queries handled at once, which bounds memory.
 
     Returns:
         (B, H, N, D). O(N · S) time, O(chunk · S) memory per head and row.
     """
-    device = query.device
+    device, query_offset, key_positions = query.device, call.query_offset, call.key_positions
     positions = torch.arange(key.shape[2], device=device)[None] if key_positions is None else key_positions
-    start = torch.zeros(1, dtype=torch.long, device=device) if row_start is None else row_start.to(device)
+    start = torch.zeros(1, dtype=torch.long, device=device) if call.row_start is None else call.row_start.to(device)
     exists = positions >= 0
-    if key_padding_mask is not None:
-        exists = exists & key_padding_mask
+    if call.key_padding_mask is not None:
+        exists = exists & call.key_padding_mask
     outputs = []
     for part in query.split(chunk, dim=2):
         rows = torch.arange(query_offset, query_offset + part.shape[2], device=device)
@@ -60,11 +51,13 @@ def rows_attention(
             seen = seen | columns[:, None, None]
         offset = positions[:, None] - rows[:, None]  # (B or 1, n, S)
         mask = seen & ((offset <= 0) & exists[:, None])[:, None]
-        if relative_bias is not None:
-            bias = relative_bias.at(offset).transpose(0, 1).to(query.dtype)
+        if call.relative_bias is not None:
+            bias = call.relative_bias.at(offset).transpose(0, 1).to(query.dtype)
             mask = torch.where(mask, bias, float("-inf"))
         outputs.append(
-            F.scaled_dot_product_attention(part, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+            F.scaled_dot_product_attention(
+                part, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scaling
+            )
         )
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 

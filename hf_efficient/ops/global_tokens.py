@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_efficient.ops.block_sparse.windows import ExtraKeys
+from hf_efficient.ops.context import ExtraKeys
 from hf_efficient.ops.decoding import entries_at
 from hf_efficient.ops.padding import first_real_token, real_tokens
 from hf_efficient.ops.relative_bias import RelativeBias

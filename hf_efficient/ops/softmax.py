@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Partial = tuple[Tensor, Tensor]
+Result = tuple[Tensor, Tensor | None]
 
 # elements of the scores that are held at once, where no gradient needs them later: bounds working memory, not results
 SCORE_BUDGET = 2**25

@@ -7,6 +7,7 @@ would silently lose padding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -120,34 +121,38 @@ def efficient_attention_forward(
         else:
             out = _exact_attention(query, key, value, context)
         return out.transpose(1, 2), None
-    context.global_attention_mask = global_attention_mask
-    context.hidden_states, context.input_ids = efficient_hidden_states, efficient_input_ids
-    context.rows = efficient_rows
-    if efficient_cache is not None:
-        layer = efficient_cache.layers[module.layer_idx]  # type: ignore[index]
-        context.recurrent = layer if isinstance(layer, RecurrentLayer) else None
-        if isinstance(layer, BoundedLayer) and layer.key_positions is not None:
-            _place_keys(context, layer.key_positions, layer.seen - query.shape[2])
-    if mechanism.needs_project:
-        context.project = partial(mechanism.host_projection, module)
+    layer = None if efficient_cache is None else efficient_cache.layers[module.layer_idx]  # type: ignore[index]
+    context = replace(
+        context,
+        global_attention_mask=global_attention_mask,
+        hidden_states=efficient_hidden_states,
+        project=partial(mechanism.host_projection, module) if mechanism.needs_project else None,
+        input_ids=efficient_input_ids,
+        rows=efficient_rows,
+        recurrent=layer if isinstance(layer, RecurrentLayer) else None,
+    )
+    if isinstance(layer, BoundedLayer) and layer.key_positions is not None:
+        context = _with_key_positions(context, layer.key_positions, layer.seen - query.shape[2])
     if efficient_segments is not None:
         # every segment starts at the left edge of a row of its own
         return attend_segments(mechanism, query, key, value, context, efficient_segments).transpose(1, 2), None
     return aligned_call(mechanism, query, key, value, context).transpose(1, 2), None
 
 
-def _place_keys(context: AttentionContext, positions: Tensor, query_offset: int) -> None:
-    """Rewrite the facts of a call for keys that stand at `positions` (B, S) instead of 0 … S - 1."""
+def _with_key_positions(context: AttentionContext, positions: Tensor, query_offset: int) -> AttentionContext:
+    """The context for keys that stand at `positions` (B, S) instead of 0 … S - 1."""
     keep = context.key_padding_mask
-    context.key_positions, context.query_offset = positions, query_offset
-    context.key_padding_mask = positions >= 0
-    if keep is not None:
-        context.row_start = first_real_token(keep)
-        context.key_padding_mask = entries_at(positions, keep)
+    return replace(
+        context,
+        key_positions=positions,
+        query_offset=query_offset,
+        key_padding_mask=positions >= 0 if keep is None else entries_at(positions, keep),
+        row_start=None if keep is None else first_real_token(keep),
+    )
 
 
 def aligned_call(mechanism: Any, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-    """Call the mechanism, on rows aligned to the left where it needs that; the context then becomes that of these rows."""
+    """Call the mechanism, on rows aligned to the left where it needs that, with the context of these rows."""
     n, keep = query.shape[2], context.key_padding_mask
     if context.query_offset and not context.is_causal:
         raise ValueError(
@@ -159,12 +164,12 @@ def aligned_call(mechanism: Any, query: Tensor, key: Tensor, value: Tensor, cont
     extra = mechanism.num_extra_tokens(mechanism.config)  # these stay at the front
     start = first_real_token(keep[:, extra:])
     if n < key.shape[2]:
-        context.row_start = start
-        return mechanism(query, key, value, context)
+        return mechanism(query, key, value, replace(context, row_start=start))
     query, key, value = (shift_rows(x, start, 2, extra) for x in (query, key, value))
-    for name in ("key_padding_mask", "global_attention_mask", "hidden_states", "input_ids"):
-        if (tensor := getattr(context, name)) is not None:
-            setattr(context, name, shift_rows(tensor, start, 1, extra))
+    names = ("key_padding_mask", "global_attention_mask", "hidden_states", "input_ids")
+    given = {name: getattr(context, name) for name in names}
+    moved: dict[str, Any] = {k: shift_rows(x, start, 1, extra) for k, x in given.items() if x is not None}
+    context = replace(context, **moved)
     out = shift_rows(mechanism(query, key, value, context), -start, 2, extra)
     # queries before a row's first real token have no past, but the shift put them behind all its keys
     started = torch.arange(n, device=start.device) >= start[:, None]

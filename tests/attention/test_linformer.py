@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def test_linformer_equals_its_formula(n: int, sharing: str, with_bias: bool) -> 
     )
     expected = linformer_by_formula(q, k, v, E, F, keep, sizes, bias if with_bias else None)
     assert_close(mechanism(q, k, v, context), expected, 1e-9)
-    context.key_padding_mask = None
+    context = replace(context, key_padding_mask=None)
     everything = torch.ones_like(keep)
     expected = linformer_by_formula(q, k, v, E, F, everything, sizes, bias if with_bias else None)
     assert_close(mechanism(q, k, v, context), expected, 1e-9, "without a mask")

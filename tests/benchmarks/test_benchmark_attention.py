@@ -33,12 +33,14 @@ from hf_efficient.benchmarks.baselines import (
 )
 from hf_efficient.benchmarks.work import count_pairs, pattern_of, work_of
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention, reference_attention
+from hf_efficient.ops.context import AttentionCall
 from hf_efficient.patterns.random_blocks import BigBirdBlocks
 from hf_efficient.profiling import timing
 from hf_efficient.profiling.timing import Times
 from hf_efficient.testing import assert_close
 
 HEADS, WIDTH = 2, 8
+CALL = AttentionCall(is_causal=False, scaling=WIDTH**-0.5)
 
 
 def point(length: int, **sizes: Any) -> Point:
@@ -115,7 +117,8 @@ def test_the_same_blocks(monkeypatch: pytest.MonkeyPatch):
     fields = {f.name: getattr(ours.module.pattern, f.name) for f in dataclasses.fields(BigBirdBlocks)}
     pattern = DrawnByTransformers(**fields, plan=plan)
     mine = outputs_and_gradients(
-        lambda q, k, v: block_sparse_attention(q, k, v, pattern, scaling=WIDTH**-0.5, implementation="torch"), at
+        lambda q, k, v: block_sparse_attention(q, k, v, pattern, CALL, implementation="torch"),
+        at,
     )
     for name, x in expected.items():
         assert_close(mine[name], x, 2e-5, name)
@@ -127,7 +130,7 @@ def test_ours_is_the_attention_of_its_pattern(name: str):
     """The three others are more than their pattern; their own files compare them with formulas."""
     at = point(700)
     ours, pattern = build(name, at), pattern_of(name, at).at_length(700)
-    assert_same(lambda q, k, v: reference_attention(q, k, v, pattern, scaling=WIDTH**-0.5), ours, at)
+    assert_same(lambda q, k, v: reference_attention(q, k, v, pattern, CALL), ours, at)
     assert_same(baselines.masked(at, pattern), ours, at)
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from hf_efficient.cache import bounded as decoding
 from hf_efficient.cache.bounded import BoundedLayer
 from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import convert_in_place
+from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.decoding import rows_attention
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patterns.kinds import GlobalColumns, Strided, Window
@@ -505,18 +507,23 @@ def test_rows_attention_against_the_definition(pattern):
     order = torch.rand(batch, length, generator=generator).argsort(-1)
     where = order[:, None, :, None].expand_as(key)
     spare = torch.randn(batch, heads, 3, width, generator=generator, dtype=torch.float64)
-    options: dict[str, Any] = dict(scaling=0.7, relative_bias=bias, query_offset=old, row_start=start, chunk=2)
+    call = AttentionCall(is_causal=True, scaling=0.7, relative_bias=bias, query_offset=old, row_start=start)
+    moved = replace(
+        call,
+        key_padding_mask=torch.cat([keep.gather(1, order), torch.ones(batch, 3, dtype=torch.bool)], 1),
+        key_positions=torch.cat([order, torch.full((batch, 3), -1)], 1),
+    )
     actual = rows_attention(
         query,
         torch.cat([key.gather(2, where), spare], 2),
         torch.cat([value.gather(2, where), spare], 2),
         heads_of.visible_per_head,
-        key_padding_mask=torch.cat([keep.gather(1, order), torch.ones(batch, 3, dtype=torch.bool)], 1),
-        key_positions=torch.cat([order, torch.full((batch, 3), -1)], 1),
+        moved,
         columns=torch.cat([columns.gather(1, order), torch.ones(batch, 3, dtype=torch.bool)], 1),
-        **options,
+        chunk=2,
     )
     assert_close(actual, expected, 1e-12)
     assert (actual[2, :, :3] == 0).all()
-    options |= dict(key_padding_mask=keep, columns=columns)
-    assert_close(rows_attention(query, key, value, heads_of.visible_per_head, **options), expected, 1e-12)
+    call = replace(call, key_padding_mask=keep)
+    actual = rows_attention(query, key, value, heads_of.visible_per_head, call, columns=columns, chunk=2)
+    assert_close(actual, expected, 1e-12)

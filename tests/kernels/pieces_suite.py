@@ -9,6 +9,7 @@ import hf_efficient as he
 from hf_efficient.kernels.block_sparse_op import block_sparse
 from hf_efficient.kernels.configs import interpreting
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention, reference_attention
+from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patterns.kinds import BlockWindow, GlobalColumns, GlobalRows, Strided, Summary, Window
 from hf_efficient.patterns.pattern import Pattern
@@ -49,8 +50,8 @@ def test_pieces_equal_the_definition(name: str, with_bias: bool):
     def run(function, dtype: torch.dtype, **options):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value, table)]
         bias = RelativeBias(leaves[3], lambda o: o.clamp(-REACH, REACH) + REACH, REACH) if with_bias else None
-        facts = dict(scaling=WIDTH**-0.5, key_padding_mask=keep, relative_bias=bias, return_lse=True)
-        out, lse = function(*leaves[:3], PATTERNS[name], **facts, **options)
+        call = AttentionCall(is_causal=False, scaling=WIDTH**-0.5, key_padding_mask=keep, relative_bias=bias)
+        out, lse = function(*leaves[:3], PATTERNS[name], call, return_lse=True, **options)
         finite = torch.where(lse.isinf(), 0.0, lse)
         loss = (out * weight).sum() + (finite**2).sum()
         return out, finite, *torch.autograd.grad(loss, leaves if with_bias else leaves[:3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hf_efficient.kernels import block_sparse_op as library
 from hf_efficient.kernels import flex as flex_module
 from hf_efficient.kernels.flex import flex
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention, reference_attention
+from hf_efficient.ops.context import AttentionCall
 from hf_efficient.patterns.kinds import GlobalColumns, Window
 from hf_efficient.testing import assert_close
 
@@ -73,9 +75,8 @@ def test_flex_block_masks_are_the_pattern(case, monkeypatch):
     table = bias[0] if bias else None
     options = dict(scaling=case.width**-0.5, is_causal=case.is_causal, query_offset=case.more)
     out = flex(query, key, value, pattern=case.pattern, keep=inputs.keep, bias=table, **options)
-    expected = reference_attention(
-        query, key, value, case.pattern, key_padding_mask=inputs.keep, relative_bias=relative(table), **options
-    )
+    call = AttentionCall(key_padding_mask=inputs.keep, relative_bias=relative(table), **options)
+    expected = reference_attention(query, key, value, case.pattern, call)
     assert_close(out, expected, 1e-5)
 
 
@@ -96,9 +97,12 @@ def test_flex_is_an_implementation(monkeypatch):
     """By name through the public function; what it can't do is refused there as well."""
     monkeypatch.setattr(flex_module, "_compiled", lambda: flex_attention)
     query = torch.randn(1, 2, 20, 16)
-    call = dict(pattern=Window(left=3, right=3) | GlobalColumns(positions=(0,)), scaling=0.25)
-    expected = reference_attention(query, query, query, **call)
-    assert_close(block_sparse_attention(query, query, query, implementation="flex", **call), expected, 1e-5)
-    for options in (dict(return_lse=True), dict(dropout=0.1)):
+    pattern, call = (
+        Window(left=3, right=3) | GlobalColumns(positions=(0,)),
+        AttentionCall(is_causal=False, scaling=0.25),
+    )
+    expected = reference_attention(query, query, query, pattern, call)
+    assert_close(block_sparse_attention(query, query, query, pattern, call, implementation="flex"), expected, 1e-5)
+    for refused, return_lse in ((call, True), (replace(call, dropout=0.1), False)):
         with pytest.raises(ValueError, match="implementation='flex' takes no dropout"):
-            block_sparse_attention(query, query, query, implementation="flex", **call, **options)
+            block_sparse_attention(query, query, query, pattern, refused, return_lse=return_lse, implementation="flex")

@@ -14,10 +14,12 @@ from hf_efficient.ops import softmax as attend_module
 from hf_efficient.ops.block_sparse import gather as blocks
 from hf_efficient.ops.block_sparse import windows
 from hf_efficient.ops.block_sparse.gather import BlockPlan, block_list_attention
-from hf_efficient.ops.block_sparse.windows import ExtraKeys, window_attention
+from hf_efficient.ops.block_sparse.windows import window_attention
+from hf_efficient.ops.context import AttentionCall, ExtraKeys
 from hf_efficient.ops.padding import first_real_token, real_length, shift_rows
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.softmax import additive_mask, attend
+from hf_efficient.patterns.kinds import Window
 from hf_efficient.profiling.counters import LargestTensor
 from hf_efficient.testing import assert_close
 
@@ -110,20 +112,24 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
+def windowed(query: Tensor, key: Tensor, value: Tensor, near: Window, **facts: Any) -> Tensor:
+    call = AttentionCall(**dict(is_causal=False, scaling=SCALING) | facts)
+    return window_attention(query, key, value, near, call)[0]
+
+
 @pytest.mark.parametrize("dilation", [1, 2, 3])
 @pytest.mark.parametrize("left, right", [(0, 0), (3, 0), (0, 4), (2, 5), (7, 7), (60, 60)])
 @pytest.mark.parametrize("n", LENGTHS)
 def test_window(n: int, left: int, right: int, dilation: int, path: str) -> None:
     q, k, v = query_key_value(4, n, n)
     mask = window(n, n, left, right, dilation)
-    options: Any = dict(left=left, right=right, dilation=dilation, scaling=SCALING)
-    assert_close(window_attention(q, k, v, **options), attention(q, k, v, mask), TOLERANCE, "plain")
-    keep, bias = padding(4, n), table_bias()
-    actual = window_attention(q, k, v, key_padding_mask=keep, relative_bias=bias, **options)
+    near, keep, bias = Window(left=left, right=right, dilation=dilation), padding(4, n), table_bias()
+    assert_close(windowed(q, k, v, near), attention(q, k, v, mask), TOLERANCE, "plain")
+    actual = windowed(q, k, v, near, key_padding_mask=keep, relative_bias=bias)
     expected = attention(q, k, v, mask & keep[:, None, None], dense_bias(bias, range(n), range(n)))
     assert_close(actual, expected, TOLERANCE, "padded, with bias")
     assert actual[3].abs().max() == 0, "a row without real keys"
-    actual = window_attention(q, k, v, key_padding_mask=keep, **options)
+    actual = windowed(q, k, v, near, key_padding_mask=keep)
     assert_close(actual, attention(q, k, v, mask & keep[:, None, None]), TOLERANCE, "padded")
 
 
@@ -140,7 +146,7 @@ def test_window_takes_blocks_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(windows, name, spy)
     for n, dilation in ((97, 1), (97, 3), (20, 1)):
         q, k, v = query_key_value(4, n, n)
-        window_attention(q, k, v, left=4, right=4, dilation=dilation, scaling=SCALING)
+        windowed(q, k, v, Window(left=4, right=4, dilation=dilation))
     assert calls == ["_blocked", "_blocked", "_one_tile"]
 
 
@@ -154,14 +160,11 @@ def test_window_of_queries_among_more_keys(
 ) -> None:
     q, k, v = query_key_value(4, n, s)
     keep, bias = padding(4, s), table_bias()
-    actual = window_attention(
+    actual = windowed(
         q,
         k,
         v,
-        left=5,
-        right=right,
-        dilation=dilation,
-        scaling=SCALING,
+        Window(left=5, right=right, dilation=dilation),
         key_padding_mask=keep,
         relative_bias=bias,
         query_offset=query_offset,
@@ -189,14 +192,11 @@ def test_window_with_extra_keys(n: int, s: int, form: str, with_bias: bool, dila
     q, k, v = query_key_value(4, n, s)
     extra, keep = extra_keys(4, n, form, with_bias), padding(4, s)
     bias = table_bias() if with_bias else None
-    actual = window_attention(
+    actual = windowed(
         q,
         k,
         v,
-        left=4,
-        right=2,
-        dilation=dilation,
-        scaling=SCALING,
+        Window(left=4, right=2, dilation=dilation),
         key_padding_mask=keep,
         relative_bias=bias,
         query_offset=s - n,
@@ -222,16 +222,13 @@ def test_window_does_not_depend_on_how_rows_are_grouped(
     n, block, span, batch = 97, 16, 22, 4 * dilation
     q, k, v = query_key_value(4, n, n)
     extra, bias, keep = extra_keys(4, n, "bn", True), table_bias(), padding(4, n)
+    near = Window(left=4, right=2, dilation=dilation)
     whole: Any = dict(
-        left=4,
-        right=2,
-        scaling=SCALING,
-        dilation=dilation,
         key_padding_mask=keep,
         relative_bias=bias,
         extra=extra,
     )
-    expected = window_attention(q, k, v, **whole)
+    expected = windowed(q, k, v, near, **whole)
     per_row = batch * HEADS * span * (block if budget == "MASK_BUDGET" else WIDTH)
     monkeypatch.setattr(windows, budget, rows * per_row)
     sizes = []
@@ -242,7 +239,7 @@ def test_window_does_not_depend_on_how_rows_are_grouped(
         return attend(q, k, *rest, **options)
 
     monkeypatch.setattr(windows, "attend", record)
-    assert_close(window_attention(q, k, v, **whole), expected, TOLERANCE)
+    assert_close(windowed(q, k, v, near, **whole), expected, TOLERANCE)
     total = math.ceil(math.ceil(n / dilation) / block)
     assert sizes == [rows] * (total // rows) + [total % rows] * (total % rows > 0), "the budget did not cut the rows"
 
@@ -254,14 +251,11 @@ def test_window_gradients(causal: bool, dilation: int, path: str) -> None:
     q, k, v = query_key_value(4, n, n)
     keep, bias, extra = padding(4, n), table_bias(), extra_keys(4, n, "bn", True)
     assert extra.bias is not None
-    actual = window_attention(
+    actual = windowed(
         q,
         k,
         v,
-        left=3,
-        right=right,
-        dilation=dilation,
-        scaling=SCALING,
+        Window(left=3, right=right, dilation=dilation),
         key_padding_mask=keep,
         relative_bias=bias,
         extra=extra,
@@ -280,9 +274,7 @@ def test_rows_without_keys_have_finite_gradients(dtype: torch.dtype, with_bias: 
     """0 in, 0 out: the softmax of nothing must not become NaN backwards either."""
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in query_key_value(4, 63, 63))
     bias = table_bias() if with_bias else None
-    out = window_attention(
-        q, k, v, left=2, right=2, scaling=SCALING, key_padding_mask=padding(4, 63), relative_bias=bias
-    )
+    out = windowed(q, k, v, Window(left=2, right=2), key_padding_mask=padding(4, 63), relative_bias=bias)
     assert out[3].abs().max() == 0
     for name, gradient in zip("qkv", torch.autograd.grad(out.square().sum(), (q, k, v)), strict=True):
         assert gradient.isfinite().all(), name
@@ -295,12 +287,17 @@ def test_window_memory_grows_with_length_not_with_its_square() -> None:
     for n in (512, 2048):
         q, k, v = (torch.randn(1, 2, n, 8) for _ in range(3))
         with LargestTensor() as recorder:
-            window_attention(q, k, v, left=8, right=8, scaling=1.0)
+            windowed(q, k, v, Window(left=8, right=8))
         sizes.append(recorder.numel)
     assert sizes[1] <= 4.5 * sizes[0]
 
 
 # ---- lists of blocks ---------------------------------------------------------------------------------------------
+
+
+def listed(query: Tensor, key: Tensor, value: Tensor, columns: Tensor, size: int, **facts: Any) -> Tensor:
+    call = AttentionCall(scaling=SCALING, **facts)
+    return block_list_attention(query, key, value, plan(columns, size), call, block_size=size)[0]
 
 
 def random_columns(batch: int, num_heads: int, rows: int, count: int, seed: int = 0) -> Tensor:
@@ -344,17 +341,16 @@ def test_block_lists(
         monkeypatch.setattr(blocks, "GATHER_BUDGET", budget)
     q, k, v = query_key_value(4, n, n)
     columns = random_columns(*shape, -(-n // size), count)
-    options: Any = dict(block_size=size, scaling=SCALING, is_causal=causal)
     mask, keep, bias = block_mask(columns, n, size, causal), padding(4, n), table_bias()
     expected = attention(q, k, v, mask) if n > 1 else torch.zeros_like(q)  # the last row of lists is empty
     if n == 1:
-        assert block_list_attention(q, k, v, plan(columns, size), **options).abs().max() == 0
+        assert listed(q, k, v, columns, size, is_causal=causal).abs().max() == 0
         return
-    assert_close(block_list_attention(q, k, v, plan(columns, size), **options), expected, TOLERANCE, "plain")
-    actual = block_list_attention(q, k, v, plan(columns, size), key_padding_mask=keep, **options)
+    assert_close(listed(q, k, v, columns, size, is_causal=causal), expected, TOLERANCE, "plain")
+    actual = listed(q, k, v, columns, size, is_causal=causal, key_padding_mask=keep)
     assert_close(actual, attention(q, k, v, mask & keep[:, None, None]), TOLERANCE, "padded")
     assert actual[3].abs().max() == 0
-    actual = block_list_attention(q, k, v, plan(columns, size), key_padding_mask=keep, relative_bias=bias, **options)
+    actual = listed(q, k, v, columns, size, is_causal=causal, key_padding_mask=keep, relative_bias=bias)
     expected = attention(q, k, v, mask & keep[:, None, None], dense_bias(bias, range(n), range(n)))
     assert_close(actual, expected, TOLERANCE, "padded, with bias")
 
@@ -366,17 +362,7 @@ def test_block_list_gradients(shape: tuple[int, int], causal: bool, monkeypatch:
     n, size = 33, 4
     q, k, v = query_key_value(4, n, n)
     columns, keep, bias = random_columns(*shape, 9, 3), padding(4, n), table_bias()
-    actual = block_list_attention(
-        q,
-        k,
-        v,
-        plan(columns, size),
-        block_size=size,
-        scaling=SCALING,
-        is_causal=causal,
-        key_padding_mask=keep,
-        relative_bias=bias,
-    )
+    actual = listed(q, k, v, columns, size, is_causal=causal, key_padding_mask=keep, relative_bias=bias)
     mask = block_mask(columns, n, size, causal) & keep[:, None, None]
     expected = attention(q, k, v, mask, dense_bias(bias, range(n), range(n)))
     assert_same_with_gradients(actual, expected, {"q": q, "k": k, "v": v, "table": bias.table})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import fresh
@@ -16,7 +17,7 @@ from hf_efficient.attention.image_local import GridBlocks
 from hf_efficient.ops.block_sparse import gather as blocks
 from hf_efficient.ops.block_sparse import torch_backend as torch_attention
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention, reference_attention
-from hf_efficient.ops.block_sparse.windows import ExtraKeys
+from hf_efficient.ops.context import AttentionCall, ExtraKeys
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.softmax import attend, merge_attention
 from hf_efficient.patterns.kinds import (
@@ -411,7 +412,7 @@ class Problem:
 
     def results(self, function: Any, pattern: Pattern, **options: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Output, log-sum-exp, and the gradients of both together."""
-        out, lse = function(*self.heads, pattern, scaling=WIDTH**-0.5, return_lse=True, **options)
+        out, lse = function(*self.heads, pattern, call_of(**options), return_lse=True)
         finite = torch.where(lse.isfinite(), lse, 0.0)
         loss = (out * self.weights[0]).sum() + (finite * self.weights[1]).sum()
         leaves = [*self.heads, self.table]
@@ -419,16 +420,22 @@ class Problem:
         return out, lse, [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
 
 
-def by_row(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, **options: Any) -> tuple[Tensor, Tensor]:
+def call_of(**facts: Any) -> AttentionCall:
+    return AttentionCall(**dict(is_causal=False, scaling=WIDTH**-0.5) | facts)
+
+
+def by_row(
+    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: AttentionCall, return_lse: bool
+) -> tuple[Tensor, Tensor]:
     """The definition for each row with the pattern of its own number of tokens."""
-    keep, parts = options.pop("key_padding_mask"), []
+    keep, parts = call.key_padding_mask, []
+    assert keep is not None and return_lse
     for row in range(len(query)):
         length = int(keep[row].nonzero().max()) + 1
-        own = {name: tuple(x[row : row + 1] for x in v) if isinstance(v, tuple) else v for name, v in options.items()}
+        segments = None if call.segments is None else tuple(x[row : row + 1] for x in call.segments)
+        own = replace(call, key_padding_mask=keep[row : row + 1], segments=segments)
         heads = (x[row : row + 1] for x in (query, key, value))
-        parts.append(
-            reference_attention(*heads, pattern.at_length(length), key_padding_mask=keep[row : row + 1], **own)
-        )
+        parts.append(reference_attention(*heads, pattern.at_length(length), own, return_lse=True))
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
@@ -467,7 +474,7 @@ def test_attention_is_its_definition(name: str, is_causal: bool, route):
             actual = problem.results(block_sparse_attention, pattern, **options)
             assert_same_results(actual, expected, f"{n} tokens, {kind}")
             if kind == "bias":
-                plain = block_sparse_attention(*problem.heads, pattern, scaling=WIDTH**-0.5, **options)
+                plain = block_sparse_attention(*problem.heads, pattern, call_of(**options))
                 assert_close(plain, expected[0], 1e-9, f"{n} tokens, without log-sum-exp")
 
 
@@ -492,17 +499,8 @@ def test_extra_keys_join_the_softmax(name: str, route):
     shown[1, ::3, 0] = shown[2, :, 1] = False
     bias = torch.linspace(-1, 1, HEADS * n * 2, dtype=torch.float64).view(1, HEADS, n, 2)
     extra = ExtraKeys(*problem.extra, shown, bias)
-    out, lse = block_sparse_attention(
-        query,
-        key,
-        value,
-        pattern,
-        scaling=0.4,
-        key_padding_mask=problem.keep,
-        extra=extra,
-        is_causal=True,
-        return_lse=True,
-    )
+    call = call_of(scaling=0.4, key_padding_mask=problem.keep, extra=extra, is_causal=True)
+    out, lse = block_sparse_attention(query, key, value, pattern, call, return_lse=True)
     scores = 0.4 * query @ torch.cat([problem.extra[0], key], 2).mT
     seen = dense(pattern, n, n, is_causal=True) & problem.keep[:, None, None]
     seen = torch.cat([shown[:, None].expand(-1, HEADS, -1, -1), seen.expand(-1, HEADS, -1, -1)], -1)
@@ -522,7 +520,7 @@ def test_grouped_queries_share_keys(name: str, route):
     assert_same_results(actual, expected, name)
     query, key, value = problem.heads
     whole = [x[:, [0, 0, 1, 1]] for x in (key, value)]
-    again = block_sparse_attention(query, *whole, pattern, scaling=WIDTH**-0.5, relative_bias=problem.bias)
+    again = block_sparse_attention(query, *whole, pattern, call_of(relative_bias=problem.bias))
     assert_close(again, actual[0], 1e-12)
 
 
@@ -559,9 +557,9 @@ def test_new_tokens_see_what_the_definition_shows(name: str):
     problem = Problem(70)
     query, key, value = (x.detach() for x in problem.heads)
     for first in (69, 60, 5):
-        options: dict[str, Any] = dict(scaling=0.4, is_causal=True, relative_bias=problem.bias, query_offset=first)
-        expected = reference_attention(query[:, :, first:], key, value, pattern, **options)
-        actual = block_sparse_attention(query[:, :, first:], key, value, pattern, **options)
+        call = AttentionCall(scaling=0.4, is_causal=True, relative_bias=problem.bias, query_offset=first)
+        expected = reference_attention(query[:, :, first:], key, value, pattern, call)
+        actual = block_sparse_attention(query[:, :, first:], key, value, pattern, call)
         assert_close(actual, expected, 1e-9, f"from {first}")
 
 
@@ -572,9 +570,9 @@ def test_tables_made_for_inference_or_elsewhere_serve_training(name: str):
         cached.cache_clear()
     tokens = torch.randn(1, HEADS, 600, WIDTH)
     with torch.inference_mode(), torch.device("meta"):
-        expected = block_sparse_attention(tokens, tokens, tokens, pattern, scaling=1.0, is_causal=True)
+        expected = block_sparse_attention(tokens, tokens, tokens, pattern, call_of(is_causal=True))
     tokens.requires_grad_()
-    out = block_sparse_attention(tokens, tokens, tokens, pattern, scaling=1.0, is_causal=True)
+    out = block_sparse_attention(tokens, tokens, tokens, pattern, call_of(is_causal=True))
     assert torch.equal(out, expected)
     out.sum().backward()
     assert tokens.grad is not None and tokens.grad.any()
@@ -613,7 +611,7 @@ def test_root_n_patterns_cost_root_n(name: str):
         q, k, v = torch.randn(3, 1, 1, n, 16, requires_grad=True)
 
         def step(pattern: Pattern = near | far, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
-            block_sparse_attention(q, k, v, pattern, scaling=0.25, is_causal=True).sum().backward()
+            block_sparse_attention(q, k, v, pattern, call_of(is_causal=True)).sum().backward()
 
         with sdpa_kernel(SDPBackend.MATH):
             with LargestTensor() as recorder:
@@ -631,7 +629,8 @@ def _call(query: Any = None, key: Any = None, value: Any = None, pattern: Any = 
     query = tokens if query is None else query
     key = tokens if key is None else key
     pattern = Window(left=1, right=1) if pattern is None else pattern
-    return block_sparse_attention(query, key, key if value is None else value, pattern, **{"scaling": 1.0} | options)
+    own = {name: options.pop(name) for name in ("return_lse", "implementation") if name in options}
+    return block_sparse_attention(query, key, key if value is None else value, pattern, call_of(**options), **own)
 
 
 SOME = torch.zeros(2, HEADS, 10, WIDTH)

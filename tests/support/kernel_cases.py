@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.ops.block_sparse.attention import reference_attention
+from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patterns.kinds import BlockWindow, Full, GlobalColumns, GlobalRows, Window
 from hf_efficient.patterns.pattern import Pattern
@@ -161,11 +162,7 @@ def relative(bias: Tensor | None) -> RelativeBias | None:
 def definition(case: Case, inputs: Inputs, query_offset: int) -> tuple[Tensor, Tensor]:
     """Dense attention of the inputs' own dtype."""
     query, key, value, *bias = inputs.tensors
-    return reference_attention(
-        query,
-        key,
-        value,
-        case.pattern,
+    call = AttentionCall(
         scaling=case.width**-0.5,
         is_causal=case.is_causal,
         key_padding_mask=inputs.keep,
@@ -173,8 +170,8 @@ def definition(case: Case, inputs: Inputs, query_offset: int) -> tuple[Tensor, T
         query_offset=query_offset,
         segments=inputs.segments,
         positions=inputs.positions,
-        return_lse=True,
     )
+    return reference_attention(query, key, value, case.pattern, call, return_lse=True)
 
 
 def results(

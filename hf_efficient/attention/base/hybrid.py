@@ -148,22 +148,7 @@ class HybridAttention(KernelAttention):
         return (index >= 0) & (index < self.config.sink_tokens)
 
     def _near(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Partial:
-        near: Partial = block_sparse_attention(
-            query,
-            key,
-            value,
-            self.pattern,
-            scaling=context.scaling,
-            is_causal=context.is_causal,
-            key_padding_mask=context.key_padding_mask,
-            relative_bias=context.relative_bias,
-            dropout=context.dropout,
-            query_offset=context.query_offset,
-            row_start=context.row_start,
-            key_positions=context.key_positions,
-            return_lse=True,
-        )
-        return near
+        return block_sparse_attention(query, key, value, self.pattern, context, return_lse=True)
 
     def _at_sinks(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Partial:
         """Exact attention to the sinks that lie outside the window of a query."""

@@ -14,7 +14,7 @@ from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.cache.bounded import BoundedLayer
 from hf_efficient.ops.backend import IMPLEMENTATIONS, require_torch
 from hf_efficient.ops.block_sparse.attention import DECODING, block_sparse_attention
-from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.context import AttentionCall, AttentionContext
 from hf_efficient.ops.decoding import rows_attention
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead
@@ -78,22 +78,12 @@ class PatternAttention(EfficientAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         return self.attend(query, key, value, context)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, **options: Any) -> Tensor:
-        """`block_sparse_attention` with the pattern of this layer and the facts of the call; `options` override them."""
-        facts: dict[str, Any] = dict(
-            pattern=self.pattern,
-            scaling=context.scaling,
-            is_causal=context.is_causal,
-            key_padding_mask=context.key_padding_mask,
-            relative_bias=context.relative_bias,
-            dropout=context.dropout,
-            query_offset=context.query_offset,
-            row_start=context.row_start,
-            key_positions=context.key_positions,
-            implementation=self.config.implementation,
-        )
-        out: Tensor = block_sparse_attention(query, key, value, **(facts | options))
-        return out
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, pattern: Pattern | None = None
+    ) -> Tensor:
+        """`block_sparse_attention` with `pattern`, else that of this layer, on the implementation of the config."""
+        pattern = self.pattern if pattern is None else pattern
+        return block_sparse_attention(query, key, value, pattern, call, implementation=self.config.implementation)
 
     def cache_layer(self) -> BoundedLayer | None:
         if not (self.geometry.is_causal and self.pattern.is_bounded):
@@ -136,17 +126,4 @@ def attend_kept(
         ValueError: an explicit `implementation` that does not decode.
     """
     require_torch(implementation, DECODING)
-    return rows_attention(
-        query,
-        key,
-        value,
-        pattern.visible_per_head,
-        scaling=context.scaling,
-        key_padding_mask=context.key_padding_mask,
-        relative_bias=context.relative_bias,
-        dropout=context.dropout,
-        query_offset=context.query_offset,
-        row_start=context.row_start,
-        key_positions=context.key_positions,
-        columns=columns,
-    )
+    return rows_attention(query, key, value, pattern.visible_per_head, context, columns=columns)

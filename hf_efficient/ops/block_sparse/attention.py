@@ -7,23 +7,50 @@ the pieces exactly by their log-sum-exps.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from hf_efficient.ops.backend import require_torch, resolve
-from hf_efficient.ops.block_sparse.decompose import Call
+from hf_efficient.ops.block_sparse.decompose import Backend
 from hf_efficient.ops.block_sparse.torch_backend import torch_attention
-from hf_efficient.ops.block_sparse.windows import ExtraKeys, window_attention
+from hf_efficient.ops.block_sparse.windows import window_attention
+from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.decoding import rows_attention
 from hf_efficient.ops.grouped_heads import expand_heads
-from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.ops.softmax import additive_mask, attend
+from hf_efficient.ops.softmax import Partial, Result, additive_mask, attend
 from hf_efficient.patterns.kinds import Window
 from hf_efficient.patterns.pattern import Pattern
 
 DECODING = "queries of new tokens against a cache are computed by PyTorch alone"
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    call: AttentionCall,
+    *,
+    return_lse: Literal[False] = False,
+    implementation: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    call: AttentionCall,
+    *,
+    return_lse: Literal[True],
+    implementation: str = "auto",
+) -> Partial: ...
 
 
 def block_sparse_attention(
@@ -31,35 +58,17 @@ def block_sparse_attention(
     key: Tensor,
     value: Tensor,
     pattern: Pattern,
+    call: AttentionCall,
     *,
-    scaling: float,
-    is_causal: bool = False,
-    key_padding_mask: Tensor | None = None,
-    relative_bias: RelativeBias | None = None,
-    dropout: float = 0.0,
-    query_offset: int = 0,
-    row_start: Tensor | None = None,
-    key_positions: Tensor | None = None,
-    extra: ExtraKeys | None = None,
-    segments: tuple[Tensor, Tensor] | None = None,
-    positions: tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
-) -> Any:
+) -> Tensor | Partial:
     """`y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j` over the keys j that `pattern` shows query i.
 
     Args:
         query: (B, H, N, D). key, value: (B, HK, S, D); H a multiple of HK (grouped queries), S ≥ N.
         pattern: on token positions, counted from each row's first token; of 1 or H heads.
-        is_causal: additionally key ≤ query.
-        key_padding_mask: (B, S) bool, True = may be seen.
-        relative_bias: b, added to the logits; gradients reach its table.
-        dropout: on the attention weights.
-        query_offset, row_start, key_positions: while decoding (N < S): position of the first query among all tokens, (B,)
-            index of each row's first token, and (B, S) positions of keys, -1 = nothing there, where the cache forgot some.
-        extra: further keys in the same softmax; `key_padding_mask` must hide them where the pattern shows them as well.
-        segments, positions: (of queries, of keys), integers (B, 1 or H, N) and (B, 1 or H, S): visible only where segments
-            are equal, and where the key's position is at most the query's.
+        call: scaling, causality, padding, bias, …; an `AttentionContext` is one.
         return_lse: also return the log-sum-exp of the logits, with its gradient, see `merge_attention`.
         implementation: `"auto"`, `"torch"`, `"triton"` or `"flex"`; an explicit one never falls back: while decoding only
             the first two are possible.
@@ -71,72 +80,62 @@ def block_sparse_attention(
     Raises:
         ValueError: shapes, devices, dtypes or options that do not fit together, or that `implementation` can't take.
     """
-    _check(query, key, value, pattern, key_padding_mask, positions, relative_bias)
-    if query.shape[2] < key.shape[2] or key_positions is not None:
-        if segments is not None or positions is not None or extra is not None:
-            raise ValueError("decoding (fewer queries than keys) takes no segments, positions or extra keys.")
-        if return_lse and not isinstance(pattern, Window):
-            raise ValueError("decoding (fewer queries than keys) gives no log-sum-exp, except for a window.")
-        if not is_causal:
-            raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys: only a causal pattern can decode.")
+    call = dataclasses.replace(call, return_lse=return_lse)
+    _check(query, key, value, pattern, call)
+    if query.shape[2] < key.shape[2] or call.key_positions is not None:
         require_torch(implementation, DECODING)
         key, value = expand_heads(query, key, value)
-        facts: dict[str, Any] = dict(
-            scaling=scaling, key_padding_mask=key_padding_mask, relative_bias=relative_bias, dropout=dropout
-        )
-        if isinstance(pattern, Window):
-            # what the cache forgot lies to the left of all windows, so the queries end a gapless run of tokens
-            window: dict[str, Any] = dict(left=pattern.left, right=0, dilation=pattern.dilation, return_lse=return_lse)
-            return window_attention(query, key, value, query_offset=key.shape[2] - query.shape[2], **window, **facts)
-        places: dict[str, Any] = dict(query_offset=query_offset, row_start=row_start, key_positions=key_positions)
-        return rows_attention(query, key, value, pattern.visible_per_head, **places, **facts)
-    call = Call(scaling, is_causal, key_padding_mask, relative_bias, dropout, extra, segments, positions, return_lse)
-    backend = resolve(implementation, query, key, value, dropout=dropout)
-    if backend != "triton":
-        key, value = expand_heads(query, key, value)
-    out, lse = _core(backend)(query, key, value, pattern, call)
-    return (out, lse) if return_lse else out
+        out, lse = _decode(query, key, value, pattern, call)
+    else:
+        backend = resolve(implementation, query, key, value, dropout=call.dropout)
+        if backend != "triton":
+            key, value = expand_heads(query, key, value)
+        out, lse = _backend(backend)(query, key, value, pattern, call)
+    return (out, lse) if return_lse and lse is not None else out
 
 
-def _core(backend: str) -> Any:
-    if backend == "torch":
+def _decode(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: AttentionCall) -> Result:
+    """Queries of new tokens against the keys in a cache."""
+    if call.by_vectors or call.extra is not None:
+        raise ValueError("decoding (fewer queries than keys) takes no segments, positions or extra keys.")
+    if call.return_lse and not isinstance(pattern, Window):
+        raise ValueError("decoding (fewer queries than keys) gives no log-sum-exp, except for a window.")
+    if not call.is_causal:
+        raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys: only a causal pattern can decode.")
+    if isinstance(pattern, Window):
+        # what the cache forgot lies to the left of all windows, so the queries end a gapless run of tokens
+        call = dataclasses.replace(call, query_offset=key.shape[2] - query.shape[2])
+        return window_attention(query, key, value, pattern, call)
+    return rows_attention(query, key, value, pattern.visible_per_head, call), None
+
+
+def _backend(name: str) -> Backend:
+    if name == "torch":
         return torch_attention
     # Triton and FlexAttention are imported only where they are used
-    from hf_efficient.ops.block_sparse import kernel_backends as pieces
+    from hf_efficient.ops.block_sparse import kernel_backends
 
-    return pieces.triton_attention if backend == "triton" else pieces.flex_attention
+    return kernel_backends.triton_attention if name == "triton" else kernel_backends.flex_attention
 
 
 def reference_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: Pattern,
-    *,
-    scaling: float,
-    is_causal: bool = False,
-    key_padding_mask: Tensor | None = None,
-    relative_bias: RelativeBias | None = None,
-    query_offset: int = 0,
-    segments: tuple[Tensor, Tensor] | None = None,
-    positions: tuple[Tensor, Tensor] | None = None,
-    return_lse: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: AttentionCall, *, return_lse: bool = False
 ) -> Any:
     """The definition of `block_sparse_attention` with an N×S tensor of logits; for tests, O(N·S)."""
     key, value = expand_heads(query, key, value)
-    rows = torch.arange(query_offset, query_offset + query.shape[2], device=query.device)[:, None]
+    rows = torch.arange(call.query_offset, call.query_offset + query.shape[2], device=query.device)[:, None]
     columns = torch.arange(key.shape[2], device=query.device)[None]
-    seen = _dense_mask(pattern, rows, columns, is_causal)[None]
-    if key_padding_mask is not None:
-        seen = seen & key_padding_mask[:, None, None]
-    if segments is not None:
-        seen = seen & (segments[0][..., None] == segments[1][..., None, :])
-    if positions is not None:
-        seen = seen & (positions[1][..., None, :] <= positions[0][..., None])
+    seen = _dense_mask(pattern, rows, columns, call.is_causal)[None]
+    if call.key_padding_mask is not None:
+        seen = seen & call.key_padding_mask[:, None, None]
+    if call.segments is not None:
+        seen = seen & (call.segments[0][..., None] == call.segments[1][..., None, :])
+    if call.positions is not None:
+        seen = seen & (call.positions[1][..., None, :] <= call.positions[0][..., None])
     logits = additive_mask(seen, query.dtype)
-    if relative_bias is not None:
-        logits = logits + relative_bias.at(columns - rows)[None].to(query.dtype)
-    out, lse = attend(query, key, value, logits, scaling=scaling, return_lse=True)
+    if call.relative_bias is not None:
+        logits = logits + call.relative_bias.at(columns - rows)[None].to(query.dtype)
+    out, lse = attend(query, key, value, logits, scaling=call.scaling, return_lse=True)
     return (out, lse) if return_lse else out
 
 
@@ -146,15 +145,7 @@ def _dense_mask(pattern: Pattern, rows: Tensor, columns: Tensor, is_causal: bool
     return seen & (columns <= rows) if is_causal else seen
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: Pattern,
-    keep: Tensor | None,
-    positions: tuple[Tensor, Tensor] | None,
-    relative_bias: RelativeBias | None,
-) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: AttentionCall) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     heads, kv_heads = query.shape[1], key.shape[1]
     if query.dim() != 4 or key.shape != value.shape or key.shape[::3] != query.shape[::3] or heads % kv_heads:
@@ -166,9 +157,10 @@ def _check(
         raise ValueError(f"query, key and value must have one dtype on one device, not {kinds}.")
     if pattern.num_heads not in (1, heads):
         raise ValueError(f"the pattern is made for {pattern.num_heads} heads, but there are {heads}.")
+    keep = call.key_padding_mask
     if keep is not None and (keep.dtype != torch.bool or keep.shape != (key.shape[0], key.shape[2])):
         raise ValueError(
             f"key_padding_mask of {keep.dtype} {tuple(keep.shape)} must be bool {(key.shape[0], key.shape[2])}."
         )
-    if positions is not None and relative_bias is not None:
+    if call.positions is not None and call.relative_bias is not None:
         raise ValueError("a relative bias counts positions in order: it does not go with `positions`.")

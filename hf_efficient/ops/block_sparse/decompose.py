@@ -5,71 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_efficient.ops.block_sparse.windows import ExtraKeys, extra_attention, fold, unfold
+from hf_efficient.ops.block_sparse.windows import extra_attention, fold, unfold
+from hf_efficient.ops.context import AttentionCall, ExtraKeys
 from hf_efficient.ops.padding import real_length
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.ops.softmax import merge_attention
+from hf_efficient.ops.softmax import Result, merge_attention
 from hf_efficient.patterns.kinds import Full, GlobalColumns, Strided, Summary, Window
 from hf_efficient.patterns.parse import parse_pattern
 from hf_efficient.patterns.pattern import Pattern, Union, parts_of
 from hf_efficient.patterns.sets import Without
 
-Result = tuple[Tensor, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Call:
-    """Everything of one call but the heads and the pattern; see `block_sparse_attention`."""
-
-    scaling: float
-    is_causal: bool
-    keep: Tensor | None
-    bias: RelativeBias | None
-    dropout: float
-    extra: ExtraKeys | None
-    segments: tuple[Tensor, Tensor] | None
-    positions: tuple[Tensor, Tensor] | None
-    return_lse: bool
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keywords of `block_list_attention`, which knows no extra keys."""
-        return dict(
-            scaling=self.scaling,
-            is_causal=self.is_causal,
-            key_padding_mask=self.keep,
-            relative_bias=self.bias,
-            dropout=self.dropout,
-            segments=self.segments,
-            positions=self.positions,
-            return_lse=self.return_lse,
-        )
-
-    @property
-    def by_vectors(self) -> bool:
-        """Visibility depends on numbers that tokens carry, not on where they stand alone."""
-        return self.segments is not None or self.positions is not None
-
-    def rows(self, index: Tensor) -> Call:
-        """The call for some rows of the batch."""
-
-        def own(x: Any) -> Any:
-            if isinstance(x, (tuple, list)) and not isinstance(x, Tensor):
-                return type(x)(*map(own, x)) if hasattr(x, "_fields") else tuple(map(own, x))
-            return x if x is None or x.shape[0] == 1 else x.index_select(0, index)
-
-        names = ("keep", "extra", "segments", "positions")
-        return dataclasses.replace(self, **{name: own(getattr(self, name)) for name in names})
-
-
-Core = Callable[[Tensor, Tensor, Tensor, Pattern, Call], Result]
+Backend = Callable[[Tensor, Tensor, Tensor, Pattern, AttentionCall], Result]
 
 
 def without(pattern: Pattern, *kinds: type[Pattern]) -> Pattern | None:
@@ -83,8 +35,8 @@ def by_head(
     key: Tensor,
     value: Tensor,
     pattern: Pattern,
-    call: Call,
-    core: Core,
+    call: AttentionCall,
+    backend: Backend,
 ) -> Result:
     """Heads with the same pattern together, each group in its own fast form."""
     groups: dict[Pattern, list[int]] = {}
@@ -100,7 +52,7 @@ def by_head(
         def pair(x: tuple[Tensor, Tensor] | None, own: Callable[[Tensor], Tensor] = own) -> Any:
             return None if x is None else (own(x[0]), own(x[1]))
 
-        extra, bias = call.extra, call.bias
+        extra, bias = call.extra, call.relative_bias
         if extra is not None:
             extra = extra._replace(
                 key=own(extra.key), value=own(extra.value), bias=None if extra.bias is None else own(extra.bias)
@@ -108,9 +60,9 @@ def by_head(
         if bias is not None:
             bias = RelativeBias(bias.table.index_select(1, index.to(bias.table.device)), bias.bucket, bias.saturation)
         part = dataclasses.replace(
-            call, extra=extra, bias=bias, segments=pair(call.segments), positions=pair(call.positions)
+            call, extra=extra, relative_bias=bias, segments=pair(call.segments), positions=pair(call.positions)
         )
-        out, lse = core(own(query), own(key), own(value), single, part)
+        out, lse = backend(own(query), own(key), own(value), single, part)
         outputs.append(out)
         sums += [] if lse is None else [lse]
     order = torch.tensor([head for heads in groups.values() for head in heads], device=query.device).argsort()
@@ -118,32 +70,46 @@ def by_head(
     return out, rest[0] if rest else None
 
 
-def by_length(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: Call, core: Core) -> Result:
+def by_length(
+    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: AttentionCall, backend: Backend
+) -> Result:
     """Rows with the same number of real tokens together, each group with its own pattern.
 
     Raises:
         ValueError: while compiling, where lengths are not known.
     """
     n = query.shape[2]
-    if call.keep is None:
-        return core(query, key, value, pattern.at_length(n), call)
+    if call.key_padding_mask is None:
+        return backend(query, key, value, pattern.at_length(n), call)
     if torch.compiler.is_compiling():
         raise ValueError(
             "this pattern depends on each row's number of tokens, which compiled code does not know: give batches without "
             "padding, or run it uncompiled."
         )
     groups: dict[Pattern, list[int]] = {}
-    for row, length in enumerate(real_length(call.keep).tolist()):
+    for row, length in enumerate(real_length(call.key_padding_mask).tolist()):
         groups.setdefault(pattern.at_length(max(1, length)), []).append(row)
     parts = []
     for single, rows in groups.items():
         index = torch.tensor(rows, device=query.device)
         q, k, v = (x.index_select(0, index) for x in (query, key, value))
-        parts.append(core(q, k, v, single, call.rows(index)))
+        parts.append(backend(q, k, v, single, _for_rows(call, index)))
     order = torch.tensor([row for rows in groups.values() for row in rows], device=query.device).argsort()
     out = torch.cat([part[0] for part in parts]).index_select(0, order)
     sums = [lse for _, lse in parts if lse is not None]
     return out, torch.cat(sums).index_select(0, order) if sums else None
+
+
+def _for_rows(call: AttentionCall, index: Tensor) -> AttentionCall:
+    """The call for some rows of the batch."""
+
+    def own(x: Any) -> Any:
+        if isinstance(x, (tuple, list)) and not isinstance(x, Tensor):
+            return type(x)(*map(own, x)) if hasattr(x, "_fields") else tuple(map(own, x))
+        return x if x is None or x.shape[0] == 1 else x.index_select(0, index)
+
+    names = ("key_padding_mask", "extra", "segments", "positions")
+    return dataclasses.replace(call, **{name: own(getattr(call, name)) for name in names})
 
 
 def as_window(pattern: Pattern) -> tuple[Window, tuple[int, ...], int | None] | None:
@@ -161,15 +127,21 @@ def as_window(pattern: Pattern) -> tuple[Window, tuple[int, ...], int | None] | 
     return windows[0], tuple(sorted(columns)), skip
 
 
-def shared_columns(key: Tensor, value: Tensor, columns: tuple[int, ...], call: Call) -> tuple[Tensor, ExtraKeys]:
+def shared_columns(
+    key: Tensor, value: Tensor, columns: tuple[int, ...], call: AttentionCall
+) -> tuple[Tensor, ExtraKeys]:
     """Which keys are left beside those at `columns`, and these as extra keys of every query; causal: of later queries."""
     n = key.shape[2]
     index = torch.tensor(columns, device=key.device)
     position = torch.arange(n, device=key.device)
-    there = torch.ones(1, n, dtype=torch.bool, device=key.device) if call.keep is None else call.keep
+    there = (
+        torch.ones(1, n, dtype=torch.bool, device=key.device)
+        if call.key_padding_mask is None
+        else call.key_padding_mask
+    )
     offset = index - position[:, None]
     shown = there[:, None, index] & ((offset <= 0) if call.is_causal else torch.ones_like(offset, dtype=torch.bool))
-    bias = None if call.bias is None else call.bias.at(offset)[None]
+    bias = None if call.relative_bias is None else call.relative_bias.at(offset)[None]
     extra = _joined(call.extra, ExtraKeys(key[:, :, index], value[:, :, index], shown, bias))
     return there & ~torch.isin(position, index), extra
 
@@ -217,12 +189,18 @@ def summaries_of(pattern: Pattern, n: int) -> tuple[int, ...]:
 
 
 def with_summaries(
-    query: Tensor, key: Tensor, value: Tensor, rest: Pattern | None, columns: tuple[int, ...], call: Call, core: Core
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rest: Pattern | None,
+    columns: tuple[int, ...],
+    call: AttentionCall,
+    backend: Backend,
 ) -> Result:
     """Summaries as a short sequence of further keys: their tiles would mostly hold keys that nobody sees."""
     keep, extra = shared_columns(key, value, columns, call)
-    call = dataclasses.replace(call, keep=keep, extra=extra)
-    return extra_only(query, call) if rest is None else core(query, key, value, rest, call)
+    call = dataclasses.replace(call, key_padding_mask=keep, extra=extra)
+    return extra_only(query, call) if rest is None else backend(query, key, value, rest, call)
 
 
 def left_out(pattern: Pattern) -> tuple[Pattern, tuple[Strided, ...]] | None:
@@ -239,13 +217,15 @@ def stride_of(pattern: Pattern) -> Strided | None:
     return None if found is None else next((p for p in parts_of(found[0]) if isinstance(p, Strided)), None)
 
 
-def fold_call(call: Call, key: Tensor, step: int) -> Call:
+def fold_call(call: AttentionCall, key: Tensor, step: int) -> AttentionCall:
     """The call for the residue classes of `step`, folded into the batch by `windows.fold`; without extra keys."""
-    keep = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device) if call.keep is None else call.keep
+    keep = call.key_padding_mask
+    keep = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device) if keep is None else keep
     bias = None
-    if (whole := call.bias) is not None:
+    if (whole := call.relative_bias) is not None:
         bias = RelativeBias(whole.table, lambda o: whole.bucket(o * step), -(-whole.saturation // step))
-    return dataclasses.replace(call, keep=fold(keep.expand(key.shape[0], -1), step, 1), bias=bias)
+    keep = fold(keep.expand(key.shape[0], -1), step, 1)
+    return dataclasses.replace(call, key_padding_mask=keep, relative_bias=bias)
 
 
 def with_stride(
@@ -254,8 +234,8 @@ def with_stride(
     value: Tensor,
     pattern: Pattern,
     strided: Strided,
-    call: Call,
-    core: Core,
+    call: AttentionCall,
+    backend: Backend,
 ) -> Result:
     """The residue classes of the stride as short dense sequences, merged with all other keys.
 
@@ -273,7 +253,7 @@ def with_stride(
     # of a residue class, every so many tokens are multiples of another stride apart
     every = tuple(Strided(stride=other.stride // math.gcd(other.stride, step)) for other in out_before)
     inside = Without(pattern=Full(), excluded=Union(parts=every)) if every else Full()
-    out, lse = core(q, k, v, inside, folded)
+    out, lse = backend(q, k, v, inside, folded)
     out = unfold(out, step)[:, :, :n]
     lse = None if lse is None else unfold(lse[..., None], step)[:, :, :n, 0]
     if not both:
@@ -281,12 +261,12 @@ def with_stride(
     near = dataclasses.replace(call, return_lse=True)
     excluded = Union(parts=(*out_before, strided)) if out_before else strided
     other = Without(pattern=rest, excluded=excluded) if rest is not None else None
-    parts = [(out, lse), core(query, key, value, other, near) if other is not None else extra_only(query, near)]
+    parts = [(out, lse), backend(query, key, value, other, near) if other is not None else extra_only(query, near)]
     merged = merge_attention(*parts)  # type: ignore[arg-type]
     return merged if call.return_lse else (merged[0], None)
 
 
-def extra_only(query: Tensor, call: Call) -> Result:
+def extra_only(query: Tensor, call: AttentionCall) -> Result:
     """Attention over the extra keys alone."""
     assert call.extra is not None
     out, lse = extra_attention(query, call.extra, scaling=call.scaling, dropout=call.dropout)

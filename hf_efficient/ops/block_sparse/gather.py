@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.ops.softmax import additive_mask, attend, bool_all
+from hf_efficient.ops.context import AttentionCall
+from hf_efficient.ops.softmax import Result, additive_mask, attend, bool_all
 from hf_efficient.patterns.parse import parse_pattern
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.tile_table import tile_table
@@ -94,43 +94,26 @@ def pattern_block(pattern: Pattern) -> int:
     return size if 16 <= size <= 256 else 64
 
 
-def table_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, **options: Any) -> Any:
-    """Attention in which each query sees the keys that `pattern` shows it; arguments as for `block_list_attention`."""
+def table_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: AttentionCall) -> Result:
+    """Attention in which each query sees the keys that `pattern` shows it; see `block_list_attention`."""
     block = pattern_block(pattern)
     # compiled code is specialised to the length: tables of tiles have no symbolic form
     length = len(range(query.shape[2]))
-    plan = BlockPlan(*_constant_plan(pattern.spec(), length, block, options["is_causal"], str(query.device)))
-    return block_list_attention(query, key, value, plan, block_size=block, **options)
+    plan = BlockPlan(*_constant_plan(pattern.spec(), length, block, call.is_causal, str(query.device)))
+    return block_list_attention(query, key, value, plan, call, block_size=block)
 
 
 def block_list_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: BlockPlan,
-    *,
-    block_size: int,
-    scaling: float,
-    is_causal: bool,
-    key_padding_mask: Tensor | None = None,
-    relative_bias: RelativeBias | None = None,
-    dropout: float = 0.0,
-    segments: tuple[Tensor, Tensor] | None = None,
-    positions: tuple[Tensor, Tensor] | None = None,
-    return_lse: bool = False,
-) -> Any:
+    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, call: AttentionCall, *, block_size: int
+) -> Result:
     """Softmax attention in which each query block sees exactly the key blocks, and their elements, of `plan`.
 
     Args:
         query, key, value: (B, H, N, D); the last block may be short.
-        is_causal: additionally key position ≤ query position.
-        key_padding_mask: (B, N) bool, True = may be seen.
-        relative_bias: added to the logits, tile by tile.
-        segments: (B, 1 or H, N) numbers of queries and of keys: visible only where they are equal.
-        positions: likewise; visible only where the key's is at most the query's.
+        call: all of it but `extra`; causality and the bias go by the order of the tokens, N = S.
 
     Returns:
-        (B, H, N, D), and the log-sum-exp (B, H, N) with `return_lse`. 0 for a query that may see nothing. O(N · K ·
+        (B, H, N, D), and the log-sum-exp (B, H, N) or `None`. 0 for a query that may see nothing. O(N · K ·
         block_size) time; the gathered keys of one call are bounded, so memory beyond the result is O(1) in N without
         gradients.
 
@@ -142,9 +125,9 @@ def block_list_attention(
     if padding:
         query, key, value = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value))
     query, key, value = (x.unflatten(2, (rows, block_size)) for x in (query, key, value))
-    gathered = _Gathered(key, value, block_size, n, key_padding_mask, segments, positions)
-    logits_of = _Logits(plan.masks, block_size, is_causal, relative_bias, query, segments, positions)
-    options: dict[str, Any] = dict(scaling=scaling, dropout=dropout, return_lse=return_lse)
+    gathered = _Gathered(key, value, block_size, n, call)
+    logits_of = _Logits(plan.masks, block_size, call, query.dtype)
+    options: dict[str, Any] = dict(scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
     outputs, sums = [], []
     for members, columns, tile_masks in plan.groups:
         per_block = batch * heads * block_size * max(width, block_size) * (1 if columns is None else columns.shape[-1])
@@ -166,7 +149,7 @@ def block_list_attention(
             outputs.append(out.unflatten(0, (batch, heads)))
             sums += [] if lse is None else [lse.unflatten(0, (batch, heads))]
     out, *rest = (_in_order(x, plan.order).flatten(2, 3)[:, :, :n] for x in (outputs, sums) if x)
-    return (out, rest[0]) if return_lse else out
+    return out, rest[0] if rest else None
 
 
 def _fold(mask: Tensor | None, batch: int, heads: int) -> Tensor | None:
@@ -184,26 +167,19 @@ def _in_order(parts: list[Tensor], order: Tensor | None) -> Tensor:
 class _Gathered:
     """Keys, values and per-key facts by block."""
 
-    def __init__(
-        self,
-        key: Tensor,
-        value: Tensor,
-        block_size: int,
-        n: int,
-        keep: Tensor | None,
-        segments: tuple[Tensor, Tensor] | None,
-        positions: tuple[Tensor, Tensor] | None,
-    ):
+    def __init__(self, key: Tensor, value: Tensor, block_size: int, n: int, call: AttentionCall):
         self.shape = batch, heads, rows, _, width = key.shape
         # whole blocks as rows of a matrix: gathering them is a plain copy of memory
         self.key, self.value = (x.contiguous().view(batch * heads * rows, block_size * width) for x in (key, value))
         self.first = rows * torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1)
         self.padding = rows * block_size - n
-        self.keep = None
+        self.keep, keep = None, call.key_padding_mask
         if keep is not None or self.padding:
             keep = torch.ones(1, n, dtype=torch.bool, device=key.device) if keep is None else keep
             self.keep = F.pad(keep, (0, self.padding)).unflatten(1, (rows, block_size))
-        self.segments, self.positions = (None if x is None else self.blocks(x[1]) for x in (segments, positions))
+        self.segments, self.positions = (
+            None if x is None else self.blocks(x[1]) for x in (call.segments, call.positions)
+        )
 
     def blocks(self, x: Tensor) -> Tensor:
         """(B, 1 or H, N) to (B, 1 or H, rows, block)."""
@@ -231,22 +207,13 @@ class _Gathered:
 class _Logits:
     """What is added to the scores of a group of query blocks: element masks, padding, causality, bias."""
 
-    def __init__(
-        self,
-        masks: Tensor,
-        block_size: int,
-        is_causal: bool,
-        relative_bias: RelativeBias | None,
-        query: Tensor,
-        segments: tuple[Tensor, Tensor] | None,
-        positions: tuple[Tensor, Tensor] | None,
-    ):
-        self.block_size, self.is_causal, self.relative_bias = block_size, is_causal, relative_bias
-        self.dtype = query.dtype
+    def __init__(self, masks: Tensor, block_size: int, call: AttentionCall, dtype: torch.dtype):
+        self.block_size, self.is_causal, self.relative_bias = block_size, call.is_causal, call.relative_bias
+        self.dtype = dtype
         size = (1, block_size, block_size)
         ends = (masks.new_ones(size), masks.new_zeros(size))
         self.masks = torch.cat([masks, *ends])  # so that -1 is all False and -2 all True
-        self.queries = segments, positions
+        self.queries = call.segments, call.positions
 
     def __call__(
         self, members: Tensor, columns: Tensor, keep: Tensor | None, tile_masks: Tensor | None, gathered: _Gathered

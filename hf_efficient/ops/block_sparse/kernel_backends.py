@@ -10,8 +10,6 @@ from torch import Tensor
 from hf_efficient.kernels.block_sparse_op import block_sparse
 from hf_efficient.kernels.flex import flex
 from hf_efficient.ops.block_sparse.decompose import (
-    Call,
-    Result,
     by_head,
     by_length,
     extra_only,
@@ -23,13 +21,14 @@ from hf_efficient.ops.block_sparse.decompose import (
     without,
 )
 from hf_efficient.ops.block_sparse.windows import fold, unfold
+from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.grouped_heads import expand_heads
-from hf_efficient.ops.softmax import merge_attention
+from hf_efficient.ops.softmax import Result, merge_attention
 from hf_efficient.patterns.kinds import Summary, Window
 from hf_efficient.patterns.pattern import Pattern
 
 
-def triton_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: Call) -> Result:
+def triton_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: AttentionCall) -> Result:
     """`block_sparse_attention` on the Triton kernels; the arguments have passed `library.unsupported`."""
     if pattern.depends_on_length:
         return by_length(query, key, value, pattern, call, triton_attention)
@@ -52,9 +51,9 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern
     if isinstance(pattern, Window) and pattern.dilation > 1 and not call.by_vectors:
         return _dilated(query, key, value, pattern, call)
     bias = None
-    if call.bias is not None:
-        reach = call.bias.saturation
-        bias = call.bias.at(torch.arange(-reach, reach + 1, device=query.device)).float()
+    if call.relative_bias is not None:
+        reach = call.relative_bias.saturation
+        bias = call.relative_bias.at(torch.arange(-reach, reach + 1, device=query.device)).float()
     out, lse = block_sparse(
         query,
         key,
@@ -62,7 +61,7 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern
         pattern=pattern,
         scaling=call.scaling,
         is_causal=call.is_causal,
-        keep=call.keep,
+        keep=call.key_padding_mask,
         bias=bias,
         positions=call.positions,
         segments=call.segments,
@@ -75,7 +74,7 @@ def _folds(pattern: Pattern) -> bool:
     return is_dilated or stride_of(pattern) is not None or without(pattern, Summary) != pattern
 
 
-def _dilated(query: Tensor, key: Tensor, value: Tensor, pattern: Window, call: Call) -> Result:
+def _dilated(query: Tensor, key: Tensor, value: Tensor, pattern: Window, call: AttentionCall) -> Result:
     """Tokens of one residue class are neighbours at this dilation: fold the classes into the batch."""
     step, n = pattern.dilation, query.shape[2]
     q, k, v = (fold(x, step, 2) for x in (query, key, value))
@@ -83,7 +82,7 @@ def _dilated(query: Tensor, key: Tensor, value: Tensor, pattern: Window, call: C
     return unfold(out, step)[:, :, :n], None if lse is None else unfold(lse[..., None], step)[:, :, :n, 0]
 
 
-def flex_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: Call) -> Result:
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: AttentionCall) -> Result:
     """`block_sparse_attention` on PyTorch's FlexAttention.
 
     Raises:
@@ -97,9 +96,9 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, 
     if pattern.depends_on_length:
         return by_length(query, key, value, pattern, call, flex_attention)
     bias = None
-    if call.bias is not None:
-        reach = call.bias.saturation
-        bias = call.bias.at(torch.arange(-reach, reach + 1, device=query.device)).float()
+    if call.relative_bias is not None:
+        reach = call.relative_bias.saturation
+        bias = call.relative_bias.at(torch.arange(-reach, reach + 1, device=query.device)).float()
     out = flex(
         query,
         key,
@@ -107,7 +106,7 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, 
         pattern=pattern,
         scaling=call.scaling,
         is_causal=call.is_causal,
-        keep=call.keep,
+        keep=call.key_padding_mask,
         bias=bias,
     )
     return out, None

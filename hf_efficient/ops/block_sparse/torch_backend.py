@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from hf_efficient.ops.block_sparse.decompose import (
-    Call,
-    Result,
     as_window,
     by_head,
     by_length,
@@ -26,8 +24,9 @@ from hf_efficient.ops.block_sparse.decompose import (
 )
 from hf_efficient.ops.block_sparse.gather import BlockPlan, block_list_attention, pattern_block, table_attention
 from hf_efficient.ops.block_sparse.windows import is_one_tile, window_attention
+from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.padding import real_length
-from hf_efficient.ops.softmax import additive_mask, attend, bool_all, merge_attention
+from hf_efficient.ops.softmax import Result, additive_mask, attend, bool_all, merge_attention
 from hf_efficient.patterns.kinds import BlockList, GlobalRows, Strided, Summary, Window
 from hf_efficient.patterns.parse import parse_pattern
 from hf_efficient.patterns.pattern import Pattern, parts_of
@@ -44,7 +43,7 @@ BLOCK_MASK_LIMIT = 2**24
 KEPT_LENGTH = 2048
 
 
-def torch_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: Call) -> Result:
+def torch_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: AttentionCall) -> Result:
     """The pieces in plain PyTorch: windows as views, tables by gathering, strides by folding, dense rows apart."""
     if call.extra is not None:
         near, far = dataclasses.replace(call, extra=None, return_lse=True), dataclasses.replace(call, return_lse=True)
@@ -69,11 +68,7 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern,
             return with_stride(query, key, value, pattern, stride, call, torch_attention)
         if (window := as_window(pattern)) is not None:
             return _window(query, key, value, *window, call)
-    return _pair(table_attention(query, key, value, pattern, **call.options))
-
-
-def _pair(result: Any) -> Result:
-    return result if isinstance(result, tuple) else (result, None)
+    return table_attention(query, key, value, pattern, call)
 
 
 # dense rows and dense tiles
@@ -85,7 +80,7 @@ def _dense_rows_of(pattern: Pattern, n: int) -> tuple[int, ...]:
 
 
 def _with_rows(
-    query: Tensor, key: Tensor, value: Tensor, rest: Pattern | None, rows: tuple[int, ...], call: Call
+    query: Tensor, key: Tensor, value: Tensor, rest: Pattern | None, rows: tuple[int, ...], call: AttentionCall
 ) -> Result:
     index = torch.tensor(rows, device=query.device)[None]
     dense = _rows(query, key, value, index, call)
@@ -99,7 +94,7 @@ def _with_rows(
     return _written(out, lse, index, torch.ones_like(index, dtype=torch.bool), dense)
 
 
-def _rows(query: Tensor, key: Tensor, value: Tensor, index: Tensor, call: Call) -> Result:
+def _rows(query: Tensor, key: Tensor, value: Tensor, index: Tensor, call: AttentionCall) -> Result:
     """Full attention of the queries at `index` (B or 1, G)."""
     batch, heads, n, width = query.shape
     at = index.expand(batch, -1)
@@ -108,15 +103,15 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, index: Tensor, call: Call) 
     mask = torch.ones_like(offset, dtype=torch.bool)[:, None]
     if call.is_causal:
         mask = mask & (offset <= 0)[:, None]
-    if call.keep is not None:
-        mask = mask & call.keep[:, None, None]
+    if call.key_padding_mask is not None:
+        mask = mask & call.key_padding_mask[:, None, None]
     for pair, compare in ((call.segments, torch.eq), (call.positions, torch.ge)):
         if pair is not None:
             mine = pair[0].gather(2, at[:, None].expand(-1, pair[0].shape[1], -1))
             mask = mask & compare(mine[..., None], pair[1][..., None, :])
     logits = additive_mask(mask, query.dtype)
-    if call.bias is not None:
-        logits = logits + call.bias.per_head(offset[:, None], 1).to(query.dtype)
+    if call.relative_bias is not None:
+        logits = logits + call.relative_bias.per_head(offset[:, None], 1).to(query.dtype)
     return attend(rows, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
 
 
@@ -180,42 +175,34 @@ def _mask(pattern: Pattern, n: int, is_causal: bool, device: torch.device, dtype
 _kept_mask = lru_cache(maxsize=8)(_mask)
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: Call) -> Result:
+def _dense(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: AttentionCall) -> Result:
     n = query.shape[2]
     mask_of = _kept_mask if n <= KEPT_LENGTH and not torch.compiler.is_compiling() else _mask
     logits = mask_of(pattern, n, call.is_causal, query.device, query.dtype)
-    if call.keep is not None:
-        logits = torch.where(call.keep[:, None, None], logits, float("-inf"))
+    if call.key_padding_mask is not None:
+        logits = torch.where(call.key_padding_mask[:, None, None], logits, float("-inf"))
     for pair, compare in ((call.segments, torch.eq), (call.positions, torch.ge)):
         if pair is not None:
             logits = torch.where(compare(pair[0][..., None], pair[1][..., None, :]), logits, float("-inf"))
-    if call.bias is not None:
-        logits = logits + call.bias.dense(n, n, 0, query.device).to(query.dtype)
+    if call.relative_bias is not None:
+        logits = logits + call.relative_bias.dense(n, n, 0, query.device).to(query.dtype)
     return attend(query, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
 
 
 def _window(
-    query: Tensor, key: Tensor, value: Tensor, window: Window, columns: tuple[int, ...], skip: int | None, call: Call
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    columns: tuple[int, ...],
+    skip: int | None,
+    call: AttentionCall,
 ) -> Result:
     here = tuple(p for p in columns if p < query.shape[2])
-    keep, extra = shared_columns(key, value, here, call) if here else (call.keep, None)
-    return _pair(
-        window_attention(
-            query,
-            key,
-            value,
-            left=window.left,
-            right=0 if call.is_causal else window.right,
-            dilation=window.dilation,
-            skip=skip,
-            scaling=call.scaling,
-            key_padding_mask=keep,
-            relative_bias=call.bias,
-            dropout=call.dropout,
-            extra=extra,
-            return_lse=call.return_lse,
-        )
-    )
+    if here:
+        keep, extra = shared_columns(key, value, here, call)
+        call = dataclasses.replace(call, key_padding_mask=keep, extra=extra)
+    return window_attention(query, key, value, window, call, skip=skip)
 
 
 # lists of blocks that depend on each row's length
@@ -280,26 +267,26 @@ def _constant_list_plan(spec: str, n: int, device: str) -> Any:
 _constant_list_plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _block_list(query: Tensor, key: Tensor, value: Tensor, pattern: BlockList, call: Call) -> Result:
+def _block_list(query: Tensor, key: Tensor, value: Tensor, pattern: BlockList, call: AttentionCall) -> Result:
     n, size = query.shape[2], pattern.block_size
     rows = -(-n // size)
-    if call.keep is None:
+    if call.key_padding_mask is None:
         lists_of = _lists if torch.compiler.is_compiling() else _kept_lists
         lists = lists_of(pattern, n, call.is_causal, key.device)
     else:
-        lists = _lists(pattern, n, call.is_causal, key.device, real_length(call.keep))
+        lists = _lists(pattern, n, call.is_causal, key.device, real_length(call.key_padding_mask))
     columns, full = lists.columns, lists.full
     if lists.seen is not None and not call.by_vectors:
         return _dense_blocks(query, key, value, lists.seen, lists.sees_all, size, call)
-    if call.keep is None and call.bias is None and not call.is_causal and not call.by_vectors:
+    if call.key_padding_mask is None and call.relative_bias is None and not call.is_causal and not call.by_vectors:
         plan = BlockPlan(*_constant_list_plan(pattern.spec(), len(range(n)), str(key.device)))
-        return _pair(block_list_attention(query, key, value, plan, block_size=size, **call.options))
+        return block_list_attention(query, key, value, plan, call, block_size=size)
     plan = BlockPlan(
         [(torch.arange(rows, device=key.device), columns, None)],
         torch.zeros(0, size, size, dtype=torch.bool, device=key.device),
         None,
     )
-    out, lse = _pair(block_list_attention(query, key, value, plan, block_size=size, **call.options))
+    out, lse = block_list_attention(query, key, value, plan, call, block_size=size)
     if full is None:
         return out, lse
     index, exists = full
@@ -325,33 +312,38 @@ def _dense_blocks(
     seen: Tensor,
     sees_all: bool,
     size: int,
-    call: Call,
+    call: AttentionCall,
 ) -> Result:
     """Few blocks: one dense tile, without a mask where every block sees every block."""
     batch, heads, n, width = query.shape
     rows = seen.shape[-1]
-    is_plain = not call.is_causal and call.bias is None and not call.return_lse and not call.dropout
+    is_plain = not call.is_causal and call.relative_bias is None and not call.return_lse and not call.dropout
     # backward would write the gradient of every key once per block of queries
     is_plain = is_plain and not (torch.is_grad_enabled() and key.requires_grad)
-    if is_plain and query.device.type == "cpu" and n == rows * size and (call.keep is not None or not sees_all):
+    if (
+        is_plain
+        and query.device.type == "cpu"
+        and n == rows * size
+        and (call.key_padding_mask is not None or not sees_all)
+    ):
         # each block of queries as a head of its own: their one row of mask is not copied for every query
         visible = seen.repeat_interleave(size, -1)
-        if call.keep is not None:
-            visible = visible & call.keep[:, None, None]
+        if call.key_padding_mask is not None:
+            visible = visible & call.key_padding_mask[:, None, None]
         mask = additive_mask(visible, query.dtype).expand(batch, heads, -1, -1).flatten(0, 1)[:, :, None]
         blocks = query.flatten(0, 1).unflatten(1, (rows, size))
         k, v = (x.flatten(0, 1)[:, None].expand(-1, rows, -1, -1) for x in (key, value))
         return attend(blocks, k, v, mask, scaling=call.scaling)[0].reshape(batch, heads, n, width), None
     logits = None
-    if not sees_all or call.is_causal or call.keep is not None or call.bias is not None:
+    if not sees_all or call.is_causal or call.key_padding_mask is not None or call.relative_bias is not None:
         # every block becomes size × size equal entries in one copy
         blocks = additive_mask(seen, query.dtype)[:, :, :, None, :, None]
         logits = blocks.expand(-1, -1, -1, size, -1, size).flatten(4, 5).flatten(2, 3)[:, :, :n, :n]
         if call.is_causal:
             position = torch.arange(n, device=query.device)
             logits = torch.where(position <= position[:, None], logits, float("-inf"))
-        if call.keep is not None:
-            logits = torch.where(call.keep[:, None, None], logits, float("-inf"))
-        if call.bias is not None:
-            logits = logits + call.bias.dense(n, n, 0, query.device).to(query.dtype)
+        if call.key_padding_mask is not None:
+            logits = torch.where(call.key_padding_mask[:, None, None], logits, float("-inf"))
+        if call.relative_bias is not None:
+            logits = logits + call.relative_bias.dense(n, n, 0, query.device).to(query.dtype)
     return attend(query, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_efficient.ops.context import AttentionCall, ExtraKeys
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.ops.softmax import Partial, additive_mask, attend, bool_all, merge_attention
+from hf_efficient.ops.softmax import Partial, Result, additive_mask, attend, bool_all, merge_attention
+from hf_efficient.patterns.kinds import Window
 
 # elements of one call's mask and of one call's copied keys: bounds working memory, not results
 MASK_BUDGET = 2**23
@@ -19,74 +21,44 @@ COPY_BUDGET = 2**24
 KEPT_MASK = 2**20
 
 
-class ExtraKeys(NamedTuple):
-    """Keys that every query may see beside its window, in the same softmax (Longformer's global columns).
-
-    Attributes:
-        key, value: (B, H, G, D).
-        keep: (B or 1, N or 1, G) bool, True where query n may see extra key g.
-        bias: (B or 1, H or 1, N or 1, G or 1) additive, or `None`; one for all extra keys costs least.
-    """
-
-    key: Tensor
-    value: Tensor
-    keep: Tensor
-    bias: Tensor | None
-
-
 def window_sides(attention_window: int, is_causal: bool) -> tuple[int, int]:
     """Visible keys on the left and on the right, the token itself not counted."""
     return (attention_window - 1, 0) if is_causal else (attention_window // 2, attention_window // 2)
 
 
 def window_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    left: int,
-    right: int,
-    scaling: float,
-    dilation: int = 1,
-    key_padding_mask: Tensor | None = None,
-    relative_bias: RelativeBias | None = None,
-    dropout: float = 0.0,
-    query_offset: int = 0,
-    extra: ExtraKeys | None = None,
-    skip: int | None = None,
-    return_lse: bool = False,
-) -> Any:
+    query: Tensor, key: Tensor, value: Tensor, window: Window, call: AttentionCall, *, skip: int | None = None
+) -> Result:
     """Softmax attention in which query i sees key j iff `j - i = dilation · m` with `-left ≤ m ≤ right`.
 
-    Query n stands at position `query_offset + n` among the keys. A query that may see nothing returns 0.
+    Query n stands at position `query_offset + n` among the keys. A causal call sees nothing on the right. A query that may
+    see nothing returns 0.
 
     Args:
         query: (B, H, N, D).
         key, value: (B, H, S, D), S ≥ N.
-        left, right: visible keys on each side, the token itself not counted; 0 on the right = causal.
-        scaling: factor on q·k.
-        key_padding_mask: (B, S) bool, True = may be seen.
-        relative_bias: added to the logits, tile by tile.
-        extra: further keys in the same softmax; clear their bits of `key_padding_mask` if they are also in windows.
+        call: all of it but `segments` and `positions`.
         skip: offsets that are multiples of this number are not visible (another pattern has them).
 
     Returns:
-        (B, H, N, D); with `return_lse` also the log-sum-exp (B, H, N). O(N · (left + right + block)) time and memory; the
+        (B, H, N, D), and the log-sum-exp (B, H, N) or `None`. O(N · (left + right + block)) time and memory; the
         largest tensor is one span per query block.
 
     Source: Beltagy et al. 2020 (arXiv 2004.05150), §3.1.
     """
-    sight = _Sight(left, right, dilation, skip, relative_bias)
-    options: dict[str, Any] = dict(scaling=scaling, dropout=dropout, return_lse=return_lse or extra is not None)
-    facts = (query, key, value, key_padding_mask, sight, query_offset)
+    left, right, dilation = window.left, 0 if call.is_causal else window.right, window.dilation
+    sight = _Sight(left, right, dilation, skip, call.relative_bias)
+    options: dict[str, Any] = dict(scaling=call.scaling, dropout=call.dropout)
+    options["return_lse"] = call.return_lse or call.extra is not None
+    facts = (query, key, value, call.key_padding_mask, sight, call.query_offset)
     if is_one_tile(query.shape[2], left, right, dilation):
         part = _one_tile(*facts, **options)
     else:
         part = (_blocked if dilation == 1 else _dilated)(*facts, **options)
-    if extra is not None:
-        far = extra_attention(query, extra, scaling=scaling, dropout=dropout)
+    if call.extra is not None:
+        far = extra_attention(query, call.extra, scaling=call.scaling, dropout=call.dropout)
         part = merge_attention(part, far)  # type: ignore[arg-type]
-    return part if return_lse else part[0]
+    return part if call.return_lse else (part[0], None)
 
 
 class _Sight(NamedTuple):
