@@ -14,8 +14,10 @@ class _Waiting(ModuleType):
     """`hf_efficient` before its `__init__` ran; the first name that is asked of it runs it."""
 
     def __getattr__(self, name: str) -> Any:
-        self.__class__ = ModuleType
-        self.__spec__.loader.exec_module(self)
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        spec = self.__spec__
+        assert spec is not None and spec.loader is not None
+        spec.loader.exec_module(self)
         return getattr(self, name)
 
 
