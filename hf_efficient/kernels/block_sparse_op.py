@@ -107,9 +107,9 @@ def unsupported(
     With `is_linear`, query and key are log-features of `linear_attention`.
     """
     if is_linear:
-        from hf_efficient.kernels import linear_attention_op as linear_attention_library
+        from hf_efficient.kernels import linear_attention_op
 
-        return linear_attention_library.unsupported(query, key, value)
+        return linear_attention_op.unsupported(query, key, value)
     device, dtype, width = query.device, query.dtype, query.shape[-1]
     if any(x.device != device or x.dtype != dtype for x in (key, value)):
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (query, key, value))
@@ -161,7 +161,7 @@ def _vectors(pair: Pair | None, name: str, query: Tensor, key: Tensor) -> tuple[
 # ---- one call ----------------------------------------------------------------------------------------------------
 
 
-class Call(NamedTuple):
+class OpArguments(NamedTuple):
     """The operators' common arguments, and what every launch derives from them."""
 
     query: Tensor
@@ -247,11 +247,11 @@ class Call(NamedTuple):
         return self.query.shape[0] * (1 if table.heads > 1 else heads)
 
 
-def _slots(call: Call, programs: int, slots: int, *shape: int) -> Tensor | None:
+def _slots(call: OpArguments, programs: int, slots: int, *shape: int) -> Tensor | None:
     return call.query.new_empty(programs, slots, *shape, dtype=torch.float32) if slots else None
 
 
-def _with_own_keys(call: Call) -> Call:
+def _with_own_keys(call: OpArguments) -> OpArguments:
     """Keys repeated for every query head where heads see different tiles, so that each key block has one list."""
     group = call.query.shape[1] // call.key.shape[1]
     if group == 1 or call.table(call.config.forward).heads == 1:
@@ -265,7 +265,7 @@ def _with_own_keys(call: Call) -> Call:
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     from hf_efficient.kernels import block_sparse as kernels
 
-    call = _with_own_keys(Call(*args))
+    call = _with_own_keys(OpArguments(*args))
     query, tile = call.query, call.config.forward
     out, lse = token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     with torch.cuda.device_of(query):
@@ -286,7 +286,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    original = Call(*args)
+    original = OpArguments(*args)
     call = _with_own_keys(original)
     dout = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     delta = torch.empty_like(lse)
@@ -303,7 +303,7 @@ def _backward(
     return dq, dk, dv, dbias
 
 
-def _row_delta(call: Call, gradient: dict[str, Any], out: Tensor, grad_lse: Tensor | None) -> None:
+def _row_delta(call: OpArguments, gradient: dict[str, Any], out: Tensor, grad_lse: Tensor | None) -> None:
     from hf_efficient.kernels import block_sparse_backward as kernels
 
     batch, heads, n, _ = call.query.shape
@@ -316,7 +316,7 @@ def _row_delta(call: Call, gradient: dict[str, Any], out: Tensor, grad_lse: Tens
     )
 
 
-def _query_gradient(call: Call, gradient: dict[str, Any]) -> Tensor:
+def _query_gradient(call: OpArguments, gradient: dict[str, Any]) -> Tensor:
     from hf_efficient.kernels import block_sparse_backward as kernels
 
     tile = call.config.query_gradient
@@ -332,7 +332,7 @@ def _query_gradient(call: Call, gradient: dict[str, Any]) -> Tensor:
     return dq
 
 
-def _key_gradient(call: Call, gradient: dict[str, Any]) -> Pair:
+def _key_gradient(call: OpArguments, gradient: dict[str, Any]) -> Pair:
     from hf_efficient.kernels import block_sparse_backward as kernels
 
     tile = call.config.key_gradient
@@ -349,7 +349,7 @@ def _key_gradient(call: Call, gradient: dict[str, Any]) -> Pair:
     return dk, dv
 
 
-def _sum_slots(call: Call, table: TileTable, x: Tensor, part: Tensor | None, transposed: bool) -> None:
+def _sum_slots(call: OpArguments, table: TileTable, x: Tensor, part: Tensor | None, transposed: bool) -> None:
     """Fill the split blocks of gradient `x` from their slots."""
     from hf_efficient.kernels import block_sparse_backward as kernels
 
@@ -364,7 +364,7 @@ def _sum_slots(call: Call, table: TileTable, x: Tensor, part: Tensor | None, tra
     )  # fmt: skip
 
 
-def _bias_gradient(call: Call, gradient: dict[str, Any]) -> Tensor:
+def _bias_gradient(call: OpArguments, gradient: dict[str, Any]) -> Tensor:
     """(H, 2R + 1) gradient of the bias."""
     from hf_efficient.kernels import block_sparse_backward as kernels
 
@@ -452,7 +452,7 @@ def _forward_fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Call(*args)
+    call = OpArguments(*args)
     # dense whatever the strides of the bias, as the kernel's result is
     dbias = call.bias.new_empty(call.bias.shape) if wants_bias and call.bias is not None else lse.new_empty(0)
     return token_major(call.query), token_major(call.key), token_major(call.value), dbias

@@ -83,7 +83,7 @@ class States(NamedTuple):
         return dict(SUMS=self.sums, ONES=self.ones, TOPS=self.tops, slots=slots)
 
 
-class Call(NamedTuple):
+class OpArguments(NamedTuple):
     """The operators' common arguments, dense in their last dimension, and what every launch derives from them."""
 
     log_query: Tensor
@@ -172,8 +172,8 @@ class Call(NamedTuple):
         return states
 
 
-def _call(*inputs: Any) -> Call:
-    return Call(*(x if x is None else _dense(x) for x in inputs))  # type: ignore[arg-type]
+def _call(*inputs: Any) -> OpArguments:
+    return OpArguments(*(x if x is None else _dense(x) for x in inputs))  # type: ignore[arg-type]
 
 
 def _dense(x: Tensor) -> Tensor:

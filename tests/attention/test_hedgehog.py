@@ -17,7 +17,7 @@ from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.cache import bounded as decoding
 from hf_efficient.cache.recurrent import RecurrentLayer
 from hf_efficient.ops import linear_attention
-from hf_efficient.ops import linear_beyond_window as far_attention
+from hf_efficient.ops import linear_beyond_window as beyond_window
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.linear_attention import absorb
 from hf_efficient.testing import assert_close, tiny_model
@@ -283,10 +283,10 @@ def test_window_means_far_from_zero():
     key = 1000 + torch.randn(1, 2, 4000, 3, dtype=torch.float64)
     keep = torch.ones(1, 4000, dtype=torch.bool)
     keep[:, :50] = False
-    expected = far_attention.window_means(key, keep, 1, 0, 4000)
+    expected = beyond_window.window_means(key, keep, 1, 0, 4000)
     assert_close(expected[:, :, 60], key[:, :, 59:61].mean(2), 1e-12)
     assert (expected[:, :, :50] == 0).all()
-    actual = far_attention.window_means(key.float(), keep, 1, 0, 4000)
+    actual = beyond_window.window_means(key.float(), keep, 1, 0, 4000)
     assert (actual - expected)[:, :, 50:].abs().max() < 1e-3
 
 
@@ -316,10 +316,10 @@ def test_far_keys_are_counted_by_token(beyond: int, monkeypatch):
     monkeypatch.setattr(linear_attention, "GROUP", 3)
     q, k, v = (x.detach() for x in log_features(29, 29))
     offset = torch.arange(29) - torch.arange(29)[:, None]
-    logits = far_attention.log_kernel(q, k)
+    logits = beyond_window.log_kernel(q, k)
     for function, visible in (
-        (far_attention.far_past, offset <= -beyond),
-        (far_attention.far_future, offset >= beyond),
+        (beyond_window.far_past, offset <= -beyond),
+        (beyond_window.far_future, offset >= beyond),
     ):
         hidden = logits.masked_fill(~visible, -torch.inf)
         out, lse = function(q, k, v, beyond)

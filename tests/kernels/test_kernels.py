@@ -27,8 +27,8 @@ RESULTS = "test_results_and_every_gradient_equal_the_definition"
 
 @pytest.mark.parametrize(
     "file, part",
-    [("interpreter_suite.py", RESULTS), ("interpreter_suite.py", f"not {RESULTS}"), ("pieces_suite.py", "")],
-    ids=["results", "operators", "pieces"],
+    [("interpreter_suite.py", RESULTS), ("interpreter_suite.py", f"not {RESULTS}"), ("decomposition_suite.py", "")],
+    ids=["results", "operators", "decomposition"],
 )
 def test_interpreter_suite(file: str, part: str):
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -120,7 +120,7 @@ def attend_kept(
     columns: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """Causal attention of `pattern` over the keys that a `BoundedLayer` kept: see `ops.decode_rows.rows_attention`.
+    """Causal attention of `pattern` over the keys that a `BoundedLayer` kept: see `ops.decoding.rows_attention`.
 
     Raises:
         ValueError: an explicit `implementation` that does not decode.

@@ -29,7 +29,7 @@ from hf_efficient.patterns.pattern import Pattern
 
 
 def triton_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: AttentionCall) -> Result:
-    """`block_sparse_attention` on the Triton kernels; the arguments have passed `library.unsupported`."""
+    """`block_sparse_attention` on the Triton kernels; the arguments have passed `block_sparse_op.unsupported`."""
     if pattern.depends_on_length:
         return by_length(query, key, value, pattern, call, triton_attention)
     heads = [pattern.head(h) for h in range(pattern.num_heads)]
