@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_efficient.attention.base.mechanism import EfficientAttention
 from hf_efficient.corpus import text_batches
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.dense import _exact_attention
+from hf_efficient.ops.dense import dense_attention
 from hf_efficient.patching.exact import converted_layers, eval_mode, mechanism_of, substituted
 from hf_efficient.patching.names import MODULE_NAME
 
@@ -36,7 +36,7 @@ class _Collector(EfficientAttention):
         q, k = (x.transpose(1, 2)[token_mask][: self.room] for x in (query, key))
         self.heads.append((q, k))
         self.room -= len(q)
-        return _exact_attention(query, key, value, context)
+        return dense_attention(query, key, value, context)
 
     def collected(self) -> tuple[Tensor, Tensor]:
         query, key = (torch.cat(part).transpose(0, 1) for part in zip(*self.heads, strict=True))

@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_efficient.ops.context import AttentionContext
 
 
-def _exact_attention(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
     """Full softmax attention, for cross-attention and for layers that no config names."""
     n, s = query.shape[2], key.shape[2]
     mask = None if context.key_padding_mask is None else context.key_padding_mask[:, None, None, :]

@@ -69,7 +69,7 @@ def check_call(
             warnings.warn(
                 f"keywords {unknown} are known neither to the model nor to efficient attention.", stacklevel=3
             )
-    segments = _find_segments(call, info)
+    segments = _find_sequences(call, info)
     if segments is None:
         _check_length(call, info)
     kwargs = dict(kwargs)
@@ -156,7 +156,7 @@ def _check_length(call: dict[str, Any], info: StackInfo) -> None:
 # ---- packed rows -------------------------------------------------------------------------------------------------
 
 
-def _find_segments(call: dict[str, Any], info: StackInfo) -> PackedSequences | None:
+def _find_sequences(call: dict[str, Any], info: StackInfo) -> PackedSequences | None:
     """The sequences of packed rows, where `position_ids` start again within a row; `None` = one sequence per row.
 
     Raises:
@@ -232,7 +232,7 @@ def _check_packed(
 
 def _packed(call: dict[str, Any], segments: PackedSequences, info: StackInfo) -> dict[str, Any]:
     """The keywords that a packed call gets."""
-    changes: dict[str, Any] = {"efficient_segments": segments}
+    changes: dict[str, Any] = {"efficient_sequences": segments}
     if call.get("attention_mask") is None:
         # without a mask the host would look for the sequences itself, and ask for a mask of N × N
         changes["attention_mask"] = torch.ones(segments.shape, dtype=torch.long, device=segments.entry.device)

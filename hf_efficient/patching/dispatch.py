@@ -9,27 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
+from hf_efficient.attention.base import EfficientAttention
 from hf_efficient.cache.bounded import BoundedLayer
 from hf_efficient.cache.recurrent import RecurrentLayer
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.decoding import entries_at
-from hf_efficient.ops.dense import _exact_attention
+from hf_efficient.ops.dense import dense_attention
 from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.packing import PackedSequences
 from hf_efficient.ops.padding import first_real_token, shift_rows
 from hf_efficient.ops.pooling import PackedRows
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
-from hf_efficient.patching.packing import attend_segments
-
-_MISSING = object()
+from hf_efficient.patching.packing import attend_packed_rows
 
 
 def efficient_mask(
@@ -85,7 +84,7 @@ def efficient_attention_forward(
     efficient_hidden_states: Tensor | None = None,
     efficient_input_ids: Tensor | None = None,
     efficient_cache: Cache | None = None,
-    efficient_segments: PackedSequences | None = None,
+    efficient_sequences: PackedSequences | None = None,
     efficient_rows: PackedRows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -93,19 +92,19 @@ def efficient_attention_forward(
 
     Args:
         query: (B, H, N, D); key, value: (B, H or fewer, S, D). attention_mask: (B, S) from `efficient_mask`.
-        efficient_segments: the sequences of packed rows, each of which attends to itself alone.
-        efficient_rows: the layer runs on slots, in these rows.
+        efficient_sequences: the sequences of packed rows, each of which attends to itself alone.
+        efficient_rows: the layer runs on pooled tokens, in these rows.
 
     Returns:
         (B, N, H, D) and `None`: there are no attention weights to show.
     """
-    mechanism: Any = module._modules.get(MODULE_NAME, _MISSING)
-    if mechanism is _MISSING:
+    if MODULE_NAME not in module._modules:
         raise RuntimeError(
             f"attn_implementation={IMPLEMENTATION!r} was selected, but no mechanism is installed in "
             f"{type(module).__name__}: this would silently be another model. Load the checkpoint with an Auto class after "
             "`import hf_efficient`, or install a mechanism with hf_efficient.patch_attention."
         )
+    mechanism = cast("EfficientAttention | None", module._modules[MODULE_NAME])
     key, value = expand_heads(query, key, value)
     context = AttentionContext(
         is_causal=bool(getattr(module, "is_causal", False)),
@@ -116,26 +115,27 @@ def efficient_attention_forward(
         relative_bias=position_bias,
     )
     if mechanism is None:
-        if efficient_segments is not None:
-            out = attend_segments(_exact_attention, query, key, value, context, efficient_segments)
+        if efficient_sequences is not None:
+            out = attend_packed_rows(dense_attention, query, key, value, context, efficient_sequences)
         else:
-            out = _exact_attention(query, key, value, context)
+            out = dense_attention(query, key, value, context)
         return out.transpose(1, 2), None
+    project = mechanism.host_projection
     layer = None if efficient_cache is None else efficient_cache.layers[module.layer_idx]  # type: ignore[index]
     context = replace(
         context,
         global_attention_mask=global_attention_mask,
         hidden_states=efficient_hidden_states,
-        project=partial(mechanism.host_projection, module) if mechanism.needs_project else None,
+        project=None if project is None else partial(project, module),
         input_ids=efficient_input_ids,
         rows=efficient_rows,
         recurrent=layer if isinstance(layer, RecurrentLayer) else None,
     )
     if isinstance(layer, BoundedLayer) and layer.key_positions is not None:
         context = _with_key_positions(context, layer.key_positions, layer.seen - query.shape[2])
-    if efficient_segments is not None:
+    if efficient_sequences is not None:
         # every segment starts at the left edge of a row of its own
-        return attend_segments(mechanism, query, key, value, context, efficient_segments).transpose(1, 2), None
+        return attend_packed_rows(mechanism, query, key, value, context, efficient_sequences).transpose(1, 2), None
     return aligned_call(mechanism, query, key, value, context).transpose(1, 2), None
 
 
@@ -151,7 +151,9 @@ def _with_key_positions(context: AttentionContext, positions: Tensor, query_offs
     )
 
 
-def aligned_call(mechanism: Any, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+def aligned_call(
+    mechanism: EfficientAttention, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext
+) -> Tensor:
     """Call the mechanism, on rows aligned to the left where it needs that, with the context of these rows."""
     n, keep = query.shape[2], context.key_padding_mask
     if context.query_offset and not context.is_causal:

@@ -71,7 +71,7 @@ def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Packed
     """The (B, N, hidden_size) states that a layer, or its attention part, was called with, and their rows."""
     states = args[0] if args else kwargs["hidden_states"]
     token_mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    return states, PackedRows(states, token_mask, kwargs.get("efficient_segments"))
+    return states, PackedRows(states, token_mask, kwargs.get("efficient_sequences"))
 
 
 def _enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -81,7 +81,7 @@ def _enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return args, kwargs
     states, rows = _rows(args, kwargs)
     # who is real, and which sequence is whose, is known by the rows
-    changes: dict[str, Any] = {"attention_mask": None, "efficient_segments": None, "efficient_rows": rows}
+    changes: dict[str, Any] = {"attention_mask": None, "efficient_sequences": None, "efficient_rows": rows}
     if pooling.keys != pooling.queries:
         keys = rows.means(states, pooling.keys)
         changes["efficient_hidden_states"] = state.family.attention_input(module, keys)

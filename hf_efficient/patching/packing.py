@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hf_efficient.ops.context import AttentionContext
 
 
-def attend_segments(
+def attend_packed_rows(
     mix: Callable[[Tensor, Tensor, Tensor, AttentionContext], Tensor],
     query: Tensor,
     key: Tensor,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.dense import _exact_attention
+from hf_efficient.ops.dense import dense_attention
 from hf_efficient.patching.dispatch import aligned_call
 from hf_efficient.patching.downsampling import FullLength
 from hf_efficient.patching.exact import converted_layers, eval_mode, mechanism_of
@@ -79,7 +79,7 @@ def _call(
     keep = context.key_padding_mask
     context = dataclasses.replace(context, dropout=0.0, key_padding_mask=None if keep is None else keep[:, extra:])
     with torch.no_grad():
-        teacher = _exact_attention(query, key, value, context)
+        teacher = dense_attention(query, key, value, context)
     return LayerCall(mechanism, query, key, value, context, student, teacher), extra
 
 
