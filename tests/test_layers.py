@@ -29,10 +29,10 @@ LAYERS = {
     "conversion": "models experts patching families attention.base ops profiling corpus",
     "evaluation": "conversion models experts patching families attention.base ops profiling corpus",
     "training": "evaluation conversion models experts patching families attention.base cache ops profiling corpus",
-    "visualize": "attention.base patterns",
+    "visualize": "attention.base patterns profiling",
     "benchmarks": "training evaluation conversion models experts patching families attention.base cache ops patterns "
     "profiling corpus",
-    "cards": "training conversion experts attention.base",
+    "cards": "training conversion experts attention.base profiling",
     "cli": "cards benchmarks visualize training evaluation conversion attention.base profiling corpus _version",
     "hf_efficient": "models patching attention.base _version",
 }

@@ -18,6 +18,7 @@ from hf_efficient.attention.base.registry import describe, get_mechanism
 from hf_efficient.cards.experts import PAPERS, TAG, experts_limits, experts_section, experts_words, upcycle_commands
 from hf_efficient.cards.facts import README, CardFacts, gather, is_hub_id
 from hf_efficient.cards.markdown import table
+from hf_efficient.profiling.json_files import whole_file
 
 NOT_MEASURED = "not measured"
 NOT_RECORDED = "not recorded"
@@ -85,10 +86,8 @@ def write_card(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another file with --out, or replace it with --overwrite.")
     card = checkpoint_card(checkpoint, results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(str(card), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write_text(str(card), encoding="utf-8")
     return {"checkpoint": str(checkpoint), "out": str(path), "metadata": card.data.to_dict(), "text": card.text}
 
 

@@ -1,27 +1,39 @@
-"""JSON files written completely or not at all."""
+"""Files written completely or not at all, JSON among them."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON beside `path` and rename it, so that whoever reads `path` finds the former or the new file, never half."""
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A new file beside `path` to write to; it takes the place of `path` at the end, and goes if that is not reached.
+
+    So whoever reads `path` finds the former file or the new one, never half of it. The folder is made if it is missing.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-            file.flush()
+        os.close(handle)
+        yield Path(name)
+        with open(name, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
         raise
-    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write JSON completely or not at all."""
+    with whole_file(path) as file:
+        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    return Path(path)

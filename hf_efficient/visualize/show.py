@@ -8,6 +8,7 @@ from typing import Any
 from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.attention.base.pattern import PatternAttentionConfig
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
+from hf_efficient.profiling.json_files import whole_file
 from hf_efficient.visualize.render import as_figure, as_text, title
 from hf_efficient.visualize.visibility import Visibility, require_drawable
 
@@ -34,10 +35,9 @@ class PatternPicture(Visibility):
                 f"{path} exists; choose another name, or overwrite it with --overwrite / overwrite=True."
             )
         figure = as_figure(self)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        figure.savefig(partial, format="png", dpi=130, metadata={"Title": title(self)})
-        return partial.replace(path)
+        with whole_file(path) as file:
+            figure.savefig(file, format="png", dpi=130, metadata={"Title": title(self)})
+        return path
 
 
 def show(
