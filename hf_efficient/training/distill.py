@@ -125,7 +125,7 @@ def distill(
     is_converted = isinstance(model, EfficientModelMixin)
     if not is_converted:
         raise ValueError(
-            f"{type(model).__name__} is no converted model: convert it with hf_efficient.convert first. For adapters see "
+            f"{type(model).__name__} is not a converted model: convert it with hf_efficient.convert first. For adapters see "
             "recipes/distill.py."
         )
     installed = model.config.efficient_attention

@@ -116,7 +116,7 @@ def test_a_checkpoint_that_does_not_load_fails_the_fresh_process(tmp_path, monke
 
 def test_what_can_not_be_verified_is_refused():
     model, source = pair(attention_window=8)
-    with pytest.raises(ValueError, match="no converted model"):
+    with pytest.raises(ValueError, match="not a converted model"):
         check(source, source)
     with pytest.raises(ValueError, match="no texts"):
         verify(model, source, [], tokenizer=tiny_tokenizer("bert"))
