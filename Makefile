@@ -17,8 +17,11 @@ demo: $(INSTALLED)  ## convert a real checkpoint, prove it, and show what it is 
 test: $(INSTALLED)  ## lint beside the whole suite, on the CPU, offline
 	$(MAKE) --jobs=2 lint suite
 
-test-fast: $(INSTALLED)  ## one case of every test, in about 3 minutes
-	$(BIN)/python -m pytest -n auto --dist worksteal --first-cases
+FAST := layers repository
+FAST_FOLDERS := attention contract models ops patching patterns
+
+test-fast: $(INSTALLED)  ## one case of every quick test of mechanisms and patching, under 3 minutes
+	$(BIN)/python -m pytest -n auto --dist worksteal --first-cases $(FAST:%=tests/test_%.py) $(FAST_FOLDERS:%=tests/%)
 
 suite: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist worksteal
