@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# style and types need only the `dev` extra; they take it from the full environment where there is one
-CHECKED := $(VENV)/.checked
+# style needs ruff alone, and takes it from the full environment where there is one
+FORMATTER := $(VENV)/.formatter
 
 .PHONY: help demo test test-fast suite lint format typecheck coverage bench docs clean
 
@@ -31,11 +31,11 @@ lint: $(INSTALLED)  ## format, style and types, without changing a file
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(CHECKED)  ## rewrite the files in the house style
+format: $(FORMATTER)  ## rewrite the files in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-typecheck: $(CHECKED)  ## types alone
+typecheck: $(INSTALLED)  ## types alone
 	$(BIN)/mypy
 
 coverage: $(INSTALLED)  ## lines that the suite does not reach (takes longer than `test`)
@@ -56,11 +56,11 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,test,dev]"
-	touch $@ $(CHECKED)
+	touch $@ $(FORMATTER)
 
-$(CHECKED): setup.cfg constraints.txt
+$(FORMATTER): constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt ruff mypy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt ruff
 	touch $@
 
 clean:  ## remove the environment and what was built
