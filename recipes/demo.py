@@ -241,7 +241,7 @@ import json, sys, torch
 import hf_efficient
 from transformers import AutoModel
 from hf_efficient.conversion import load_stock
-from hf_efficient.fidelity import compare
+from hf_efficient.evaluation.fidelity import compare
 torch.set_num_threads(int(sys.argv[3]))
 model = AutoModel.from_pretrained(sys.argv[1]).eval()
 source = load_stock(sys.argv[2])[0]
