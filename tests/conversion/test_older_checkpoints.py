@@ -71,7 +71,8 @@ def test_it_reverts_bit_for_bit(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_saved_pooling_heads_keep_the_name_of_their_class(tmp_path: Path) -> None:
-    sentence_transformers = pytest.importorskip("sentence_transformers")
+    import sentence_transformers
+
     from hf_efficient.training.pooling import pool_by_attention
 
     save_source(tmp_path / "source", "bert")
