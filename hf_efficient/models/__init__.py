@@ -15,6 +15,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from hf_efficient.experts.loss import with_router_loss
 from hf_efficient.families import efficient_type, families
+from hf_efficient.models.adapter_targets import register_targets
 from hf_efficient.models.mixin import EfficientModelMixin, honours_loss_kwargs, stock_heads
 from hf_efficient.models.registry import CONFIGS, MODELS
 
@@ -69,5 +70,6 @@ def _register_all() -> None:
 
 _define_all()
 _register_all()
+register_targets()
 
 __all__ = ["CONFIGS", "MODELS", "EfficientModelMixin", *(m.__name__ for m in [*CONFIGS.values(), *MODELS.values()])]
