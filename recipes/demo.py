@@ -36,6 +36,7 @@ from hf_efficient.evaluation.fidelity import compare, mean_pool
 from hf_efficient.families import HostModel
 from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.forward import forward_call, random_inputs
+from hf_efficient.profiling.json_files import write_json
 from hf_efficient.profiling.timing import table_of, timed
 
 # ---- settings ----
@@ -85,7 +86,7 @@ def main() -> None:
     path = result.save(output / "longformer-minilm-4096", overwrite=True)
     figures["reloaded"] = show_reloaded(path, name, source, figures["fidelity"], tokens)
     settings = {"seed": SEED, "hardware": hardware(), "versions": versions(), "seconds": time.perf_counter() - began}
-    (output / "demo.json").write_text(json.dumps(figures | settings, indent=2) + "\n")
+    write_json(output / "demo.json", figures | settings)
     console.print(f"\ncheckpoint: {path}   picture: {output / 'demo.png'}   figures: {output / 'demo.json'}")
     console.print(f"{settings['seconds']:.0f} s on {torch.get_num_threads()} threads")
     (output / "demo.txt").write_text(console.export_text())

@@ -14,7 +14,6 @@ merged), result.json and complete checkpoints per stage; an interrupted run goes
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,6 +30,7 @@ from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME, atomic_f
 from hf_efficient.corpus import text_batches
 from hf_efficient.evaluation.fidelity import compare
 from hf_efficient.patching.exact import Teacher, converted_layers, eval_mode, mechanism_of
+from hf_efficient.profiling.json_files import write_json
 from hf_efficient.profiling.memory import peak_memory
 from hf_efficient.training import AttentionTransfer, KeepBest, layer_errors, trainable
 from hf_efficient.training.callbacks import MechanismCallback, NonFiniteLoss
@@ -245,7 +245,7 @@ def save(model: Any, tokenizer: Any, path: Path, record: RunRecord) -> None:
         tokenizer.save_pretrained(folder)
         source = Path(record.settings["model"])
         if record.conversion is not None:
-            (folder / REPORT_NAME).write_text(json.dumps(record.conversion, indent=2) + "\n")
+            write_json(folder / REPORT_NAME, record.conversion)
         else:
             copy_reports(source, folder, REPORT_NAME)
         copy_reports(source, folder, UPCYCLING_NAME)

@@ -32,6 +32,7 @@ from hf_efficient.benchmarks.attention import Stage, attention_rows, attention_s
 from hf_efficient.benchmarks.baselines import BASELINES, Point, build
 from hf_efficient.ops.linear_attention import linear_attention
 from hf_efficient.profiling.environment import hardware, versions
+from hf_efficient.profiling.json_files import write_json
 from hf_efficient.profiling.memory import fresh_python
 from hf_efficient.profiling.timing import attempt, timed
 
@@ -378,7 +379,7 @@ def gpu_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 def _main(first: str, budget: str = "540") -> None:
     """Either one compilation, as `compile_one` asks for it, or the whole suite into a file."""
     if not first.startswith("["):
-        Path(first).write_text(json.dumps(gpu_suite(float(budget)), indent=2) + "\n")
+        write_json(first, gpu_suite(float(budget)))
         return
     place, method = json.loads(first)
     point = Point(**place)

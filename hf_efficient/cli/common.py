@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -53,7 +52,9 @@ def running() -> Iterator[None]:
 def emit(document: Any, as_json: bool, title: str, columns: list[str], rows: list[list[Any]]) -> None:
     """The result on stdout: one JSON document, or a table; a paragraph for each row where a table would break words."""
     if as_json:
-        typer.echo(json.dumps(document, indent=2, default=str))
+        from hf_efficient.profiling.json_files import json_text
+
+        typer.echo(json_text(document, default=str))
         return
     from rich.console import Console
     from rich.padding import Padding

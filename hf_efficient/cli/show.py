@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
@@ -47,7 +46,9 @@ def show(
         )
         document = {"out": None if out is None else str(picture.save(out, overwrite)), **picture.facts}
     if as_json:
-        typer.echo(json.dumps(document, indent=2))
+        from hf_efficient.profiling.json_files import json_text
+
+        typer.echo(json_text(document))
         return
     typer.echo(str(picture))
     if out is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from hf_efficient.conversion.sentence_transformers import copy_side_files
+from hf_efficient.profiling.json_files import finite, write_json
 
 REPORT_NAME = "conversion_report.json"
 UPCYCLING_NAME = "upcycling_report.json"
@@ -88,7 +88,7 @@ class Report:
         return {status: found.count(status) for status in self.statuses}
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload]
+        return finite(asdict(self))  # type: ignore[call-overload,no-any-return]
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Result:
                 copy_side_files(self.source_folder, folder, self._text_length())
                 # what was done to the source before still holds
                 copy_reports(self.source_folder, folder, *({REPORT_NAME, UPCYCLING_NAME} - {self.report_name}))
-            (folder / self.report_name).write_text(json.dumps(self.report.to_dict(), indent=2) + "\n")
+            write_json(folder / self.report_name, self.report.to_dict())
         return Path(path)
 
     def _text_length(self) -> int | None:

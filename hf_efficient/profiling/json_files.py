@@ -1,8 +1,9 @@
-"""Files written completely or not at all, JSON among them."""
+"""Files written completely or not at all, and JSON that every strict reader takes."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -32,8 +33,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def finite(value: Any) -> Any:
+    """`value` with `None` for every number that is infinite or NaN, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(value: Any, indent: int | None = 2, **options: Any) -> str:
+    """Strict JSON (RFC 8259): `json.dumps` with `options`, of the `finite` value."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False, **options)
+
+
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON completely or not at all."""
+    """Write strict JSON completely or not at all."""
     with whole_file(path) as file:
-        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json_text(value) + "\n", encoding="utf-8")
     return Path(path)

@@ -23,6 +23,7 @@ from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.evaluation.fidelity import compare
 from hf_efficient.models import EfficientModelMixin
 from hf_efficient.patching.exact import Teacher, converted_layers, eval_mode, mechanism_of, substituted
+from hf_efficient.profiling.json_files import json_text
 from hf_efficient.profiling.memory import peak_memory
 from hf_efficient.training.callbacks import FirstStep, MechanismCallback, NothingLeft, StopOnNonFiniteLoss
 from hf_efficient.training.checkpoints import CompleteCheckpoints, is_first_process, last_complete_checkpoint
@@ -262,7 +263,7 @@ class _Distillation:
             "log": [{"stage": stage.name, **entry} for entry in trainer.state.log_history if "loss" in entry],
         } | peak_memory()
         if is_first_process():
-            partial_file, metadata = folder / f".{TRAINED}", {"figures": json.dumps(figures)}
+            partial_file, metadata = folder / f".{TRAINED}", {"figures": json_text(figures, indent=None)}
             save_file({name: p.contiguous() for name, p in learned.items()}, partial_file, metadata)
             partial_file.replace(folder / TRAINED)
         return figures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from transformers import TrainerCallback, set_seed
 from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.patching.exact import converted_layers, exact_attention, substituted
+from hf_efficient.profiling.json_files import write_json
 from hf_efficient.profiling.memory import peak_memory
 from hf_efficient.training.callbacks import (
     FirstStep,
@@ -303,7 +303,7 @@ def _write_report(folder: Path, record: RunRecord) -> None:
     """The reports beside the weights: the conversion's of this run, or those of the checkpoint that it began with."""
     source = Path(record.settings["model"])
     if record.conversion is not None:
-        (folder / REPORT_NAME).write_text(json.dumps(record.conversion, indent=2) + "\n")
+        write_json(folder / REPORT_NAME, record.conversion)
     elif record.settings.get("attention") != "none":
         copy_reports(source, folder, REPORT_NAME)
     copy_reports(source, folder, UPCYCLING_NAME)

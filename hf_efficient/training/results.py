@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from hf_efficient.profiling.environment import hardware, versions
-from hf_efficient.profiling.json_files import write_json
+from hf_efficient.profiling.json_files import finite, write_json
 
 RESULT_NAME = "result.json"
-
-
-def _plain(value: Any) -> Any:
-    """`value` without what JSON has no word for: numbers that are none become null."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclasses.dataclass
@@ -54,7 +44,7 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with what the figures depend on beside the settings."""
-        return _plain(dataclasses.asdict(self)) | {
+        return finite(dataclasses.asdict(self)) | {
             "seed": self.settings.get("seed"),
             "versions": versions(),
             "hardware": hardware(),
