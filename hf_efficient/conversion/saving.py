@@ -88,7 +88,7 @@ class Report:
         return {status: found.count(status) for status in self.statuses}
 
     def to_dict(self) -> dict[str, Any]:
-        return finite(asdict(self))  # type: ignore[call-overload,no-any-return]
+        return finite(asdict(self))  # type: ignore[call-overload]
 
 
 @dataclass

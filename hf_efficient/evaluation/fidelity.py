@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,7 +43,7 @@ def compare(model: PreTrainedModel, source: PreTrainedModel, batches: Iterable[d
             agreement += float((p.argmax(-1) == q.argmax(-1)).sum())
             predictions += len(p)
     cosine = torch.cat(cosines)
-    errors = [(a / b) ** 0.5 if b else 0.0 for a, b in squares]
+    errors = [(a / b) ** 0.5 if b else math.inf if a else 0.0 for a, b in squares]
     figures: dict[str, Any] = {
         "embedding_cosine": float(cosine.mean()),
         "embedding_cosine_min": float(cosine.min()),
@@ -79,6 +80,12 @@ def output_mask(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def relative_difference(actual: Tensor, expected: Tensor, where: Tensor | None) -> float:
+    """Largest difference over the largest expected value, at the real positions `where` (B, N) of (B, N, D) tensors.
+
+    NaN if either side has a number that is none, at a padded position too: a comparison with a limit is then false.
+    """
+    finite = bool(actual.isfinite().all() and expected.isfinite().all())
     if where is not None and actual.dim() == 3:
         actual, expected = actual[where], expected[where]
-    return float((actual - expected).abs().max() / expected.abs().max())
+    difference, largest = float((actual - expected).abs().max()), float(expected.abs().max())
+    return (difference / largest if largest else difference) if finite else math.nan

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from typing import Any
 
 import fresh
 import pytest
@@ -94,6 +96,44 @@ def test_a_mechanism_that_sees_padding_fails(monkeypatch):
 def test_a_mechanism_that_sees_the_future_fails_decoding(monkeypatch):
     monkeypatch.setattr(LocalAttention, "forward", lambda self, q, k, v, c: v.mean(2, keepdim=True).expand_as(q))
     assert "prefill = decode" in failed(check(*pair("gpt2", attention_window=8)))
+
+
+NAN: dict[str, tuple[Callable[[Any, Any], Any], set[str]]] = {
+    "everywhere": (
+        lambda mixed, context: mixed * torch.nan,
+        {"exact limit", "fidelity", "padding and batch", "fresh process", "prefill = decode"},
+    ),
+    "padding only": (
+        lambda mixed, context: (
+            mixed
+            if context.key_padding_mask is None
+            else mixed.masked_fill(~context.key_padding_mask[:, None, -mixed.shape[2] :, None], torch.nan)
+        ),
+        {"exact limit", "fidelity", "padding and batch", "fresh process"},
+    ),
+    "row alone only": (
+        lambda mixed, context: mixed * torch.nan if len(mixed) == 1 else mixed,
+        {"padding and batch", "prefill = decode"},
+    ),
+}
+
+
+@pytest.mark.parametrize("where", NAN)
+def test_nan_fails_every_check_that_meets_it(where, monkeypatch):
+    spoil, expected = NAN[where]
+    model, source = pair("gpt2", attention_window=8)
+    forward = LocalAttention.forward
+    monkeypatch.setattr(LocalAttention, "forward", lambda self, q, k, v, c: spoil(forward(self, q, k, v, c), c))
+    report = check(model, source)
+    assert set(failed(report)) == expected
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_weight_that_is_no_number_fails_the_first_check():
+    model, source = pair(attention_window=8)
+    for one in (model, source):
+        one.bert.encoder.layer[0].output.dense.bias.data[0] = torch.nan
+    assert outcomes(model, source) == ["failed", "failed"]
 
 
 def test_what_is_not_saved_fails_the_fresh_process(monkeypatch):
