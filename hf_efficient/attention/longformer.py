@@ -212,10 +212,7 @@ class LongformerAttention(PatternAttention):
             if not is_listed:  # spare entries of a row with fewer global tokens write back what is there
                 rows = torch.where(tokens.exists[:, None, :, None], rows, out.gather(2, target))
             out = out.scatter(2, target, rows)
-        if self.training and torch.is_grad_enabled() and self.has_global_rows:
-            # data-parallel training waits for a gradient of every parameter, also of those without a part in this call
-            out = out + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad).to(out.dtype)  # type: ignore[union-attr]
-        return out
+        return self.with_unused_parameters(out)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         """New queries over the keys that the cache kept."""

@@ -145,10 +145,7 @@ class LongT5Attention(EfficientAttention):
         window = Window(left=self.config.attention_window // 2, right=self.config.attention_window // 2)
         pooled = self._global_keys(query, context) if query.shape[2] >= self.config.global_block_size else None
         out = block_sparse_attention(query, key, value, window, replace(context, extra=pooled))
-        if pooled is None and self.training and torch.is_grad_enabled():
-            # data-parallel training waits for a gradient of every parameter, also of those without a part in this call
-            out = out + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad).to(out.dtype)  # type: ignore[union-attr]
-        return out
+        return out if pooled is not None else self.with_unused_parameters(out)
 
     def _global_keys(self, query: Tensor, context: AttentionContext) -> ExtraKeys:
         """One key and value per block, with what is added to their logits (B or 1, H or 1, N, G)."""

@@ -19,15 +19,22 @@ from hf_efficient.families.feed_forward import Dense
 from hf_efficient.ops.relative_bias import RelativeBias
 
 
+def _table(attention: Any, device: Any) -> Tensor:
+    """(buckets, H) biases, from a call of the embedding that holds them."""
+    return attention.relative_attention_bias(torch.arange(attention.relative_attention_num_buckets, device=device))
+
+
 class _LazyBias:
     """Host attention whose relative bias is a table over offsets instead of a dense (1, H, N, S) tensor."""
 
     # UMT5 told its decoder layers only in later releases that they are causal
     is_causal = property(lambda self: self.is_decoder)
 
-    def compute_bias(self: Any, *args: Any, **kwargs: Any) -> RelativeBias:
+    def compute_bias(
+        self: Any, query_length: int, key_length: int, device: Any = None, *args: Any, **kwargs: Any
+    ) -> RelativeBias:
         return RelativeBias(
-            self.relative_attention_bias.weight, self._bucket_of_offsets, self.relative_attention_max_distance
+            partial(_table, self, device), self._bucket_of_offsets, self.relative_attention_max_distance
         )
 
     def _bucket_of_offsets(self: Any, offsets: Any) -> Any:
@@ -101,11 +108,15 @@ class T5Family(ModelFamily):
         # one table in the first layer serves the whole stack, but UMT5 has one in every layer
         owner: Any = layer.module if layer.module.has_relative_attention_bias else stack.layers[0].module
         lazy: Any = SWAPS.get(type(owner), (type(owner),))[0]
-        return RelativeBias(
-            owner.relative_attention_bias.weight.detach(),
-            partial(lazy._bucket_of_offsets, owner),
-            owner.relative_attention_max_distance,
-        )
+        embedding = owner.relative_attention_bias
+        # a hook that brings the table in also moves the ids there
+        device = "cpu" if hasattr(embedding, "_hf_hook") else next(embedding.parameters()).device
+        with torch.no_grad():
+            return RelativeBias(
+                partial(_table, owner, device),
+                partial(lazy._bucket_of_offsets, owner),
+                owner.relative_attention_max_distance,
+            )
 
     def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         key, value = (p(hidden).unflatten(-1, self.heads(module)).transpose(1, 2) for p in (module.k, module.v))

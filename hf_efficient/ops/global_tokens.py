@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_efficient.ops.context import ExtraKeys
 from hf_efficient.ops.decoding import entries_at
 from hf_efficient.ops.padding import first_real_token, real_tokens
+from hf_efficient.ops.plain import is_plain_linear
 from hf_efficient.ops.relative_bias import RelativeBias
 
 
@@ -117,7 +118,7 @@ def kept_tokens(mask: Tensor, key_positions: Tensor, length: int) -> Tensor:
 def projected_rows(
     rows: Tensor,
     hidden: Tensor,
-    projections: tuple[nn.Linear, nn.Linear, nn.Linear],
+    projections: tuple[nn.Module, nn.Module, nn.Module],
     *,
     num_heads: int,
     mask: Tensor | None,
@@ -128,7 +129,8 @@ def projected_rows(
 
     Few rows do not need keys and values of all tokens: `q·(W_k h + c) = (W_kᵀ q)·h + q·c`, and the last term is the same for
     all keys; likewise `Σ p (W_v h + c) = W_v Σ p h + c`. That costs n·C per head and row against n·C² once (C the width of
-    `hidden`), so it pays up to head_dim rows.
+    `hidden`), so it pays up to head_dim rows. It takes weights in place of calls, so both modules must be nothing but a
+    product with a weight; adapters, quantised or offloaded layers and whatever has hooks are called, with the same result.
 
     Args:
         rows: (B, G, C) states of the queries. hidden: (B, n, C) states of all tokens.
@@ -144,15 +146,23 @@ def projected_rows(
 
     options: dict[str, Any] = dict(attn_mask=mask, dropout_p=dropout, scale=scaling)
     q = heads(query(rows))  # (B, H, G, D)
-    if rows.shape[1] > q.shape[-1]:
+    if rows.shape[1] > q.shape[-1] or not (is_plain_linear(key) and is_plain_linear(value)):
         return F.scaled_dot_product_attention(q, heads(key(hidden)), heads(value(hidden)), **options)
-    key_weight, value_weight = (p.weight.unflatten(0, (num_heads, -1)).to(q.dtype) for p in (key, value))
-    probe = torch.einsum("bhgd,hdc->bhgc", q, key_weight)
+    return _through_weights(q, hidden, key, value, options)
+
+
+def _through_weights(query: Tensor, hidden: Tensor, key: Any, value: Any, options: dict[str, Any]) -> Tensor:
+    """`projected_rows` without keys and values, from (B, H, G, D) queries and plain linear layers."""
+    num_heads = query.shape[1]
+    key_weight, value_weight = (p.weight.unflatten(0, (num_heads, -1)) for p in (key, value))
+    probe = torch.einsum("bhgd,hdc->bhgc", query, key_weight.to(query.dtype))
     # all heads see the same states: their rows are queries of one head, or gradients of the states would exist once per head
-    if mask is not None:
-        options["attn_mask"] = mask.expand(rows.shape[0], num_heads, rows.shape[1], -1).flatten(1, 2)[:, None]
+    if (mask := options["attn_mask"]) is not None:
+        mask = mask.expand(query.shape[0], num_heads, query.shape[2], -1).flatten(1, 2)[:, None]
     shared = hidden[:, None]
-    mixed = F.scaled_dot_product_attention(probe.flatten(1, 2)[:, None], shared, shared, **options)[:, 0]
+    mixed = F.scaled_dot_product_attention(
+        probe.flatten(1, 2)[:, None], shared, shared, **options | {"attn_mask": mask}
+    )[:, 0]
     mixed = mixed.unflatten(1, (num_heads, -1))
     out = torch.einsum("bhgc,hdc->bhgd", mixed, value_weight.to(mixed.dtype))
     return out if value.bias is None else out + value.bias.view(num_heads, 1, -1).to(out.dtype)

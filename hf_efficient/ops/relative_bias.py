@@ -12,18 +12,28 @@ from torch import Tensor
 class RelativeBias:
     """Lazy additive bias `b_h(o)` over offsets `o = key position - query position` (T5: Raffel et al. 2020, §2.1).
 
-    The table stays the host's parameter, so gradients reach it through every lookup.
-
     Args:
-        table: (buckets, H) learned values.
+        table: (buckets, H) learned values, or a function that gets them from the module that owns them. It is called at
+            once, where what brings in that module's weights (offloading, sharding) has seen to it; gradients reach the
+            owner through every lookup.
         bucket: maps a tensor of integer offsets to bucket ids of the same shape.
         saturation: `b_h(o)` is constant for `o ≥ saturation` and, separately, for `o ≤ -saturation`.
     """
 
-    def __init__(self, table: Tensor, bucket: Callable[[Tensor], Tensor], saturation: int):
-        self.table = table
+    def __init__(self, table: Tensor | Callable[[], Tensor], bucket: Callable[[Tensor], Tensor], saturation: int):
+        self._read = None if isinstance(table, Tensor) else table
+        self._table = table if isinstance(table, Tensor) else table()
+        self._with_gradients = torch.is_grad_enabled()
         self.bucket = bucket
         self.saturation = saturation
+
+    @property
+    def table(self) -> Tensor:
+        """(buckets, H) learned values."""
+        # a reentrant checkpoint makes this without gradients, and wants them when later layers are computed again
+        if self._read is not None and torch.is_grad_enabled() and not self._with_gradients:
+            return self._read()
+        return self._table
 
     def at(self, offsets: Tensor) -> Tensor:
         """(H, *offsets.shape) bias at arbitrary offsets."""

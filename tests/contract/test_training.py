@@ -9,8 +9,9 @@ import torch
 from cases import CASES
 from pairs import MAIN, VARIANTS, Bench, Pair, Tokens, each, labelled, logits
 
+import hf_efficient as he
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.testing import assert_close, inputs_for
+from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 ALL_PAIRS = MAIN + VARIANTS
 # a bias on keys adds the same to all logits of a query: its true gradient is 0, whatever rounding leaves
@@ -240,15 +241,43 @@ def test_training_in_the_exact_limit_tracks_the_unconverted_model(pair: Pair):
 
 
 @each(ALL_PAIRS)
-def test_no_parameter_of_a_mechanism_is_without_gradient_in_training(pair: Pair):
-    """Data-parallel training waits for every parameter's gradient, also for one that has no part in a call."""
-    model = pair.model()
+def test_parameters_without_a_part_have_a_gradient_only_among_several_processes(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+):
+    """Data-parallel training waits for every parameter's gradient; else a gradient of 0 lets weight decay shrink them."""
+    model = pair.model().train()
+    # a token, so that neither windows nor blocks leave room for global keys or rows
+    inputs = {name: x[:, :1] for name, x in labelled(model, inputs_for(model, padded=False)).items()}
+    found = []
     with pair.patch(model):
-        gradients = _gradients(model.train(), labelled(model, inputs_for(model)))
-    own = {name: gradient for name, gradient in gradients.items() if ".efficient." in name}
+        for processes in (1, 2):
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+            monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+            model.zero_grad()
+            gradients = _gradients(model, inputs)
+            found.append({name: gradient for name, gradient in gradients.items() if ".efficient." in name})
+    alone, among_others = found
     # a variant, and a causal form, may do without the parameters that its mechanism has elsewhere
-    assert own or pair.is_causal or pair not in MAIN or not CASES[pair.mechanism].parameters
-    assert not [name for name, gradient in own.items() if gradient is None]
+    assert among_others or pair.is_causal or pair not in MAIN or not CASES[pair.mechanism].parameters
+    assert not [name for name, gradient in among_others.items() if gradient is None]
+    for name, gradient in among_others.items():
+        if alone[name] is None:
+            assert not gradient.any(), name
+        else:
+            assert torch.equal(alone[name], gradient), name
+
+
+@pytest.mark.parametrize("mechanism", ["longformer", "longt5"])
+def test_weight_decay_leaves_parameters_without_a_part_alone(mechanism: str):
+    model = tiny_model("bert").train()
+    inputs = labelled(model, inputs_for(model, length=7, padded=False))
+    he.patch_attention(model, mechanism, attention_window=8)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".efficient." in name}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.5)
+    model(**inputs).loss.backward()
+    optimizer.step()
+    assert before
+    assert not [name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])]
 
 
 @each(ALL_PAIRS)

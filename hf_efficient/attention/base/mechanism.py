@@ -136,6 +136,18 @@ class EfficientAttention(nn.Module):
         """Mix (B, H, N, D) queries with (B, H, S, D) keys and values, S ≥ N, into (B, H, N, D)."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    def with_unused_parameters(self, out: Tensor) -> Tensor:
+        """`out`, for calls in which some parameters of this module have no part.
+
+        Data-parallel training waits for a gradient of every parameter, so while several processes train, each gets one of 0.
+        Elsewhere it has none, and an optimiser leaves it alone, weight decay included.
+        """
+        if self.training and torch.is_grad_enabled() and _several_processes():
+            for parameter in self.parameters():
+                if parameter.requires_grad:
+                    out = out + 0.0 * parameter.flatten()[:1].sum().to(out.dtype)
+        return out
+
     def attention_weights(self, query: Tensor, key: Tensor, context: AttentionContext) -> Tensor | None:
         """(B, H, N, S) dense weights that `forward` gives the values, for training losses alone; `None` = it has none."""
         return None
@@ -200,3 +212,8 @@ class EfficientAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return json.dumps(self.config.to_dict())
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
