@@ -62,7 +62,7 @@ def convert(
 ) -> None:
     """Convert a pretrained checkpoint and write it, with its tokenizer and a report, to OUT."""
     with running():
-        refuse_strays([source, str(out), *context.args], attention)
+        refuse_strays(context, [source, str(out)], attention)
         configs = chosen_configs(
             attention, config, {"layers": layers, "side": side} | context.meta[GIVEN], option or []
         )

@@ -29,8 +29,12 @@ def parse_option(config_class: type[EfficientAttentionConfig], name: str, text: 
     """
     known = [field.name for field in dataclasses.fields(config_class)]
     if name not in known:
+        from hf_efficient.attention.base.suggestions import did_you_mean
+
+        options = [flag(one) for one in known]
+        hint = did_you_mean(flag(name), options)
         raise ValueError(
-            f"{config_class.mechanism} has no option {flag(name)}; its options are {', '.join(map(flag, known))}."
+            f"{config_class.mechanism} has no option {flag(name)}{hint}; its options are {', '.join(options)}."
         )
     hint = typing.get_type_hints(config_class)[name]
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -124,28 +128,38 @@ def chosen_configs(
 
 
 def refuse_strays(
+    context: typer.Context,
     words: list[str],
     attention: str | None,
-    command: str = "convert",
     takes: tuple[str, ...] = ("SOURCE", "OUT"),
     without: Collection[str] = (),
 ) -> None:
-    """Options that no mechanism has, or that are of the fields `without`, arrive among the arguments, here `words`.
+    """Options that no mechanism has, or that are of the fields `without`, arrive among the arguments: `words` and the rest.
 
     Raises:
-        ValueError: there are some, or more arguments than the `command` takes.
+        ValueError: there are some, or more arguments than the command takes.
     """
-    from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
-
+    words = [*words, *context.args]
     for word in words:
         if word.startswith("-"):
-            names = [attention] if attention in list_mechanisms() else list_mechanisms()
-            fields = {field.name for name in names for field in dataclasses.fields(get_mechanism(name).Config)}
-            known = map(flag, fields.difference(without))
-            owner = attention if attention in list_mechanisms() else "all mechanisms together"
-            raise ValueError(f"no option {word}; the options of {owner} are {', '.join(sorted(known))}.")
+            raise ValueError(_no_option(context, word, attention, without))
     if len(words) > len(takes):
-        raise ValueError(f"unexpected argument {words[len(takes)]!r}; {command} takes {' and '.join(takes)}.")
+        raise ValueError(
+            f"unexpected argument {words[len(takes)]!r}; {context.info_name} takes {' and '.join(takes)}."
+        )
+
+
+def _no_option(context: typer.Context, word: str, attention: str | None, without: Collection[str]) -> str:
+    from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
+    from hf_efficient.attention.base.suggestions import did_you_mean
+
+    names = [attention] if attention in list_mechanisms() else list_mechanisms()
+    fields = {field.name for name in names for field in dataclasses.fields(get_mechanism(name).Config)}
+    known = sorted(map(flag, fields.difference(without)))
+    own = [option for parameter in context.command.params for option in parameter.opts if option.startswith("-")]
+    owner = attention if attention in list_mechanisms() else "all mechanisms together"
+    hint = did_you_mean(word, [*own, *known])
+    return f"no option {word}{hint}; the options of {owner} are {', '.join(known)}."
 
 
 class MechanismCommand(TyperCommand):

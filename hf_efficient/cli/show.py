@@ -39,7 +39,7 @@ def show(
 
         if mechanism in list_mechanisms():
             require_drawable(mechanism)
-        refuse_strays([mechanism, *context.args], mechanism, "show", ("MECHANISM",), SHARED_OPTIONS)
+        refuse_strays(context, [mechanism], mechanism, ("MECHANISM",), SHARED_OPTIONS)
         configs = chosen_configs(mechanism, None, context.meta[GIVEN], option or [])
         picture = draw(
             configs, length=length, is_causal=causal, num_heads=num_heads, layer=layer, num_layers=num_layers

@@ -360,7 +360,7 @@ def test_command_takes_layers_files_and_json(tmp_path):
         (["--bananas", 3, "local"], "no option --bananas; the options of all mechanisms together are"),
         (
             ["local", "--layers", "0"],
-            "no option --layers; the options of local are --attention-window, --dilation, --sink-tokens.",
+            "no option --layers (did you mean '--layer' or '--num-layers'?); the options of local are --attention-window",
         ),
         (["local", "--row-length", 3], "local has no option --row-length"),
         (["local", "more"], "unexpected argument 'more'; show takes MECHANISM."),

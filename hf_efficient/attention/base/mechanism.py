@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_efficient.attention.base.geometry import AttentionGeometry, SourceAttention
+from hf_efficient.attention.base.suggestions import did_you_mean
 from hf_efficient.ops.context import AttentionContext
 
 if TYPE_CHECKING:
@@ -83,9 +84,8 @@ class EfficientAttentionConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = [name for name in options if name not in known]
         if unknown:
-            raise ValueError(
-                f"{cls.mechanism} has no option {', '.join(map(repr, unknown))}; its options are {', '.join(known)}."
-            )
+            named = ", ".join(f"{name!r}{did_you_mean(str(name), known)}" for name in unknown)
+            raise ValueError(f"{cls.mechanism} has no option {named}; its options are {', '.join(known)}.")
         return cls(**options)
 
 

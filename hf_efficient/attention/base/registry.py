@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
+from hf_efficient.attention.base.suggestions import did_you_mean
 
 _REGISTRY: dict[str, type[EfficientAttention]] = {}
 
@@ -53,9 +54,10 @@ def get_mechanism(name: str) -> type[EfficientAttention]:
     """The mechanism class registered under `name`; an unknown name raises a ValueError that lists the known ones."""
     try:
         return _registry()[name]
-    except KeyError:
+    except (KeyError, TypeError):  # or not even hashable
+        hint = did_you_mean(str(name), list_mechanisms())
         raise ValueError(
-            f"unknown mechanism {name!r}; the registered ones are {', '.join(list_mechanisms())}."
+            f"unknown mechanism {name!r}{hint}; the registered ones are {', '.join(list_mechanisms())}."
         ) from None
 
 
