@@ -252,7 +252,7 @@ def test_parameters_without_a_part_have_a_gradient_only_among_several_processes(
     with pair.patch(model):
         for processes in (1, 2):
             monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-            monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+            monkeypatch.setattr(torch.distributed, "get_world_size", lambda count=processes: count)
             model.zero_grad()
             gradients = _gradients(model, inputs)
             found.append({name: gradient for name, gradient in gradients.items() if ".efficient." in name})
