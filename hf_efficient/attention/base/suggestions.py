@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'longformer'?)"` for a name like a known one or part of some, for the middle of a message; else `""`."""
+    """`" (did you mean 'longformer'?)"`, for the middle of a message, if a known name is like this one; else `""`."""
     given, known = _plain(name), {_plain(one): one for one in known}
     found = get_close_matches(given, known, n=2, cutoff=0.7) or get_close_matches(given, known, n=1)
     found = found or [one for one in known if len(given) > 2 and given in one][:3]
