@@ -13,6 +13,7 @@ unless `--no_question_global`. `--baseline` trains the unconverted model too. Fi
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,8 @@ from hf_efficient.training.metrics import metric
 from hf_efficient.training.recipe import run, start, train
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
+
+logger = logging.getLogger(f"transformers.hf_efficient.{__name__}")
 
 
 @dataclass(kw_only=True)
@@ -190,7 +193,9 @@ def finetune(settings: Settings) -> RunRecord:
         for mechanism in mechanisms
     )
     if by_call:
-        print("the question is global by global_attention_mask: give it to the finetuned model in every call too.")
+        logger.warning(
+            "the question is global by global_attention_mask: give it to the finetuned model in every call too."
+        )
     ensure_padding(model, tokenizer)
     encode = encoder(tokenizer, input_length(model, tokenizer, settings.max_length), settings.stride, by_call)
     columns = ["question", "context", "answers", "place"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -43,6 +45,26 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class _Kept(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What the package logs during the test, at the verbosity that users have."""
+    logger, kept = logging.getLogger("transformers.hf_efficient"), _Kept()
+    transformers.logging.set_verbosity_warning()
+    logger.addHandler(kept)
+    yield kept.messages
+    logger.removeHandler(kept)
+    transformers.logging.set_verbosity_error()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

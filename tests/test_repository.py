@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -99,6 +100,21 @@ print([name for name in {HEAVY!r} if name in sys.modules and name not in theirs]
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "[]", f"imported: {result.stdout.strip()}"
+
+
+# programs of their own, whose output it is
+PRINTING = {"profiling/memory.py", "training/recipe.py", "visualize/show.py"}
+
+
+def test_all_that_is_said_obeys_the_verbosity_of_transformers():
+    package = ROOT / "hf_efficient"
+    for path in sorted(package.rglob("*.py")):
+        name, text = str(path.relative_to(package)), path.read_text()
+        assert "warnings.warn(" not in text, name
+        assert (
+            text.count("getLogger(") == text.count('getLogger(f"transformers.{__name__}")') or name == "cli/common.py"
+        )
+        assert name in PRINTING or name.startswith("cli/") or not re.search(r"(?<![.\w])print\(", text), name
 
 
 def test_a_mechanism_that_is_mostly_skipped_is_reported():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME
 from hf_efficient.experts.layer import ExpertsConfig
 from hf_efficient.training.data.texts import BUILDERS
 from hf_efficient.training.results import RESULT_NAME, RunRecord
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 README = "README.md"
 # what a report must have for a card
@@ -185,8 +187,6 @@ def _inherited(source: str | None, revision: str | None) -> dict[str, Any]:
         values = metadata_load(path) or {}
     except Exception as error:
         # somebody else's file: the card says that there is no licence, which is better than no card
-        warnings.warn(
-            f"the front matter of {path} can't be read, so no licence is taken from it: {error}", stacklevel=2
-        )
+        logger.warning(f"the front matter of {path} can't be read, so no licence is taken from it: {error}")
         return {}
     return {name: values[name] for name in INHERITED if values.get(name)}

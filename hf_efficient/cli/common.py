@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -42,11 +43,29 @@ def running() -> Iterator[None]:
         with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
             warnings.showwarning = show
             stream = nowhere if is_quiet.get() else sys.stderr
-            with redirect_stdout(stream), redirect_stderr(stream):
+            with redirect_stdout(stream), redirect_stderr(stream), _logged():
                 yield
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+class _Echo(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """What the package logs looks like the command's own messages, instead of transformers'."""
+    logger, handler = logging.getLogger("transformers.hf_efficient"), _Echo()
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
 
 
 def emit(document: Any, as_json: bool, title: str, columns: list[str], rows: list[list[Any]]) -> None:

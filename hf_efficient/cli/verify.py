@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,8 @@ import typer
 
 from hf_efficient.cli.common import Converted, Json, Texts, emit, require_source, running
 from hf_efficient.cli.options import as_text, read_texts
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
 def verify(
@@ -66,6 +68,6 @@ def record_fidelity(folder: Path, fidelity: dict[str, Any]) -> None:
     # experts alone have no conversion behind them
     path = next((folder / name for name in (REPORT_NAME, UPCYCLING_NAME) if (folder / name).is_file()), None)
     if path is None:
-        warnings.warn(f"{folder / REPORT_NAME} does not exist, so the figures are not recorded.", stacklevel=2)
+        logger.warning(f"{folder / REPORT_NAME} does not exist, so the figures are not recorded.")
         return
     write_json(path, json.loads(path.read_text()) | {"fidelity": fidelity})

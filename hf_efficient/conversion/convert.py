@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,8 @@ from hf_efficient.conversion.sentence_transformers import max_seq_length
 from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import convert_in_place, revert, stock_class
 from hf_efficient.profiling.environment import versions
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
 @dataclass
@@ -136,7 +138,7 @@ def _calibrated(model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> 
 def _tell_tokenizer(opened: Source, max_positions: int | None) -> None:
     """Give the tokenizer its new length, and note the old one for the way back."""
     if opened.tokenizer is None:
-        warnings.warn(f"{opened.name} has no tokenizer: only the model is converted.", stacklevel=3)
+        logger.warning(f"{opened.name} has no tokenizer: only the model is converted.")
     elif max_positions is not None:
         # the way back needs what nothing else remembers
         opened.model.config.efficient_source |= {

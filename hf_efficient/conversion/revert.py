@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from hf_efficient.conversion.saving import UPCYCLING_NAME, atomic_folder, copy_r
 from hf_efficient.conversion.sentence_transformers import copy_side_files
 from hf_efficient.families import family_of
 from hf_efficient.models.in_place import revert
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
 def revert_checkpoint(converted: str, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
@@ -27,7 +29,7 @@ def revert_checkpoint(converted: str, out: str | Path, overwrite: bool = False) 
     model = revert(model)
     tokenizer = load_tokenizer(converted, None)
     if tokenizer is None:
-        warnings.warn(f"{converted} has no tokenizer: only the model is reverted.", stacklevel=2)
+        logger.warning(f"{converted} has no tokenizer: only the model is reverted.")
     elif "model_max_length" in before:
         tokenizer.model_max_length = before["model_max_length"]
     with atomic_folder(out, overwrite) as folder:

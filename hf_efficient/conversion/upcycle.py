@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ from hf_efficient.models.in_place import (
 from hf_efficient.models.registry import MODELS
 from hf_efficient.patching.exact import eval_mode
 from hf_efficient.profiling.environment import versions
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 TOLERANCE = 1e-5
 
@@ -117,7 +119,7 @@ def upcycle(
     before = model.num_parameters()
     difference, tolerance = upcycle_in_place(host, config)
     if opened.tokenizer is None:
-        warnings.warn(f"{opened.name} has no tokenizer: only the model is upcycled.", stacklevel=2)
+        logger.warning(f"{opened.name} has no tokenizer: only the model is upcycled.")
     report = UpcyclingReport(
         source=opened.name,
         revision=revision,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "flex")
 _chosen = "auto"
@@ -66,5 +68,5 @@ def resolve(implementation: str, query: Tensor, key: Tensor, value: Tensor, **fa
         raise ValueError(f"implementation='triton' can't take this call: {reason}")
     if not torch.compiler.is_compiling() and reason not in _said:
         _said.add(reason)
-        warnings.warn(f"fused kernels can't take this call, PyTorch computes it: {reason}", stacklevel=4)
+        logger.warning(f"fused kernels can't take this call, PyTorch computes it: {reason}")
     return "torch"

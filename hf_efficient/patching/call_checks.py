@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
+import logging
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from hf_efficient.ops.packing import PackedSequences, Steps, position_steps
 from hf_efficient.patching.caches import bounded_cache, prepare_layers
 from hf_efficient.patching.hooks import state_of
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 # keywords that reach the attention function without being in any forward's signature
 KNOWN_KEYWORDS = {
@@ -66,9 +68,7 @@ def check_call(
         unknown = sorted(set(kwargs) - info.known - info.warned)
         if unknown:
             info.warned.update(unknown)
-            warnings.warn(
-                f"keywords {unknown} are known neither to the model nor to efficient attention.", stacklevel=3
-            )
+            logger.warning(f"keywords {unknown} are known neither to the model nor to efficient attention.")
     segments = _find_sequences(call, info)
     if segments is None:
         _check_length(call, info)

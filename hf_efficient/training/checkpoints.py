@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hf_efficient.profiling.json_files import write_json
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -108,7 +111,7 @@ def _checkpoints(folder: str | Path) -> list[Path]:
 
 
 def last_complete_checkpoint(folder: str | Path, model: Any = None) -> Path | None:
-    """The newest whole `checkpoint-N` under `folder`, or `None`; others are passed over with a printed line.
+    """The newest whole `checkpoint-N` under `folder`, or `None`; others are passed over with a logged line.
 
     Args:
         model: what it is to be loaded into.
@@ -120,7 +123,7 @@ def last_complete_checkpoint(folder: str | Path, model: Any = None) -> Path | No
         marker = _marker(path)
         if isinstance(marker, str):
             if is_first_process():
-                print(f"{path} is left out: {marker}.")
+                logger.warning(f"{path} is left out: {marker}.")
             continue
         if model is not None:
             _require_same(path, marker, signature(model))

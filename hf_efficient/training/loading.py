@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from hf_efficient.patching.exact import converted_layers, mechanism_of
 from hf_efficient.training.checkpoints import is_first_process
 from hf_efficient.training.results import RunRecord
 
+logger = logging.getLogger(f"transformers.{__name__}")
+
 # attention projections by architecture, as the pattern that PEFT matches whole module names with
 LORA_TARGETS = {
     "bert": r".*attention\.(self\.(query|key|value)|output\.dense)",
@@ -31,7 +34,7 @@ def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = Non
 
     `settings.attention` names a mechanism, or is its JSON with options; "" leaves the checkpoint as it is, "none" undoes
     the conversion of a converted one. `settings.max_positions` lengthens what is converted; 0 = as is. Tensors that the
-    checkpoint lacks (a fresh head) are printed. `settings.lora_rank` > 0 freezes all but low-rank adapters of the attention
+    checkpoint lacks (a fresh head) are logged. `settings.lora_rank` > 0 freezes all but low-rank adapters of the attention
     projections, the mechanisms and fresh layers (PEFT).
 
     Args:
@@ -53,7 +56,7 @@ def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = Non
     )
     fresh = sorted(info["missing_keys"])
     if fresh and is_first_process():
-        print(f"not in {name}, so they start fresh and must be trained: {', '.join(fresh)}.")
+        logger.warning(f"not in {name}, so they start fresh and must be trained: {', '.join(fresh)}.")
     if installed and attention == "none":
         model = revert(model)
         tokenizer.model_max_length = getattr(config, "efficient_source", {}).get(

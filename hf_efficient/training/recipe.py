@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ from hf_efficient.training.plots import layer_picture, loss_curve
 from hf_efficient.training.results import RESULT_NAME, RunRecord
 from hf_efficient.training.settings import Settings
 
+logger = logging.getLogger(f"transformers.{__name__}")
+
 # settings that a resumed run may change: they say what is kept and shown, not what is computed
 FREE_ON_RESUME = {
     "resume", "output_dir", "report_to", "run_name", "project", "disable_tqdm", "per_device_eval_batch_size", "use_cpu",
@@ -45,9 +48,15 @@ KEPT_CHECKPOINTS = 2
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Call a recipe's `main` as a script does: what it refuses is one sentence on stderr and exit code 1."""
+    """Call a recipe's `main` as a script does: what it refuses is one sentence on stderr and exit code 1.
+
+    Interrupted by Ctrl-C, it says how to go on and exits with code 130.
+    """
     try:
         main()
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted.", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, ImportError, NonFiniteLoss) as error:
         sys.exit(f"error: {error}")
 
@@ -115,14 +124,21 @@ def train(trainer: Any, settings: Any, record: RunRecord, *, before: bool = True
 
     Raises:
         NonFiniteLoss, ValueError: see `StopOnNonFiniteLoss` and `last_complete_checkpoint`.
-        SystemExit: interrupted (code 130); what was printed says how to resume.
+        KeyboardInterrupt: as it came, wherever the run is; its text says how to resume.
     """
+    try:
+        _run(trainer, settings, record, before)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_resume(Path(settings.output_dir), trainer.state.global_step)) from None
+
+
+def _run(trainer: Any, settings: Any, record: RunRecord, before: bool) -> None:
     output, first = Path(settings.output_dir), trainer.is_world_process_zero()
     trainer.accelerator.wait_for_everyone()  # nobody may still be looking whether the folder is free
     _refuse_impossible(trainer, settings)
     checkpoint = last_complete_checkpoint(output, trainer.model) if settings.resume else None
     if settings.resume and first:
-        print(
+        logger.warning(
             f"resuming from {checkpoint}."
             if checkpoint
             else f"no complete checkpoint in {output}: from the beginning."
@@ -149,7 +165,8 @@ def train(trainer: Any, settings: Any, record: RunRecord, *, before: bool = True
             layer_picture(record.layer_errors, output / "layers.png")
         record.finished = True
         record.write(output / RESULT_NAME)
-        print(summary(record, output))
+        if logger.isEnabledFor(logging.WARNING):  # the script's result, which silence silences too
+            print(summary(record, output))
 
 
 def _training_figures(trainer: Any, checkpoint: Path | None, seconds: float) -> dict[str, Any]:
@@ -167,17 +184,13 @@ def _training_figures(trainer: Any, checkpoint: Path | None, seconds: float) -> 
 
 
 def _train(trainer: Any, checkpoint: Path | None) -> bool:
-    """Whether there was anything left to train; an interruption ends the process."""
+    """Whether there was anything left to train."""
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NothingLeft:
         trainer.is_in_train = False
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         return False
-    except KeyboardInterrupt:
-        if trainer.is_world_process_zero():
-            print(_how_to_resume(Path(trainer.args.output_dir), trainer.state.global_step), file=sys.stderr)
-        raise SystemExit(130) from None
     return True
 
 

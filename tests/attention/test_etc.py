@@ -269,7 +269,6 @@ def test_the_pooler_reads_the_first_token_of_the_input() -> None:
 HEADS = ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "PreTraining"]
 
 
-@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 @pytest.mark.parametrize("family, head", [("Bert", h) for h in HEADS] + [("T5", h) for h in HEADS[:3]])
 def test_heads_see_the_tokens_of_the_input(family: str, head: str, tmp_path: Any) -> None:
     """A masked language model's checkpoint, global tokens included, under every other head."""

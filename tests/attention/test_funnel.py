@@ -446,7 +446,6 @@ def test_compiles_as_one_graph() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 def test_adapters(tmp_path: Any) -> None:
     """The wrapped mechanism still shortens its layer, and a reloaded adapter gives the same."""
     result = he.convert(tiny_model("bert"), "funnel", tokenizer=None)

@@ -321,7 +321,6 @@ def test_a_recomputation_draws_the_same(reentrant: bool, dropout: float) -> None
         assert_close(one, other, 1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_a_converted_sortnet_trains_and_reloads(family: str, tmp_path: Any) -> None:
     side = "both" if family == "t5" else None

@@ -352,6 +352,7 @@ def test_card_refuses_what_does_not_belong_together(checkpoint, tmp_path):
     assert "belongs to another one" in error("card", other)
 
 
+@pytest.mark.usefixtures("logged")
 def test_an_unreadable_licence_is_left_out_with_a_warning(checkpoint, tmp_path):
     (tmp_path / "source" / "README.md").write_text("---\nlicense: [mit\n---\n")
     shown = run("card", checkpoint)

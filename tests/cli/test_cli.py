@@ -80,6 +80,7 @@ def test_convert_json_holds_the_report(sources, tmp_path):
     assert given == saved
 
 
+@pytest.mark.usefixtures("logged")
 def test_convert_names_random_tensors(sources, tmp_path):
     # a classifier whose head was lost: transformers draws a new one
     source = tmp_path / "classifier"
@@ -385,6 +386,7 @@ def test_verify_checks_prints_and_records(sources, texts, tmp_path):
     assert not list(out.glob(".*")), "a temporary file was left behind"
 
 
+@pytest.mark.usefixtures("logged")
 def test_verify_fails_on_changed_weights(sources, texts, tmp_path, monkeypatch):
     # the process of its own is covered above
     monkeypatch.setattr("hf_efficient.evaluation.verify._fresh_process", lambda *_: Check("fresh", "passed", {}, ""))

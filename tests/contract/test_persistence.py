@@ -23,7 +23,6 @@ AUTO = {
     "gpt2": transformers.AutoModelForCausalLM,
     "t5": transformers.AutoModelForSeq2SeqLM,
 }
-no_tokenizer = pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 
 
 def _fingerprint(model: Any) -> dict[str, Any]:
@@ -53,7 +52,6 @@ def _snapshot(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@no_tokenizer
 @each(MAIN + VARIANTS)
 def test_reloading_is_bit_equal(pair: Pair, tmp_path: Path):
     model = pair.model()
@@ -82,7 +80,6 @@ def test_config_survives_json(pair: Pair):
         he.attention_config(pair.mechanism, no_such_option=1)
 
 
-@no_tokenizer
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 @each(MAIN)
 def test_copies_are_equal_and_apart(pair: Pair, way: str):
@@ -100,7 +97,6 @@ def test_copies_are_equal_and_apart(pair: Pair, way: str):
     assert _fingerprint(he.revert(twin)) == fingerprint
 
 
-@no_tokenizer
 @pytest.mark.parametrize("max_positions", [None, 2 * MAX_POSITIONS])
 @each(MAIN)
 def test_revert_is_exact(pair: Pair, max_positions: int | None):

@@ -395,10 +395,10 @@ def test_a_checkpoint_may_replace_its_own_source(tmp_path):
     assert torch.equal(logits(result.model), answer)
 
 
-def test_source_without_tokenizer_converts_with_a_warning(tmp_path):
+def test_source_without_tokenizer_converts_with_a_warning(tmp_path, logged):
     tiny_model("bert").save_pretrained(tmp_path / "source")
-    with pytest.warns(UserWarning, match="no tokenizer"):
-        result = he.convert(tmp_path / "source", "local", attention_window=8)
+    result = he.convert(tmp_path / "source", "local", attention_window=8)
+    assert any("no tokenizer" in line for line in logged)
     assert result.tokenizer is None
     assert "tokenizer.json" not in contents(result.save(tmp_path / "out"))
 

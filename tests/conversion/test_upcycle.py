@@ -25,7 +25,6 @@ from hf_efficient.experts.layer import ExpertLayer, expert_layers
 from hf_efficient.models.registry import MODELS
 from hf_efficient.testing import FAMILIES, assert_close, inputs_for, tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 AUTO = {
     "bert": transformers.AutoModelForMaskedLM,
     "roberta": transformers.AutoModelForMaskedLM,

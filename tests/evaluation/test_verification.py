@@ -196,7 +196,6 @@ def outcomes(model, source) -> list[str]:
     return [check.status for check in checks]
 
 
-@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
 def test_experts_alone_pass_the_checks(model_type):
     source = tiny_model(model_type)
@@ -214,7 +213,6 @@ def test_experts_alone_pass_the_checks(model_type):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 def test_changed_experts_fail_the_checks():
     source = tiny_model("gpt2")
     model = he.upcycle(copy.deepcopy(source), 4).model
@@ -227,7 +225,6 @@ def test_changed_experts_fail_the_checks():
     assert outcomes(apart(model), source) == ["failed", "not applicable"]
 
 
-@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 def test_experts_and_attention_pass_the_checks_against_either_source():
     source = tiny_model("bert")
     sparse = he.upcycle(copy.deepcopy(source), 4).model

@@ -32,7 +32,6 @@ from hf_efficient.families.feed_forward import Dense
 from hf_efficient.testing import FAMILIES, assert_close, inputs_for, tiny_model
 from hf_efficient.training.callbacks import LogRouting
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 KINDS = [(family, {}) for family in FAMILIES] + [("t5", {"feed_forward_proj": "gated-gelu"})]
 each_kind = pytest.mark.parametrize(("family", "options"), KINDS, ids=[*FAMILIES, "t5-gated"])
 each_k = pytest.mark.parametrize("top_k", [1, 2])

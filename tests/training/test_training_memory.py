@@ -257,7 +257,7 @@ def test_interrupted_run_goes_on_with_its_memory(name: str, runs: Any, tmp_path:
     """And evaluation on the way, which the interrupted run does without, disturbs nothing."""
     output, words = tmp_path / "out", command(runs, name, tmp_path / "out")
     interrupt(monkeypatch, 7)
-    with pytest.raises(SystemExit):
+    with pytest.raises(KeyboardInterrupt):
         recipe("segments").main(words)
     saved = load_file(output / "checkpoint-6/memory-0.safetensors")
     assert saved["0.keys"].any() and (name == "transformer_xl" or saved["0.slots.there"].any())
@@ -271,7 +271,7 @@ def test_interrupted_run_goes_on_with_its_memory(name: str, runs: Any, tmp_path:
 def test_resumed_without_its_memory_it_would_be_another_run(runs: Any, tmp_path: Path, monkeypatch: Any):
     output, words = tmp_path / "out", command(runs, "transformer_xl", tmp_path / "out")
     interrupt(monkeypatch, 7)
-    with pytest.raises(SystemExit):
+    with pytest.raises(KeyboardInterrupt):
         recipe("segments").main(words)
     lost = tmp_path / "lost"
     shutil.copytree(output, lost)
