@@ -9,7 +9,7 @@ from typing import Any
 from hf_efficient.conversion.loading import load_converted, load_tokenizer
 from hf_efficient.conversion.saving import UPCYCLING_NAME, atomic_folder, copy_reports
 from hf_efficient.conversion.sentence_transformers import copy_side_files
-from hf_efficient.families import family_of
+from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import revert
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -44,6 +44,6 @@ def revert_checkpoint(converted: str, out: str | Path, overwrite: bool = False) 
         "checkpoint": converted,
         "out": str(out),
         "model_class": type(model).__name__,
-        "max_positions": family_of(model).max_positions(model.config),
+        "max_positions": HostModel.of(model).max_positions,
         "tensors": len(model.state_dict()),
     }

@@ -19,8 +19,8 @@ from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import (
     change_class,
+    change_config,
     config_of_class,
-    replace_config,
     require_convertible,
     stock_class,
 )
@@ -151,7 +151,7 @@ def upcycle_in_place(host: HostModel, config: ExpertsConfig) -> tuple[float, flo
     difference, tolerance = _install(host, config)
     cls = MODELS[stock_class(model)]
     if not isinstance(model.config, cls.config_class):
-        replace_config(model, model.config, config_of_class(model.config, cls))
+        change_config(model.config, config_of_class(model.config, cls))
     model.config.efficient_experts = config.to_dict()
     mark_experts(model.config)
     change_class(model, cls, model.config)

@@ -31,7 +31,7 @@ def compare_with_full_attention(
     host = HostModel.of(full)
     limit = host.max_positions
     rows: list[dict[str, Any]] = []
-    available = host.family.max_positions(model.config)
+    available = HostModel.of(model).max_positions
     lengths = [length for length in lengths if available is None or length <= available]
     if limit is not None and max(lengths, default=0) > limit:
         host.resize_positions(max(lengths))

@@ -128,7 +128,7 @@ def verify(
     modes = model.training, source.training
     model.eval()
     source.eval()
-    limit = family_of(source).max_positions(source.config) or 512
+    limit = HostModel.of(source).max_positions or 512
     length = min(max_length or limit, limit)
     batches = text_batches(tokenizer, texts, length, batch_size, source)
     short = ragged(

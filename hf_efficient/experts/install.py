@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_efficient.experts.layer import ExpertLayer, ExpertsConfig, expert_layers
 from hf_efficient.families import AttentionLayer, HostModel, Stack
+from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.patching.hooks import attach, detach, state_of
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 
@@ -77,6 +78,8 @@ def install_experts(host: HostModel, config: ExpertsConfig) -> None:
                 block = blocks[layer.name]
                 experts = ExpertLayer(config, family.feed_forward(block), generator)
                 experts.train(block.training)
+                if not experts.up.is_meta:
+                    mark_initialised(experts)
                 block.set_submodule(names[layer.name], experts)
                 family.clear_feed_forward(block)
                 state.layers.append(experts)
@@ -174,6 +177,11 @@ def _take_tokens(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     tokens = kwargs.pop(KEYWORD, _MISSING)
     if experts is None or not experts.training:
         return args, kwargs
+    if getattr(attention, "_is_replica", False):
+        raise RuntimeError(
+            "experts can't be trained in replicas of nn.DataParallel, which can't tell theirs which tokens are real: use "
+            "DistributedDataParallel (accelerate launch, torchrun)."
+        )
     if tokens is _MISSING:
         raise RuntimeError(
             "experts were called in training without knowing which tokens are real: call the model itself, not its forward."

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_efficient.attention.base.geometry import AttentionGeometry, LinearWeights, SourceAttention
 from hf_efficient.families.feed_forward import Dense
+from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.ops.relative_bias import RelativeBias
 
 POSITION_METHODS = ("tile", "interpolate")
@@ -120,7 +121,7 @@ class ModelFamily:
             is_causal=stack.side == "decoder",
             has_relative_bias=self.has_relative_bias,
             projection_bias=self.source_attention(layer.module).query.bias is not None,
-            max_positions=max_positions or self.max_positions(config),
+            max_positions=max_positions or self.positions(stack),
             num_relative_buckets=getattr(config, "relative_attention_num_buckets", 0) if self.has_relative_bias else 0,
             relative_bias_reach=0 if bias is None else bias.reach(is_causal=stack.side == "decoder"),
         )
@@ -184,14 +185,26 @@ class ModelFamily:
     # positions
 
     def position_offset(self, config: PreTrainedConfig) -> int:
-        """Rows of the position table before the one of the first token."""
+        """Rows of the position table before the one of the first token, in a model that is built from `config`."""
         return 0
 
     def max_positions(self, config: PreTrainedConfig) -> int | None:
-        """Longest input, in tokens, that the position table allows; `None` = no table."""
+        """Longest input, in tokens, that the position table of such a model allows; `None` = no table."""
         if self.position_table is None:
             return None
         return config.max_position_embeddings - self.position_offset(config)
+
+    # a loaded model computes with its modules, whatever its config says by now
+
+    def first_position(self, stack: Stack) -> int:
+        """Rows of the position table before the one of the first token, in a loaded stack."""
+        return 0
+
+    def positions(self, stack: Stack) -> int | None:
+        """Longest input, in tokens, that the position table of a loaded stack allows; `None` = no table."""
+        if self.position_table is None:
+            return None
+        return self._table(stack)[2].num_embeddings - self.first_position(stack)
 
     def position_tables(self, stacks: list[Stack]) -> list[tuple[nn.Module, str, nn.Module]]:
         """(owner, attribute name, table) of every table of absolute positions."""
@@ -219,12 +232,11 @@ class ModelFamily:
             return []
         for stack in stacks:
             self._resize_table(stack, max_positions, method)
-        model.config.max_position_embeddings = self.position_offset(model.config) + max_positions
+            model.config.max_position_embeddings = self.first_position(stack) + max_positions
         return [f"{stack.name}.{self.position_table}.weight".lstrip(".") for stack in stacks]
 
     def _resize_table(self, stack: Stack, max_positions: int, method: str) -> None:
-        config = stack.module.config
-        offset = self.position_offset(config)
+        offset = self.first_position(stack)
         owner, leaf, old = self._table(stack)
         weight = old.weight.data
         rows = resize_rows(weight[offset:], max_positions, method)
@@ -232,11 +244,13 @@ class ModelFamily:
         new = nn.Embedding(offset + max_positions, weight.shape[1], padding_idx=old.padding_idx, **like)
         new.weight.data = torch.cat([weight[:offset], rows])
         new.weight.requires_grad_(old.weight.requires_grad)
+        new.train(old.training)
+        mark_initialised(new)
         setattr(owner, leaf, new)
         for name, fill in self.position_buffers:
             entries = torch.arange(len(new.weight)) if fill == "arange" else torch.zeros(len(new.weight))
             owner.register_buffer(name, entries.long().expand(1, -1).to(weight.device), persistent=False)
-        config.max_position_embeddings = offset + max_positions
+        stack.module.config.max_position_embeddings = offset + max_positions
 
     # for families whose host code must be replaced while patched
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hf_efficient.families.base import ModelFamily, Stack, fill_linear
 from hf_efficient.families.feed_forward import Dense
+from hf_efficient.families.initialised import mark_initialised
 
 POSITION_BUFFERS = (("position_ids", "arange"), ("token_type_ids", "zeros"))
 
@@ -17,7 +18,7 @@ class BertFamily(ModelFamily):
 
     def embedded(self, stack: Stack, words: Tensor) -> Tensor:
         parts: Any = stack.module.get_submodule(self.embeddings_module or "")
-        first = self.position_offset(stack.module.config)
+        first = self.first_position(stack)
         position, kind = parts.position_embeddings.weight[first], parts.token_type_embeddings.weight[0]
         return parts.LayerNorm(words + position + kind)
 
@@ -39,6 +40,7 @@ class BertFamily(ModelFamily):
         layer.output.dense = nn.Linear(config.intermediate_size, config.hidden_size)
         fill_linear(layer.intermediate.dense, dense.up.T, dense.up_bias)
         fill_linear(layer.output.dense, dense.down.T, dense.down_bias)
+        mark_initialised(layer.intermediate, layer.output.dense)
 
 
 FAMILIES = (

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
 from hf_efficient.families.base import ModelFamily, fill_linear
 from hf_efficient.families.feed_forward import Dense
+from hf_efficient.families.initialised import mark_initialised
 
 
 class GPT2Family(ModelFamily):
@@ -49,6 +50,7 @@ class GPT2Family(ModelFamily):
         layer.mlp = self.modeling.GPT2MLP(dense.up.shape[1], config)
         fill_linear(layer.mlp.c_fc, dense.up, dense.up_bias)
         fill_linear(layer.mlp.c_proj, dense.down, dense.down_bias)
+        mark_initialised(layer.mlp)
 
 
 FAMILIES = (

@@ -71,7 +71,12 @@ class HostModel:
     @property
     def max_positions(self) -> int | None:
         """Usable rows of its position table; `None` = it has none."""
-        return self.family.max_positions(self.model.config)
+        return self.family.positions(self.stacks[0]) if self.stacks else None
+
+    @property
+    def first_position(self) -> int:
+        """Position of a text's first token (RoBERTa counts from 2)."""
+        return self.family.first_position(self.stacks[0])
 
     def resize_positions(self, max_positions: int, method: str = "tile") -> list[str]:
         """Give the model another number of positions: see `ModelFamily.resize_positions`."""

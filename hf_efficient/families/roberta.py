@@ -2,14 +2,26 @@
 
 from transformers import PreTrainedConfig
 
+from hf_efficient.families.base import Stack
 from hf_efficient.families.bert import POSITION_BUFFERS, BertFamily
 
 
 class RobertaFamily(BertFamily):
-    """Positions count from `pad_token_id + 1`: the rows up to there belong to padding."""
+    """Positions count from `padding_idx + 1`: the rows up to there belong to padding.
+
+    The embeddings take `padding_idx` from `config.pad_token_id` when they are made, and keep it.
+    """
 
     def position_offset(self, config: PreTrainedConfig) -> int:
+        if config.pad_token_id is None:
+            raise ValueError(
+                f"pad_token_id=None: {self.model_type} counts positions from it; set it to the id of the padding token."
+            )
         return config.pad_token_id + 1
+
+    def first_position(self, stack: Stack) -> int:
+        embeddings = stack.module.get_submodule(self.embeddings_module or "")
+        return int(embeddings.padding_idx) + 1  # type: ignore[arg-type]
 
 
 FAMILIES = tuple(

@@ -16,6 +16,7 @@ from transformers.models.umt5.modeling_umt5 import UMT5Attention
 from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
 from hf_efficient.families.base import AttentionLayer, ModelFamily, Stack, fill_linear
 from hf_efficient.families.feed_forward import Dense
+from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.ops.relative_bias import RelativeBias
 
 
@@ -157,6 +158,7 @@ class T5Family(ModelFamily):
         for first, weight in zip(firsts, dense.up.T.chunk(len(firsts)), strict=True):
             fill_linear(first, weight, None)
         fill_linear(part.wo, dense.down.T, None)
+        mark_initialised(part)
 
 
 FAMILIES = tuple(

@@ -28,11 +28,11 @@ def change_class(model: Any, cls: Any, config: Any) -> None:
     model.__class__ = cls
 
 
-def replace_config(model: PreTrainedModel, old: Any, new: Any) -> None:
-    """Every module that held the model's config holds the new one; stacks with a copy of their own keep it."""
-    for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = new
+def change_config(config: Any, new: Any) -> None:
+    """Make a config what `new` is, for all who hold it: modules of the model, and the config of a model around it."""
+    config.__class__ = type(new)
+    config.__dict__.clear()
+    config.__dict__.update(new.__dict__)
 
 
 def shared_parameters(model: PreTrainedModel) -> dict[str, str]:
@@ -142,7 +142,7 @@ def _become_efficient(host: HostModel, configs: list[EfficientAttentionConfig], 
     new.efficient_source = source
     new.attn_implementation = IMPLEMENTATION
     change_class(model, cls, new)
-    replace_config(model, config, new)
+    change_config(config, new)
     model.all_tied_weights_keys.update(shared_parameters(model))
 
 
@@ -164,13 +164,13 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     if not config.efficient_attention:
         uninstall_experts(host)
     else:
-        uninstall(host, source.get("attn_implementation") or "sdpa")
+        uninstall(host, [], source.get("attn_implementation") or "sdpa")
     if source["max_positions"] is not None and source["max_positions"] != host.max_positions:
         host.resize_positions(source["max_positions"], source["positions"])
     # the stacks of a reloaded encoder-decoder model hold copies
     for old in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
         if isinstance(old, type(config)):
-            replace_config(model, old, config_of_class(old, type(model) if keeps_experts else stock))
+            change_config(old, config_of_class(old, type(model) if keeps_experts else stock))
     change_class(model, type(model) if keeps_experts else stock, model.config)
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if f".{MODULE_NAME}." not in k}
     return model

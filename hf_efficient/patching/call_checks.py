@@ -34,13 +34,13 @@ class StackInfo:
     """What `check_call` must know of its stack, gathered once at installation."""
 
     def __init__(self, family: ModelFamily, stack: Stack):
-        config = stack.module.config
         mechanisms: list[Any] = [m for layer in stack.layers if (m := layer.module._modules[MODULE_NAME]) is not None]
         self.parameters = list(inspect.signature(type(stack.module).forward).parameters)[1:]
         self.known = set(self.parameters) | KNOWN_KEYWORDS
         self.warned: set[str] = set()
-        self.max_positions = family.max_positions(config)
-        self.first_position = family.position_offset(config)
+        self.max_positions = family.positions(stack)
+        self.first_position = family.first_position(stack)
+        self.attention: list[Any] = [layer.module for layer in stack.layers]
         self.is_causal = any(bool(getattr(layer.module, "is_causal", False)) for layer in stack.layers)
         self.uses_global_attention_mask = any(getattr(m, "uses_global_attention_mask", False) for m in mechanisms)
         self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
@@ -105,9 +105,11 @@ def pass_hidden_states(
 
 def _check_form(call: dict[str, Any], config: Any, info: StackInfo) -> None:
     """Refuse keywords that would change who sees whom, or ask for what does not exist."""
-    if config._attn_implementation != IMPLEMENTATION:
+    # the masks follow the config of the stack, attention that of each layer: whoever wraps a model may have parted them
+    others = {c._attn_implementation for c in (config, *(m.config for m in info.attention))} - {IMPLEMENTATION}
+    if others:
         raise RuntimeError(
-            f"attn_implementation was changed to {config._attn_implementation!r} while efficient attention is installed, "
+            f"attn_implementation was changed to {others.pop()!r} while efficient attention is installed, "
             "which would silently switch it off; use hf_efficient.revert(model) or handle.undo() instead."
         )
     if call.get("output_attentions") or getattr(config, "output_attentions", False):

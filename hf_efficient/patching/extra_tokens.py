@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.families import ModelFamily, Stack
+from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.patching.hooks import attach, state_of
 from hf_efficient.patching.names import MODULE_NAME
 
@@ -96,6 +97,8 @@ def install(family: ModelFamily, stack: Stack, initialise: bool) -> dict[str, st
         with torch.no_grad():
             tokens.copy_(_mean_words(family, stack, count)) if initialise else tokens.normal_(std=0.02)
     mechanism.register_parameter("global_tokens", nn.Parameter(tokens))
+    if not like.is_meta:
+        mark_initialised(mechanism)
     state = _ExtraTokens(
         count,
         layer.module,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.families import AttentionLayer, HostModel, ModelFamily, Stack
+from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.patching import call_checks, downsampling, extra_tokens
 from hf_efficient.patching.hooks import attach, detach, state_of
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
@@ -98,12 +99,12 @@ def install(host: HostModel, chosen: dict[str, EfficientAttentionConfig], initia
     Args:
         initialise: set new parameters from the model's weights; otherwise they keep their neutral start.
     """
-    before = host.model.config._attn_implementation
+    before = implementations(host.model)
     origins: dict[str, str] = {}
     try:
         for stack in host.stacks:
             origins |= _install_in_stack(host.family, stack, chosen, initialise)
-        for config in _configs_of(host.model):
+        for config, _ in before:
             config._attn_implementation = IMPLEMENTATION
             # a public key is honoured on load: without this package or its classes, loading fails instead of degrading
             config.attn_implementation = IMPLEMENTATION
@@ -111,6 +112,17 @@ def install(host: HostModel, chosen: dict[str, EfficientAttentionConfig], initia
         uninstall(host, before)
         raise
     return origins
+
+
+def implementations(model: nn.Module) -> list[tuple[Any, str]]:
+    """(config, its attention implementation) for every config object in a model.
+
+    Attention layers ask their own and a stack asks its own for the masks; whoever wraps or loads a model may have given them
+    different objects, which T5's two stacks have anyway.
+    """
+    held = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in held if isinstance(config, PreTrainedConfig)}
+    return [(config, config._attn_implementation) for config in configs.values()]
 
 
 def _install_in_stack(
@@ -150,7 +162,9 @@ def _make_mechanism(
     if like.is_meta:
         return mechanism, {}
     mechanism.reset_parameters()
-    return mechanism, mechanism.initialise_from(source) if initialise else {}
+    origins = mechanism.initialise_from(source) if initialise else {}
+    mark_initialised(mechanism)
+    return mechanism, origins
 
 
 def _share_parameters(
@@ -165,36 +179,35 @@ def _share_parameters(
             mechanism._tied_weights_keys = {name: name}  # type: ignore[assignment]
 
 
-def uninstall(host: HostModel, attn_implementation: str = "sdpa") -> None:
-    """Remove every trace of `install`, even of half of one; the model is what it was, unless it was trained since."""
+def uninstall(host: HostModel, before: list[tuple[Any, str]], otherwise: str = "sdpa") -> None:
+    """Remove every trace of `install`, even of half of one; the model is what it was, unless it was trained since.
+
+    Args:
+        before: the implementation of each config, from `implementations`; `otherwise`: that of all others.
+    """
     for stack in host.stacks:
         host.family.swap_out(stack)
         for module in [layer.module for layer in stack.layers] + stack.cross_attention:
             module._modules.pop(MODULE_NAME, None)
     detach(host.model, call_checks.PART, extra_tokens.PART, downsampling.PART)
-    for config in _configs_of(host.model):
-        config._attn_implementation = attn_implementation
+    former = {id(config): implementation for config, implementation in before}
+    for config, _ in [*implementations(host.model), *before]:
+        config._attn_implementation = former.get(id(config), otherwise)
         config.__dict__.pop("attn_implementation", None)
-
-
-def _configs_of(model: nn.Module) -> list[Any]:
-    """The distinct config objects of a model and its sub-models (the two stacks of T5 have copies)."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    return list(configs.values())
 
 
 class PatchHandle:
     """Undoes one `patch_attention`: as a context manager at its end, or by `undo()`."""
 
-    def __init__(self, model: PreTrainedModel, attn_implementation: str):
+    def __init__(self, model: PreTrainedModel, before: list[tuple[Any, str]]):
         self.model = model
-        self._attn_implementation = attn_implementation
+        self._before = before
         self.active = True
 
     def undo(self) -> None:
         """Give the model back as it was; a second call does nothing."""
         if self.active:
-            uninstall(HostModel.of(self.model), self._attn_implementation)
+            uninstall(HostModel.of(self.model), self._before, self._before[0][1])
             self.active = False
 
     def __enter__(self) -> PreTrainedModel:
@@ -217,6 +230,6 @@ def patch_attention(model: PreTrainedModel, attention: ConfigLike, **options: An
     Raises:
         ValueError: unsupported model, setting or combination: all reasons at once; the model is unchanged then.
     """
-    host, before = HostModel.of(model), model.config._attn_implementation
+    host, before = HostModel.of(model), implementations(model)
     install(host, plan(host, attention_configs(attention, **options)))
     return PatchHandle(model, before)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from hf_efficient.families import family_of
+from hf_efficient.families import HostModel, family_of
 from hf_efficient.training.checkpoints import is_first_process
 from hf_efficient.training.results import RESULT_NAME, RunRecord
 from hf_efficient.training.settings import Settings
@@ -167,7 +167,7 @@ def input_length(model: Any, tokenizer: Any, wanted: int = 0) -> int:
     Raises:
         ValueError: the model has fewer positions; or nothing limits the input, so a length must be given.
     """
-    positions = family_of(model).max_positions(model.config)
+    positions = HostModel.of(model).max_positions
     if wanted and positions is not None and wanted > positions:
         raise ValueError(
             f"inputs of {wanted} tokens are asked for, but the model has {positions} positions: lower it, or convert "

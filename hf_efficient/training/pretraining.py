@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_efficient.conversion.convert import convert
 from hf_efficient.conversion.saving import atomic_folder
-from hf_efficient.families import PREFIX, family_of
+from hf_efficient.families import PREFIX, HostModel
 from hf_efficient.training.data.collators import IGNORED
 from hf_efficient.training.data.texts import load_texts
 from hf_efficient.training.loading import load_model, prepared
@@ -211,8 +211,7 @@ def block_length(settings: Any, model: Any, tokenizer: Any) -> int:
     Raises:
         ValueError: more than the model has positions.
     """
-    config = model.config
-    positions = family_of(config.model_type).max_positions(config)
+    positions = HostModel.of(model).max_positions
     if positions is not None and settings.block_length > positions:
         raise ValueError(
             f"block_length={settings.block_length}, but the model has {positions} positions: convert it with "
@@ -246,7 +245,7 @@ def refuse_packing(settings: Any, model: Any) -> None:
 
 def first_position(model: Any) -> int:
     """Position of a text's first token (RoBERTa counts from 2)."""
-    return int(family_of(model.config.model_type).position_offset(model.config))
+    return HostModel.of(model).first_position
 
 
 class TokenScores:

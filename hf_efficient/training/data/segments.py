@@ -13,7 +13,7 @@ from transformers import DynamicCache, TrainerCallback
 
 from hf_efficient.attention.base.segment import SegmentAttention
 from hf_efficient.cache.segments import SegmentLayer
-from hf_efficient.families import family_of
+from hf_efficient.families import HostModel
 from hf_efficient.patching.exact import converted_layers, mechanism_of
 from hf_efficient.training.data.collators import IGNORED, Row, pad_token, padded
 
@@ -138,7 +138,7 @@ class SegmentMemory(TrainerCallback):
                 "training with memory needs a model whose layers all are transformer_xl or compressive: convert it with "
                 "one of them."
             )
-        if family_of(model).max_positions(model.config) is None or model.config.is_encoder_decoder:
+        if HostModel.of(model).max_positions is None or model.config.is_encoder_decoder:
             raise ValueError("training with memory needs a decoder with a table of positions, such as GPT-2.")
         self.model = model
         self.held: dict[bool, _Held | None] = {True: None, False: None}
