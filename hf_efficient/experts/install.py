@@ -20,7 +20,7 @@ from hf_efficient.experts.layer import ExpertLayer, ExpertsConfig, expert_layers
 from hf_efficient.families import AttentionLayer, HostModel, Stack
 from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.patching.hooks import attach, detach, state_of
-from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
+from hf_efficient.patching.names import MODULE_NAME
 
 KEYWORD = "efficient_tokens"
 PART = "experts"
@@ -93,10 +93,8 @@ def install_experts(host: HostModel, config: ExpertsConfig) -> None:
 
 
 def mark_experts(config: Any) -> None:
-    """Where a config has experts, name them in it so that loading fails without these classes, instead of losing them."""
+    """Where a config has experts, none of the implementations of experts that transformers has is chosen."""
     if getattr(config, "efficient_experts", None):
-        config.experts_implementation = IMPLEMENTATION
-        # what transformers would choose between is not used
         config._experts_implementation = None
 
 

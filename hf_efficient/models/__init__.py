@@ -16,6 +16,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from hf_efficient.experts.loss import with_router_loss
 from hf_efficient.families import efficient_type, families
 from hf_efficient.models.adapter_targets import register_targets
+from hf_efficient.models.config import EfficientConfigMixin
 from hf_efficient.models.mixin import EfficientModelMixin, honours_loss_kwargs, stock_heads
 from hf_efficient.models.registry import CONFIGS, MODELS
 
@@ -33,7 +34,7 @@ def _define_all() -> None:
             if model_type not in CONFIGS:
                 CONFIGS[model_type] = _define(
                     f"Efficient{stock_config.__name__}",
-                    (stock_config,),
+                    (EfficientConfigMixin, stock_config),
                     __doc__=f"{stock_config.__name__} with `efficient_attention`: a list of mechanism options, as JSON; and "
                     "`efficient_experts`: the options of sparse experts.",
                     model_type=efficient_type(model_type),

@@ -56,7 +56,8 @@ def config_of_class(config: Any, cls: Any) -> Any:
     else:
         # saving in between wrote the Efficient class there
         values["architectures"] = config.architectures and [n.removeprefix("Efficient") for n in config.architectures]
-        values = {k: v for k, v in values.items() if not k.startswith("efficient_") and k != "experts_implementation"}
+        marks = ("auto_map", "experts_implementation")
+        values = {k: v for k, v in values.items() if not k.startswith("efficient_") and k not in marks}
     new = cls.config_class.from_dict(values)
     mark_experts(new)
     new._attn_implementation = config._attn_implementation

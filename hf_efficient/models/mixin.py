@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
-from hf_efficient.attention.base.registry import ConfigLike, attention_configs
+from hf_efficient.attention.base.registry import ConfigLike, attention_configs, get_mechanism
 from hf_efficient.experts.install import install_experts
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import PREFIX, HostModel, family_of
+from hf_efficient.models.config import names_of
 from hf_efficient.models.in_place import convert_in_place, shared_parameters
 from hf_efficient.patching.install import install, plan
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
@@ -40,11 +41,10 @@ class EfficientModelMixin:
         if attention and requested not in (None, IMPLEMENTATION):
             raise ValueError(
                 f"attn_implementation={requested!r} contradicts this checkpoint, whose attention is "
-                f"{attention}; leave the argument out, or get the original back with hf_efficient.revert."
+                f"{names_of(attention)}; leave the argument out, or get the original back with hf_efficient.revert."
             )
         if attention:
             config._attn_implementation = IMPLEMENTATION
-        # the name is there for those who don't know it: without these classes, loading fails instead of losing experts
         config._experts_implementation = None
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         host = HostModel.of(self)  # type: ignore[arg-type]
@@ -98,7 +98,8 @@ class EfficientModelMixin:
         """Load a converted checkpoint, or an original one and convert it on the way.
 
         Args:
-            efficient_attention: for an original checkpoint: the mechanism to convert to, in any form that `convert` takes.
+            efficient_attention: for an original checkpoint: the mechanism to convert to, in any form that `convert` takes;
+                the options of one that is given by name may stand beside it.
             max_positions, positions: as for `convert`, for an original checkpoint.
             Everything else as for transformers' `from_pretrained`.
 
@@ -144,13 +145,24 @@ def _configs_for(
         raise ValueError(
             f"attn_implementation={kwargs['attn_implementation']!r} contradicts efficient_attention; give one of them."
         )
-    return attention_configs(attention)
+    if not isinstance(attention, str) or attention.lstrip()[:1] in ("[", "{"):
+        attention = attention_configs(attention)
+        options = {field.name for one in attention for field in fields(one)}
+    else:
+        options = {field.name for field in fields(get_mechanism(attention).Config)}
+    if "variant" in options and kwargs.get("variant") is not None:
+        raise ValueError(
+            f"variant={kwargs['variant']!r} means weight files in from_pretrained; give the mechanism's in "
+            "efficient_attention={'mechanism': …, 'variant': …}."
+        )
+    return attention_configs(attention, **{name: kwargs.pop(name) for name in options & kwargs.keys() - {"variant"}})
 
 
 def _already(name: Any, config: Any) -> str:
     if not getattr(config, "efficient_attention", None):
         return f"{name} has experts; convert it with hf_efficient.convert."
-    return f"{name} is already converted, to {config.efficient_attention}; revert it before converting it to something else."
+    mechanisms = names_of(config.efficient_attention)
+    return f"{name} is already converted, to {mechanisms}; revert it before converting it to something else."
 
 
 def _check_complete(name: Any, model: Any, missing_keys: list[str]) -> None:

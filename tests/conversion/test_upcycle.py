@@ -161,7 +161,7 @@ def test_trained_checkpoint_reloads_bit_for_bit(sources, family: str, tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     for name in ("out", "again"):
         stored = json.loads((tmp_path / name / "config.json").read_text())
-        assert stored["experts_implementation"] == "hf_efficient" and stored["efficient_attention"] == []
+        assert stored["experts_implementation"].startswith("hf_efficient") and stored["efficient_attention"] == []
         assert stored["efficient_experts"] == result.model.config.efficient_experts
     encoder = transformers.AutoModel.from_pretrained(tmp_path / "out")
     assert list(expert_layers(encoder)) and type(encoder).__name__.startswith("Efficient")
@@ -188,7 +188,7 @@ def test_fresh_process(sources, tmp_path):
     done = fresh.python("-c", program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     failed = fresh.python("-c", common, cwd=tmp_path)
-    assert failed.returncode != 0 and "efficient_gpt2" in failed.stderr
+    assert failed.returncode != 0 and "contains custom code" in failed.stderr
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
