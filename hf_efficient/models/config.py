@@ -49,7 +49,7 @@ class EfficientConfigMixin:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         for part in ("efficient_attention", "efficient_experts"):
             given, stored = kwargs.get(part), config_dict.get(part)
-            if given is not None and cls(**{part: given}).to_dict()[part] != stored:  # type: ignore[call-arg]
+            if given is not None and cls(**{part: given}).to_dict()[part] != stored:
                 raise ValueError(
                     f"{part} can't be changed while a converted checkpoint is loaded"
                     + (f" (it has {names_of(stored)})" if part == "efficient_attention" and stored else "")

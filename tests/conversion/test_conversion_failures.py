@@ -433,7 +433,7 @@ def test_fresh_process_needs_this_package_and_then_agrees(tmp_path):
     paths = {family: str(converted(tmp_path / family, family)) for family, _, _ in LOADED}
     attempts = [(paths[family], name) for family, auto, stock in LOADED for name in (auto.__name__, stock)]
     without = fresh("assert 'hf_efficient' not in sys.modules", attempts)
-    for family, auto, stock in LOADED:
+    for _, auto, stock in LOADED:
         assert "contains custom code" in without[auto.__name__], without[auto.__name__]
         # the stock class finds all of its own weights, so without a word it would run full attention
         assert "hf_efficient" in without[stock], without[stock]
