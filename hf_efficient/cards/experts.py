@@ -27,7 +27,8 @@ def experts_section(experts: dict[str, Any], report: dict[str, Any] | None, not_
         not_recorded: what stands for a figure without it.
     """
     capacity = experts["capacity_factor"]
-    dropped = "none" if capacity is None else f"those beyond {capacity} · T / {experts['num_experts']} of T tokens"
+    share = f"{experts['top_k']} · T / {experts['num_experts']}"
+    dropped = "none" if capacity is None else f"those beyond {capacity} times its even share, {share} of T tokens"
     rows = [
         ["experts in a sparse layer", str(experts["num_experts"])],
         ["experts of a token", str(experts["top_k"])],

@@ -18,7 +18,8 @@ def upcycle(
     capacity_factor: Annotated[
         float | None,
         typer.Option(
-            help="Capacity factor: in training an expert takes at most this many times 1/E of the batch's tokens.",
+            help="Capacity factor: in training an expert takes at most this many times its even share, top-k/E of the "
+            "batch's tokens, and drops the rest.",
             show_default="drop nothing",
         ),
     ] = None,

@@ -7,7 +7,8 @@ computes what it did before as long as the weights of a token's experts sum to 1
     top_k = 2:   y = Σ_e p_e / (p_a + p_b) · FFN_e(x),       e in {a, b}, the two largest
 
 With one expert the usual p_e · FFN_e(x) would shrink the output to p_e of it; p_e / sg(p_e) is 1 and has the gradient of
-log p_e. Sources: Fedus et al. 2022, §2 (one expert, capacity, load balance); Zoph et al. 2022, §3 (z-loss);
+log p_e. Sources: Fedus et al. 2022, §2 (one expert, capacity, load balance);
+Lepikhin et al. 2021, §2.2 (capacity of two experts: 2 T / E); Zoph et al. 2022, §3 (z-loss);
 Komatsuzaki et al. 2023, §3 (copies of a trained layer, router from N(0, 0.02²), every other layer).
 """
 
@@ -34,8 +35,9 @@ class ExpertsConfig:
     Args:
         num_experts: E, copies of the feed-forward part in a sparse layer.
         top_k: experts of a token, 1 or 2.
-        capacity_factor: cf; in training an expert takes C = ceil(cf · T / E) of the T real tokens of a batch and drops the
-            others, which get 0 from it. `None` = none is dropped. An even load is top_k · T / E. Never in eval mode.
+        capacity_factor: cf; in training an expert takes at most C = ceil(cf · top_k · T / E) of the top_k · T assignments of
+            a batch's T real tokens and drops the others, which get 0 from it: 1 is the even load, at which new routers,
+            whose load is uneven, drop most. `None` = none is dropped. Never in eval mode.
         layers: which layers of each stack, from 0; `None` = every other one, from the second on.
         router_aux_loss_coef, router_z_loss_coef: of the load balance and of the z-loss in the training loss.
         seed: of the routers' start.
@@ -81,6 +83,11 @@ class ExpertsConfig:
         if unknown:
             raise ValueError(f"experts have no option {', '.join(unknown)}; their options are {', '.join(known)}.")
         return cls(**options)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether routers have a loss at all."""
+        return self.router_aux_loss_coef > 0 or self.router_z_loss_coef > 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"layers": None if self.layers is None else list(self.layers)}
@@ -173,6 +180,10 @@ class ExpertLayer(nn.Module):
             routing = describe_routing(logits, probs, chosen, kept, token_mask)
             if self.recording:
                 self.routing = routing
+            # also where a checkpointed layer is computed again, which is then all that has gradients
+            is_recorded = self.routing is not None and not torch.compiler.is_compiling()
+            if is_recorded and self.router.weight.requires_grad and self.config.has_loss:
+                require_router_loss(logits, routing)
         out = self.run_experts(rows, chosen, weights)
         return F.dropout(out, self.dropout, self.training).reshape(hidden_states.shape)
 
@@ -190,7 +201,8 @@ class ExpertLayer(nn.Module):
         if self.config.capacity_factor is None:
             return torch.ones_like(chosen, dtype=torch.bool)
         experts = self.config.num_experts
-        capacity = torch.ceil(token_mask.sum().double() * self.config.capacity_factor / experts)
+        assignments = token_mask.sum().double() * self.config.top_k
+        capacity = torch.ceil(assignments * self.config.capacity_factor / experts)
         queue = chosen.T.reshape(-1, 1)
         real = token_mask.repeat(self.config.top_k)
         arrived = F.one_hot(queue[:, 0], experts) * real[:, None]
@@ -266,6 +278,33 @@ def describe_routing(logits: Tensor, probs: Tensor, chosen: Tensor, kept: Tensor
         load=assigned / k,
         dropped=1 - (kept * real[:, None]).sum() / (k * count),
     )
+
+
+LOST = (
+    "the routers would be trained without their loss (load balance and z-loss): what is trained on was computed outside the "
+    "model. Call the model without labels and add hf_efficient.experts.loss.router_loss(model) to the loss after each call, "
+    "in a Trainer by compute_loss_func=…; or set router_aux_loss_coef and router_z_loss_coef to 0."
+)
+
+
+def require_router_loss(logits: Tensor, routing: Routing) -> None:
+    """Have a backward pass that reaches a router's (T, E) logits, but not what its loss is made of, raise ValueError.
+
+    A loss of the model has the routers' part in it; label smoothing, `compute_loss_func` and other losses that are computed
+    from its outputs have not.
+    """
+    if not logits.requires_grad:
+        return
+    reached: list[bool] = []
+    for figure in (routing.balance, routing.z):
+        figure.register_hook(lambda gradient: reached.append(True))
+
+    def check(gradient: Tensor) -> None:
+        # what is made of the logits has its gradient before they have theirs
+        if not reached:
+            raise ValueError(LOST)
+
+    logits.register_hook(check)
 
 
 def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hf_efficient.experts.install import KEYWORD
-from hf_efficient.experts.layer import expert_layers
+from hf_efficient.experts.layer import LOST, ExpertLayer, expert_layers
 
 # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -23,6 +23,8 @@ def with_router_loss(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training or not getattr(self.config, "efficient_experts", None):
             return stock_forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():  # a compiled call can't watch its gradients
+            _refuse_unused(self)
         labels = kwargs.get("labels")
         if labels is not None and hasattr(self, "prepare_decoder_input_ids_from_labels"):
             # where labels are the decoder's tokens, collators mark its padding in them alone
@@ -33,16 +35,25 @@ def with_router_loss(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         if loss is None or loss.dim():
             return output  # no labels were given
         loss = loss + _share(self, kwargs) * router_loss(self).to(loss.dtype)
-        for layer in expert_layers(self).values():
-            # what is left to report needs no gradient
-            if layer.routing is not None:
-                layer.routing = type(layer.routing)(*(figure.detach() for figure in layer.routing))
         if in_tuple:
             return (loss, *output[1:])
         output["loss"] = loss
         return output
 
     return forward
+
+
+def _refuse_unused(model: nn.Module) -> None:
+    """Refuse a call where the routers' loss of the one before was made, and never used."""
+    for layer in expert_layers(model).values():
+        if layer.routing is not None and layer.routing.balance.requires_grad and layer.config.has_loss:
+            _raise_lost(layer)
+
+
+@torch.compiler.disable  # an exception that is raised inside a compiled call would be none of ours
+def _raise_lost(layer: ExpertLayer) -> None:
+    layer.routing = None  # said once, so that the next call can be a better one
+    raise ValueError(LOST)
 
 
 def _share(model: Any, kwargs: dict[str, Any]) -> Any:
@@ -61,11 +72,12 @@ def router_loss(model: nn.Module) -> Tensor:
     """Load balance and z-loss of the last training call, each with its coefficient: means over the sparse layers.
 
     Heads add it to their `loss` automatically; this is for losses that are computed outside the model, such as those of the
-    Trainer's `compute_loss_func` and label smoothing.
+    Trainer's `compute_loss_func` and label smoothing. Training routers without it raises in the backward pass, or where the
+    model is compiled at its next call.
 
     Raises:
         ValueError: no sparse layer has been called in training, or there is no gradient: a loss of the model has it already,
-            or it is lost.
+            or this was called before, or it is lost.
     """
     layers = expert_layers(model).values()
     routings = [layer.routing for layer in layers if layer.routing is not None]
@@ -79,4 +91,8 @@ def router_loss(model: nn.Module) -> Tensor:
         )
     config = next(iter(layers)).config
     balance, z = (torch.stack([getattr(r, name) for r in routings]).mean() for name in ("balance", "z"))
+    for layer in layers:
+        # what is left to report needs no gradient
+        if layer.routing is not None and torch.is_grad_enabled():
+            layer.routing = type(layer.routing)(*(figure.detach() for figure in layer.routing))
     return config.router_aux_loss_coef * balance + config.router_z_loss_coef * z

@@ -382,7 +382,7 @@ def test_card_of_experts_alone(sparse):
         f"differ from the source's by {report['difference']:.4g} of the largest; allowed were 1e-05",
         f"Source: `{report['source']}`", f"torch {report['versions']['torch']}", "6 copies of the dense weights",
         "only until the experts are trained apart", "As upcycled: not measured", "https://arxiv.org/abs/2212.05055",
-        "https://arxiv.org/abs/2101.03961", "those beyond 1.75 · T / 6 of T tokens",
+        "https://arxiv.org/abs/2101.03961", "those beyond 1.75 times its even share, 2 · T / 6 of T tokens",
     ):  # fmt: skip
         assert said in text, said
     for never in ("efficient attention", "efficient-attention", "output_attentions", "mean of values"):

@@ -24,16 +24,15 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
+from upcycled import KINDS, each_kind, labels_for, upcycled
 
 import hf_efficient as he
 from hf_efficient.experts.layer import ExpertLayer, ExpertsConfig, expert_layers
 from hf_efficient.experts.loss import router_loss
 from hf_efficient.families.feed_forward import Dense
-from hf_efficient.testing import FAMILIES, assert_close, inputs_for, tiny_model
+from hf_efficient.testing import assert_close, inputs_for, tiny_model
 from hf_efficient.training.callbacks import LogRouting
 
-KINDS = [(family, {}) for family in FAMILIES] + [("t5", {"feed_forward_proj": "gated-gelu"})]
-each_kind = pytest.mark.parametrize(("family", "options"), KINDS, ids=[*FAMILIES, "t5-gated"])
 each_k = pytest.mark.parametrize("top_k", [1, 2])
 
 
@@ -87,24 +86,6 @@ def step(model: Any, inputs: dict[str, Tensor], **more: Any) -> Any:
     output = model(**inputs, labels=labels_for(model, inputs), **more)
     output.loss.backward()
     return output
-
-
-def labels_for(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    ids = inputs["decoder_input_ids"] if model.config.is_encoder_decoder else inputs["input_ids"]
-    return ids.masked_fill(inputs["attention_mask"] == 0, -100)
-
-
-def upcycled(family: str = "bert", experts: int = 4, apart: float = 0.0, **options: Any) -> Any:
-    """A tiny model with experts, which differ by noise of size `apart`, in eval mode."""
-    sizes = options.pop("sizes", {})
-    model = he.upcycle(tiny_model(family, **sizes), experts, **options).model
-    with torch.no_grad():
-        for part in expert_layers(model).values():
-            for parameter in part.parameters(recurse=False):
-                parameter.add_(apart * torch.randn_like(parameter))
-            if apart:
-                part.router.weight.mul_(20)
-    return model
 
 
 # ---- the layer ---------------------------------------------------------------------------------------------------
@@ -220,13 +201,24 @@ def test_capacity_drops_the_last_tokens_of_an_expert_in_the_order_of_the_batch()
 
 
 def test_second_choices_queue_after_all_first_ones():
-    made = layer(2, capacity_factor=1.0, top_k=2, hidden=2).train()
+    made = layer(2, capacity_factor=0.5, top_k=2, hidden=2).train()
     with torch.no_grad():
         made.router.weight.copy_(torch.eye(2))
     x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
     kept = made._within_capacity(made.router(x[0]).topk(2).indices, torch.ones(3, dtype=torch.bool))
-    # ceil(3 / 2) = 2 places in each: expert 0 is full with tokens 0 and 1, expert 1 with token 2 and then token 0
+    # ceil(0.5 · 2 · 3 / 2) = 2 places in each: expert 0 is full with tokens 0 and 1, expert 1 with token 2 and then token 0
     assert kept.tolist() == [[True, True], [True, False], [True, False]]
+
+
+@each_k
+@pytest.mark.parametrize("experts", [2, 3, 8])
+def test_an_even_load_fits_a_capacity_factor_of_one(top_k: int, experts: int):
+    made = layer(experts, capacity_factor=1.0, top_k=top_k, hidden=2)
+    chosen = torch.stack([(torch.arange(experts * 4) + choice) % experts for choice in range(top_k)], -1)
+    real = torch.ones(len(chosen), dtype=torch.bool)
+    assert made._within_capacity(chosen, real).all()
+    chosen[0, 0] = chosen[1, 0]  # one too many for an expert, which is the last one that comes to it
+    assert made._within_capacity(chosen, real).sum() == chosen.numel() - 1
 
 
 @each_k
