@@ -17,7 +17,7 @@ from hf_efficient.experts.loss import with_router_loss
 from hf_efficient.families import efficient_type, families
 from hf_efficient.models.adapter_targets import register_targets
 from hf_efficient.models.config import EfficientConfigMixin
-from hf_efficient.models.mixin import EfficientModelMixin, honours_loss_kwargs, stock_heads
+from hf_efficient.models.mixin import EfficientModelMixin, honours_loss_kwargs, naming_global_mask, stock_heads
 from hf_efficient.models.registry import CONFIGS, MODELS
 
 
@@ -43,7 +43,7 @@ def _define_all() -> None:
                 f"Efficient{stock.__name__}",
                 (EfficientModelMixin, stock),
                 __doc__=f"{stock.__name__} with efficient attention: see `EfficientModelMixin`.",
-                forward=with_router_loss(stock.forward),
+                forward=naming_global_mask(with_router_loss(stock.forward)),
                 stock_class=stock,
                 config_class=CONFIGS[model_type],
                 accepts_loss_kwargs=honours_loss_kwargs(stock),

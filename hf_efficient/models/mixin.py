@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
@@ -15,6 +18,7 @@ from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import PREFIX, HostModel, family_of
 from hf_efficient.models.config import names_of
 from hf_efficient.models.in_place import convert_in_place, shared_parameters
+from hf_efficient.patching.call_inputs import GLOBAL
 from hf_efficient.patching.install import install, plan
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 
@@ -80,10 +84,6 @@ class EfficientModelMixin:
                 f"attn_implementation={attn_implementation!r} would silently switch efficient attention off; get the "
                 "original model back with hf_efficient.revert(model)."
             )
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        # generate() refuses keywords that no forward names, but this one reaches the attention layers
-        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "global_attention_mask"})  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(
@@ -184,6 +184,29 @@ def stock_heads(model_type: str) -> list[Any]:
         for cls in exported
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and not cls.__name__.endswith("PreTrainedModel")
     ]
+
+
+def naming_global_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward whose signature names `global_attention_mask`, which it has reached through its other keywords so far.
+
+    Who reads signatures then knows of it: the Trainer keeps the column of that name, `generate` takes the keyword. A model
+    without global tokens refuses it.
+    """
+    signature = inspect.signature(forward)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    own = inspect.Parameter(GLOBAL, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Tensor | None)
+
+    @functools.wraps(forward)
+    def naming(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == len(named):  # without `self`, so that the last one is ours
+            args, kwargs[GLOBAL] = args[:-1], args[-1]
+        if kwargs.get(GLOBAL) is None:
+            kwargs.pop(GLOBAL, None)
+        return forward(self, *args, **kwargs)
+
+    naming.__signature__ = signature.replace(parameters=[*named, own, *rest])  # type: ignore[attr-defined]
+    return naming
 
 
 def honours_loss_kwargs(stock: Any) -> bool:

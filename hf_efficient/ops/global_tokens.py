@@ -58,11 +58,11 @@ def chosen_tokens(
     """The real tokens that a call's `global_attention_mask` marks, or without one those at the `listed` positions.
 
     Raises:
-        ValueError: a mask of another shape than (B, S); a causal model's may be shorter.
+        ValueError: a mask of another shape than (B, S), in which a causal model's may be shorter.
     """
     if mask is None:
         return listed_tokens(list(listed), key, key_padding_mask)
-    mask = _full_length(mask, key.shape[2], is_causal)
+    mask = _full_length(mask, len(key), key.shape[2], is_causal)
     return masked_tokens(mask if key_padding_mask is None else mask & key_padding_mask)
 
 
@@ -90,11 +90,11 @@ def global_columns(
     return ExtraKeys(key.gather(2, gather), value.gather(2, gather), visible, bias)
 
 
-def _full_length(mask: Tensor, length: int, is_causal: bool) -> Tensor:
-    if mask.dim() != 2 or mask.shape[1] > length or (mask.shape[1] < length and not is_causal):
+def _full_length(mask: Tensor, rows: int, length: int, is_causal: bool) -> Tensor:
+    if mask.dim() != 2 or len(mask) != rows or mask.shape[1] > length or (mask.shape[1] < length and not is_causal):
         raise ValueError(
-            f"global_attention_mask of shape {tuple(mask.shape)} must be (batch, {length}), one entry per token; "
-            "only a causal model takes a shorter one, whose missing tokens are not global."
+            f"global_attention_mask of shape {tuple(mask.shape)} must be {(rows, length)}, one entry per token; only a "
+            "causal model takes a shorter one, whose missing tokens are not global."
         )
     return F.pad(mask.bool(), (0, length - mask.shape[1]))
 
@@ -105,7 +105,7 @@ def kept_tokens(mask: Tensor, key_positions: Tensor, length: int) -> Tensor:
     Raises:
         ValueError: it marks tokens without a key: the cache has forgotten them. Or it has another shape.
     """
-    mask = _full_length(mask, length, is_causal=True)
+    mask = _full_length(mask, len(key_positions), length, is_causal=True)
     marked = entries_at(key_positions, mask)
     if bool((marked.sum(-1) < mask.sum(-1)).any()):
         raise ValueError(

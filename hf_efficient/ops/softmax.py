@@ -95,6 +95,12 @@ def attend(
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
     """`attend` with its log-sum-exp by PyTorch's attention kernel for the CPU, for logits without a gradient."""
+    # the kernel checks nothing, and would read beyond its inputs
+    fit = key.shape == value.shape and key.shape[:2] + key.shape[3:] == query.shape[:2] + query.shape[3:]
+    scores = (*query.shape[:3], key.shape[2])
+    if not fit or (logits is not None and torch.broadcast_shapes(logits.shape, scores) != scores):
+        shapes = [None if x is None else tuple(x.shape) for x in (query, key, value, logits)]
+        raise ValueError(f"query, key, value and logits of shapes {shapes} do not fit together.")
     # half precision would round the log-sum-exp's gradient
     wide = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (query, key, value))

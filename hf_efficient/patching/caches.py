@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from hf_efficient.cache.bounded import BoundedLayer
+from hf_efficient.ops.graph import is_captured
 
 if TYPE_CHECKING:
     from hf_efficient.attention.base.mechanism import EfficientAttention
@@ -34,7 +35,7 @@ def bounded_cache(
     plain = isinstance(own, DynamicCache) and all(
         type(layer) is DynamicLayer or isinstance(layer, BoundedLayer) for layer in own.layers
     )
-    if plain and own.get_seq_length() == 0 and not torch.compiler.is_compiling():
+    if plain and own.get_seq_length() == 0 and not is_captured():
         own.layers.extend(DynamicLayer() for _ in range(max(mechanisms) + 1 - len(own.layers)))
         for index, mechanism in mechanisms.items():
             own.layers[index] = mechanism.cache_layer()  # type: ignore[assignment]
@@ -44,21 +45,23 @@ def bounded_cache(
 def prepare_layers(
     cache: Cache,
     mechanisms: Mapping[int, EfficientAttention],
-    tokens: Tensor,
+    rows: int,
+    device: torch.device,
     mask: Tensor | None,
     marked: Tensor | None,
 ) -> bool:
     """Tell the bounded layers of `cache` about a call; False if it has none.
 
     Args:
-        tokens: (B, N, …) what comes in. mask: (B, S) its `attention_mask`. marked: (B, ≤ S) its `global_attention_mask`.
+        rows, device: B of the call, and where its tokens are. mask: (B, S) its `attention_mask`.
+        marked: (B, ≤ S) its `global_attention_mask`.
 
     Raises:
         ValueError: rows start elsewhere than when keys were forgotten.
     """
     layers = {index: layer for index, layer in enumerate(cache.layers) if isinstance(layer, BoundedLayer)}
     if mask is None:
-        start = torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device)
+        start = torch.zeros(rows, dtype=torch.long, device=device)
     else:
         # the number of leading zeros, also of a row of zeros
         start = (mask.bool().cumsum(-1) == 0).sum(-1)

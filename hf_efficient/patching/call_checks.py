@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_efficient.families import ModelFamily, Stack
+from hf_efficient.ops.graph import is_captured
 from hf_efficient.ops.packing import PackedSequences, Steps, position_steps
 from hf_efficient.patching.caches import bounded_cache, prepare_layers
+from hf_efficient.patching.call_inputs import CallShape, checked_inputs, shape_of
 from hf_efficient.patching.hooks import state_of
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 
@@ -26,6 +28,8 @@ KNOWN_KEYWORDS = {
     "encoder_hidden_states", "labels", "efficient_tokens",
 }  # fmt: skip
 
+# what the caller of an encoder-decoder model calls the inputs of its decoder
+OTHER_NAMES = {"attention_mask": "decoder_attention_mask", "encoder_attention_mask": "attention_mask"}
 
 PART = "calls"
 
@@ -45,6 +49,9 @@ class StackInfo:
         self.uses_global_attention_mask = any(getattr(m, "uses_global_attention_mask", False) for m in mechanisms)
         self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
         self.has_extra_tokens = any(m.num_extra_tokens(m.config) for m in mechanisms)
+        # the decoder of a model with an encoder of its own
+        self.is_other_decoder = bool(config.is_encoder_decoder and config.is_decoder)
+        self.names = OTHER_NAMES if self.is_other_decoder else {}
         causal: list[Any] = [
             (layer.module.layer_idx, layer.module._modules[MODULE_NAME]) for layer in stack.layers if self.is_causal
         ]
@@ -64,32 +71,42 @@ def check_call(
     call = dict(zip(info.parameters, args, strict=False)) | kwargs
     config: Any = stack.config
     _check_form(call, config, info)
-    if not torch.compiler.is_compiling():
+    shape = shape_of(call)
+    if shape is None:
+        return args, kwargs
+    _route_global_mask(call, info)
+    call |= checked_inputs(call, shape, info.is_causal, info.names)
+    if not is_captured():
         unknown = sorted(set(kwargs) - info.known - info.warned)
         if unknown:
             info.warned.update(unknown)
             logger.warning(f"keywords {unknown} are known neither to the model nor to efficient attention.")
-    segments = _find_sequences(call, info)
+    segments = _find_sequences(call, shape, info)
     if segments is None:
-        _check_length(call, info)
-    kwargs = dict(kwargs)
-    if kwargs.get("global_attention_mask") is not None:
-        if config.is_encoder_decoder and config.is_decoder:
-            # the keyword is meant for the encoder's tokens, but reaches both stacks
-            kwargs.pop("global_attention_mask")
-        elif not info.uses_global_attention_mask:
-            raise ValueError(
-                "global_attention_mask was given, but no converted layer of this model has global tokens; use longformer."
-            )
+        _check_length(shape, info)
     if info.needs_input_ids:
         if call.get("input_ids") is None:
             raise ValueError("global_tokens='question' looks for separators and needs input_ids, not inputs_embeds.")
-        kwargs["efficient_input_ids"] = call["input_ids"]
+        call["efficient_input_ids"] = call["input_ids"]
     if segments is not None:
-        return (), call | kwargs | _packed(call, segments, info)
-    if info.bounded:
-        return _bound_cache(stack, info, call, args, kwargs)
-    return args, kwargs
+        call |= _packed(call, segments, info)
+    elif info.bounded:
+        _bound_cache(stack, info, call, shape)
+    return tuple(call.pop(name) for name in info.parameters[: len(args)]), call
+
+
+def _route_global_mask(call: dict[str, Any], info: StackInfo) -> None:
+    """Take `global_attention_mask` out of the call of a stack that it is not meant for."""
+    if call.get("global_attention_mask") is None:
+        return
+    if info.is_other_decoder:
+        # the keyword is meant for the encoder's tokens, but reaches both stacks
+        call.pop("global_attention_mask")
+    elif not info.uses_global_attention_mask:
+        raise ValueError(
+            "global_attention_mask was given, but no converted layer of this model has global tokens; use longformer, or "
+            "leave it out."
+        )
 
 
 def pass_hidden_states(
@@ -117,12 +134,6 @@ def _check_form(call: dict[str, Any], config: Any, info: StackInfo) -> None:
             "output_attentions=True: efficient attention never builds the attention weights. Run the unconverted model "
             "with attn_implementation='eager' to look at them."
         )
-    mask = call.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: efficient attention takes (batch, tokens) padding masks only. "
-            "For another pattern convert with the mechanism that has it."
-        )
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "head_mask"):
         if call.get(name) is not None:
             raise ValueError(
@@ -133,57 +144,39 @@ def _check_form(call: dict[str, Any], config: Any, info: StackInfo) -> None:
         raise ValueError(f"is_causal={call['is_causal']}: these layers were converted as is_causal={info.is_causal}.")
 
 
-def _tokens(call: dict[str, Any]) -> Tensor | None:
-    return call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
-
-
-def _seen(call: dict[str, Any]) -> int:
-    """Tokens in the call's cache."""
-    cache = call.get("past_key_values")
-    return 0 if cache is None else cache.get_seq_length()
-
-
-def _check_length(call: dict[str, Any], info: StackInfo) -> None:
-    tokens = _tokens(call)
-    if info.max_positions is None or tokens is None:
-        return
-    length = tokens.shape[1] + _seen(call)
-    if length > info.max_positions:
+def _check_length(shape: CallShape, info: StackInfo) -> None:
+    if info.max_positions is not None and shape.tokens > info.max_positions:
         raise ValueError(
-            f"input of {length} tokens, but the model has {info.max_positions} positions: truncate it, or convert with "
-            f"max_positions={length} or more."
+            f"input of {shape.tokens} tokens, but the model has {info.max_positions} positions: truncate it, or convert "
+            f"with max_positions={shape.tokens} or more."
         )
 
 
 # ---- packed rows -------------------------------------------------------------------------------------------------
 
 
-def _find_sequences(call: dict[str, Any], info: StackInfo) -> PackedSequences | None:
+def _find_sequences(call: dict[str, Any], shape: CallShape, info: StackInfo) -> PackedSequences | None:
     """The sequences of packed rows, where `position_ids` start again within a row; `None` = one sequence per row.
 
     Raises:
         ValueError: packed rows that can't be honoured, or positions that jump ahead.
     """
     positions, mask = call.get("position_ids"), call.get("attention_mask")
-    tokens = _tokens(call)
-    if positions is None or tokens is None or positions.shape[-1] < 2:
+    if positions is None or shape.new < 2:
         return None
     if "position_ids" not in info.parameters:
         _refuse_without_table(positions, mask)
         return None
-    if torch.compiler.is_compiling():
+    if is_captured():
         _refuse_compiled(positions, mask, info.first_position, call.get("past_key_values") is not None)
         return None
-    length = positions.shape[-1]
-    positions = positions.reshape(-1, length).expand(tokens.shape[0], -1)
-    token_mask = None if mask is None else mask[:, -length:].bool()
-    if token_mask is not None and token_mask.shape != positions.shape:
-        return None  # the host or the mask function says what is wrong with it
+    positions = positions.expand(shape.rows, -1)
+    token_mask = None if mask is None else mask[:, shape.seen :].bool()
     steps = position_steps(positions, token_mask, info.first_position)
     if not bool((steps.restart | steps.jump).any()):
         return None
     if not bool(steps.restart.any()):
-        if mask is None and info.is_causal and _seen(call) == 0:
+        if mask is None and info.is_causal and shape.seen == 0:
             raise ValueError(_jump(positions, steps))
         return None
     _check_packed(call, positions, token_mask, steps, info)
@@ -253,7 +246,7 @@ def _jump(positions: Tensor, steps: Steps) -> str:
 
 
 def _refuse_without_table(positions: Tensor, mask: Tensor | None) -> None:
-    if mask is None and not torch.compiler.is_compiling() and bool((positions.diff(dim=-1) != 1).any()):
+    if mask is None and not is_captured() and bool((positions.diff(dim=-1) != 1).any()):
         raise ValueError(
             "position_ids start again within a row, i.e. several packed sequences per row, but this model has no "
             "position_ids: put one sequence into each row and pad, with attention_mask."
@@ -280,24 +273,16 @@ def _refuse_compiled(positions: Tensor, mask: Tensor | None, first: int, has_cac
 # ---- caches ------------------------------------------------------------------------------------------------------
 
 
-def _bound_cache(
-    stack: Any, info: StackInfo, call: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _bound_cache(stack: Any, info: StackInfo, call: dict[str, Any], shape: CallShape) -> None:
     """Give a call that fills a cache the layers of its mechanisms, and its attention layers the way to them."""
     cache, use_cache = call.get("past_key_values"), call.get("use_cache")
     if use_cache is None:
         use_cache = getattr(stack.config, "use_cache", False)
     if cache is None and (not use_cache or (stack.training and getattr(stack, "gradient_checkpointing", False))):
-        return args, kwargs
+        return
     has_cross_attention = stack.config.is_encoder_decoder or call.get("encoder_hidden_states") is not None
-    cache, own = bounded_cache(cache, info.bounded, stack.config, has_cross_attention)
+    call["past_key_values"], own = bounded_cache(cache, info.bounded, stack.config, has_cross_attention)
     tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
-    masks = call.get("attention_mask"), kwargs.get("global_attention_mask")
-    if prepare_layers(own, info.bounded, tokens, *masks):
-        kwargs["efficient_cache"] = own
-    position = info.parameters.index("past_key_values")
-    if len(args) > position:
-        args = (*args[:position], cache, *args[position + 1 :])
-    else:
-        kwargs["past_key_values"] = cache
-    return args, kwargs
+    masks = call.get("attention_mask"), call.get("global_attention_mask")
+    if prepare_layers(own, info.bounded, shape.rows, tokens.device, *masks):
+        call["efficient_cache"] = own

@@ -22,6 +22,7 @@ from hf_efficient.cache.recurrent import RecurrentLayer
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.decoding import entries_at
 from hf_efficient.ops.dense import dense_attention
+from hf_efficient.ops.graph import is_captured
 from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.packing import PackedSequences
 from hf_efficient.ops.padding import first_real_token, shift_rows
@@ -47,9 +48,8 @@ def efficient_mask(
         ValueError: the call needs a mask that is neither causal nor bidirectional, or a cache whose keys are longer than
             the tokens seen (static caches).
     """
-    compiling = torch.compiler.is_compiling()
-    # while compiling, transformers always assumes packing; `check_call` refuses it there, and elsewhere finds the segments
-    if mask_function not in (causal_mask_function, bidirectional_mask_function) and not compiling:
+    # for a graph transformers always assumes packing; `check_call` refuses it there, and elsewhere finds the segments
+    if mask_function not in (causal_mask_function, bidirectional_mask_function) and not is_captured():
         raise ValueError(
             "efficient attention got a custom mask function, which it can't honour: a mechanism decides alone who sees whom."
         )
@@ -61,12 +61,7 @@ def efficient_mask(
     if attention_mask is None:
         return None
     keep = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-    if keep.shape[-1] != kv_length:
-        raise ValueError(
-            f"attention_mask covers {keep.shape[-1]} tokens, but there are {kv_length} with those in the cache; give the "
-            "mask of all tokens seen so far."
-        )
-    if not compiling and bool(keep.all()):
+    if not is_captured() and bool(keep.all()):
         return None
     return keep
 

@@ -56,14 +56,6 @@ def test_global_tokens_stay_global_while_decoding_with_padding():
     assert_close(step.logits, full[:, 20:], 1e-5, where=real)
 
 
-def test_a_global_mask_of_another_shape_is_refused():
-    for model_type, length in (("bert", 20), ("bert", 30), ("gpt2", 30)):
-        model = converted(model_type)
-        inputs = inputs_for(model, length=24)
-        with pytest.raises(ValueError, match="global_attention_mask of shape"):
-            model(**inputs, global_attention_mask=torch.ones(3, length))
-
-
 @torch.no_grad()
 def test_the_encoders_global_mask_leaves_the_decoder_alone():
     model = converted("t5", side="both")
