@@ -18,6 +18,7 @@ from hf_efficient.attention.base.registry import describe, get_mechanism
 from hf_efficient.cards.experts import PAPERS, TAG, experts_limits, experts_section, experts_words, upcycle_commands
 from hf_efficient.cards.facts import README, CardFacts, gather, is_hub_id
 from hf_efficient.cards.markdown import table
+from hf_efficient.conversion.card import is_first_card
 from hf_efficient.profiling.json_files import whole_file
 
 NOT_MEASURED = "not measured"
@@ -80,10 +81,11 @@ def write_card(
         `checkpoint`, `out`, `metadata` (the front matter) and `text`.
 
     Raises:
-        FileExistsError: the file exists and `overwrite` is False. Also see `checkpoint_card`.
+        FileExistsError: the file exists, `overwrite` is False, and it is no card that a checkpoint was saved with. Also
+            see `checkpoint_card`.
     """
     path = Path(checkpoint) / README if out is None else out
-    if path.exists() and not overwrite:
+    if path.exists() and not overwrite and not is_first_card(path):
         raise FileExistsError(f"{path} exists; choose another file with --out, or replace it with --overwrite.")
     card = checkpoint_card(checkpoint, results)
     with whole_file(path) as file:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
+from hf_efficient.conversion import card
+from hf_efficient.conversion.card import README
 from hf_efficient.conversion.inspect import EXACT, inspect_checkpoint
 from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME
 from hf_efficient.experts.layer import ExpertsConfig
@@ -19,7 +20,6 @@ from hf_efficient.training.results import RESULT_NAME, RunRecord
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-README = "README.md"
 # what a report must have for a card
 CONVERSION = ("source", "revision", "model_class", "efficient_attention", "max_positions", "positions", "tensors")
 UPCYCLING = (
@@ -168,10 +168,8 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a recorded name is of the Hub: no path here, of its form, and no data file's; single words only if cached."""
-    if Path(name).exists() or Path(name).suffix in BUILDERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        return False
-    return "/" in name or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    """Whether the recorded name of a checkpoint or of a data set is of the Hub, and no path or data file."""
+    return Path(name).suffix not in BUILDERS and card.is_hub_id(name)
 
 
 def _inherited(source: str | None, revision: str | None) -> dict[str, Any]:

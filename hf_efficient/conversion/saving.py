@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
+from hf_efficient.conversion.card import write_first_card
 from hf_efficient.conversion.sentence_transformers import copy_side_files
 from hf_efficient.profiling.json_files import finite, write_json
 
@@ -116,6 +117,7 @@ class Result:
                 # what was done to the source before still holds
                 copy_reports(self.source_folder, folder, *({REPORT_NAME, UPCYCLING_NAME} - {self.report_name}))
             write_json(folder / self.report_name, self.report.to_dict())
+            write_first_card(folder, self.model, self.report.source, Path(path).name)
         return Path(path)
 
     def _text_length(self) -> int | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
 
 from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.experts.layer import ExpertsConfig
@@ -76,6 +79,13 @@ class EfficientConfigMixin:
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         Path(save_directory, f"{LOADER}.py").write_text(LOADER_TEXT.format(name=type(self).__name__))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a recorded name of a checkpoint is of the Hub: no path here, and of its form; single words only if cached."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return False
+    return "/" in name or isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def names_of(attention: Any) -> str:

@@ -11,6 +11,7 @@ from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.experts.install import mark_experts, uninstall_experts
 from hf_efficient.families import HostModel
 from hf_efficient.families.base import POSITION_METHODS
+from hf_efficient.models.config import is_hub_id
 from hf_efficient.models.registry import MODELS, is_efficient
 from hf_efficient.patching.install import install, plan, resolve_side, uninstall
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
@@ -107,6 +108,8 @@ def convert_in_place(
         resized = host.resize_positions(max_positions, positions)
     source = {"max_positions": before, "positions": positions}
     source["attn_implementation"] = host.model.config._attn_implementation
+    if is_hub_id(host.model.config._name_or_path):
+        source["base_model"] = host.model.config._name_or_path
     try:
         origins = install(host, chosen)
     except BaseException:
@@ -173,5 +176,6 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(old, type(config)):
             change_config(old, config_of_class(old, type(model) if keeps_experts else stock))
     change_class(model, type(model) if keeps_experts else stock, model.config)
+    model.__dict__.pop("_model_tags", None)
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if f".{MODULE_NAME}." not in k}
     return model

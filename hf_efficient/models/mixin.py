@@ -58,6 +58,30 @@ class EfficientModelMixin:
         if experts:
             install_experts(host, ExpertsConfig.from_dict(experts))
 
+    @property
+    def model_tags(self) -> list[str]:
+        """What a pushed model is tagged with: the project, its mechanisms, and the model of the Hub it was made from."""
+        if "_model_tags" not in self.__dict__:
+            config: Any = self.config  # type: ignore[attr-defined]
+            groups = getattr(config, "efficient_attention", None) or []
+            base = getattr(config, "efficient_source", {}).get("base_model")
+            attention = (
+                ["efficient-attention", *dict.fromkeys(group["mechanism"] for group in groups)] if groups else []
+            )
+            experts = ["sparse-experts"] if getattr(config, "efficient_experts", None) else []
+            self.__dict__["_model_tags"] = [
+                "hf_efficient",
+                *attention,
+                *experts,
+                *([f"base_model:{base}"] if base else []),
+            ]
+        tags: list[str] = self.__dict__["_model_tags"]
+        return tags
+
+    @model_tags.setter
+    def model_tags(self, tags: list[str]) -> None:
+        self.__dict__["_model_tags"] = tags
+
     def _configs_of_stacks(self, host: HostModel) -> list[EfficientAttentionConfig]:
         """The config's groups; a class with only the encoder of an encoder-decoder model drops those of the decoder."""
         groups = attention_configs(host.model.config.efficient_attention)

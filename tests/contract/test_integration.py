@@ -285,11 +285,16 @@ def test_push_to_hub_uploads_what_reloads(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
     for name in ("upload_folder", "upload_file", "preupload_lfs_files"):
         monkeypatch.setattr(huggingface_hub.HfApi, name, refuse)
-    monkeypatch.setattr(
-        "transformers.utils.hub.create_and_tag_model_card", lambda *a, **o: huggingface_hub.ModelCard("")
-    )
+    tagged = []
+
+    def create_card(repo: str, tags: Any = None, **options: Any) -> Any:
+        tagged.append(tags)
+        return huggingface_hub.ModelCard("")
+
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", create_card)
     model = AutoModelForMaskedLM.from_pretrained(checkpoints["bert"])
     model.push_to_hub("me/longformer-bert")
+    assert tagged == [["hf_efficient", "efficient-attention", "longformer"]]
     AutoTokenizer.from_pretrained(checkpoints["bert"]).push_to_hub("me/longformer-bert")
     loaded = AutoModelForMaskedLM.from_pretrained(uploaded)
     assert type(loaded) is he.EfficientBertForMaskedLM

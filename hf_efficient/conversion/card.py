@@ -1,0 +1,59 @@
+"""The README.md that a checkpoint is saved with: what it is, what it was made from, how it is loaded; no figures."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from hf_efficient.models.config import is_hub_id, names_of
+
+README = "README.md"
+TEXT = """---
+{metadata}
+---
+
+# {title}
+
+{origin} Loading it needs `hf_efficient`; with the import, the Auto classes load it as well.
+
+```python
+from hf_efficient import {cls}
+
+model = {cls}.from_pretrained("{title}")
+```
+
+This card has no figures; `hf-efficient card` puts one in its place with all that are recorded in the folder.
+"""
+
+
+def write_first_card(folder: Path, model: Any, source: str, title: str) -> None:
+    """Write the card of an Efficient model into the folder that it is saved to, unless there is a card."""
+    path = folder / README
+    if path.exists():
+        return
+    base = source if is_hub_id(source) else None
+    tags = [tag for tag in model.model_tags if not tag.startswith("base_model:")]
+    attention = names_of(getattr(model.config, "efficient_attention", None) or [])
+    parts = [f"{attention} attention"] if attention else []
+    parts += ["sparse experts"] if getattr(model.config, "efficient_experts", None) else []
+    made_from = f"[{base}](https://huggingface.co/{base})" if base else f"`{source}`"
+    text = TEXT.format(
+        metadata=ModelCardData(library_name="transformers", base_model=base, tags=tags).to_yaml(),
+        title=title,
+        origin=f"{made_from} with {' and '.join(parts)}.",
+        cls=type(model).__name__,
+    )
+    path.write_text(text + _seal(text), encoding="utf-8")
+
+
+def is_first_card(path: Path) -> bool:
+    """Whether a file is such a card, and as it was written: then nothing is lost with it."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return bool(lines) and lines[-1] == _seal("".join(lines[:-1]))
+
+
+def _seal(text: str) -> str:
+    return f"<!-- hf_efficient {sha256(text.encode()).hexdigest()[:16]} -->\n"
