@@ -50,6 +50,7 @@ class StackInfo:
         self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
         self.has_extra_tokens = any(m.num_extra_tokens(m.config) for m in mechanisms)
         # the decoder of a model with an encoder of its own
+        config: Any = stack.module.config
         self.is_other_decoder = bool(config.is_encoder_decoder and config.is_decoder)
         self.names = OTHER_NAMES if self.is_other_decoder else {}
         causal: list[Any] = [
