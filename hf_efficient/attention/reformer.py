@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,8 +31,9 @@ class ReformerAttentionConfig(EfficientAttentionConfig):
 
     Args:
         num_buckets: b, values that a hash can take; even, or 1. The more, the more alike are the tokens of a bucket.
-        bucket_size: w, in tokens. Encoder: a chunk, in which w queries see w keys. Causal: a query sees the last w tokens
-            of its bucket, itself included.
+        bucket_size: w, in tokens. Encoder: a chunk of w sorted queries, or keys. Causal: see below.
+        num_chunks_before: p, look-back. Encoder: a chunk of queries sees its own chunk of keys and the p before it, in a
+            circle. Causal: a query sees the last (p + 1) w tokens of its bucket, itself included. 1 as published.
         num_hashes: R, independent hashes; a query sees what any of them shows.
         attention_window: in tokens, even; 0 = no window. Encoder: half of them on each side plus the token itself are seen
             as well. Causal: the last ones, the token itself included.
@@ -40,9 +42,11 @@ class ReformerAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "reformer"
+    stored_defaults: ClassVar[Mapping[str, Any]] = {"num_chunks_before": 0}
 
     num_buckets: int = 16
     bucket_size: int = 64
+    num_chunks_before: int = 1
     num_hashes: int = 4
     attention_window: int = 128
     shared_qk: bool = False
@@ -56,7 +60,7 @@ class ReformerAttentionConfig(EfficientAttentionConfig):
         self._require("shared_qk", type(self.shared_qk) is bool, "true or false")
         fits = self.attention_window == 0 or not self.shared_qk
         self._require("attention_window", fits, "0 with shared_qk, where a query sees its own key last")
-        self._require_at_least(0, "seed")
+        self._require_at_least(0, "num_chunks_before", "seed")
 
 
 @register_mechanism
@@ -67,22 +71,24 @@ class ReformerAttention(EfficientAttention):
 
         h_r(x) = argmax [Ω_r x, -Ω_r x]
 
-    Encoder: queries are sorted by `h_r(q_i - mean q)`, keys by `h_r(k_j - mean k)`, both then by position, and each w
-    sorted queries see the w sorted keys of the same ranks. Means are over the real tokens of a row; subtracting that of
-    the keys changes no attention weight. Causal: query i sees the last w tokens up to itself that have its own
-    `h_r(q_i / ‖q_i‖ + k_i / ‖k_i‖)`, which no later token can change. Then
+    Encoder: queries are sorted by `h_r(q_i - mean q)`, keys by `h_r(k_j - mean k)`, both then by position, and cut into
+    chunks of w. The queries of chunk c see the keys of the chunks c - p … c, where the last chunk comes before the first.
+    Means are over the real tokens of a row; subtracting that of the keys changes no attention weight. Causal: query i sees
+    the last (p + 1) w tokens up to itself that have its own `h_r(q_i / ‖q_i‖ + k_i / ‖k_i‖)`, which no later token can
+    change. Then
 
         y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j    over all keys that a round or the window shows i
 
-    No parameters. Hashes are constants of the gradient. O(R N (w D + log N) + N R b D) time, O(N w) memory per round. While
-    decoding, all keys and the hashes of their tokens are kept, and a step compares N R hashes and copies R w keys.
+    No parameters. Hashes are constants of the gradient. With v = (p + 1) w: O(R N (v D + log N) + N R b D) time, O(N v)
+    memory per round. While decoding, all keys and the hashes of their tokens are kept, and a step compares N R hashes and
+    copies R v keys.
 
     With `shared_qk` there are no queries but the keys: logits are `k_i·k_j / ‖k_j‖ + b(j - i)`, hashes h_r(k_i), and a
     token sees itself only where it sees nothing else. This loses pretrained attention: for training alone.
 
     Source: Kitaev et al. 2020 (arXiv 2001.04451), §2; chunks of queries and keys that differ: Daras et al. 2020 (arXiv
-    2010.05315), §3. Departures: a pair found by several hashes counts once, causal choices look at no later token (the
-    published chunks do), and there is a window.
+    2010.05315), §3. Departures: causal choices look at no later token (the borders of published chunks depend on them), and
+    there is a window.
     """
 
     Config = ReformerAttentionConfig
@@ -90,8 +96,8 @@ class ReformerAttention(EfficientAttention):
     facts = MechanismFacts(
         title="Reformer (LSH attention)",
         paper="arXiv 2001.04451",
-        time="n·(r·w + log n)",
-        memory="n·w",
+        time="n·r·((p + 1)·w + log n)",
+        memory="n·(p + 1)·w",
         exact_when="num_buckets = 1 and bucket_size ≥ 2n",
         training="works without training beside a window; training restores what no hash finds",
     )
@@ -128,19 +134,20 @@ class ReformerAttention(EfficientAttention):
         return BucketLayer() if self.geometry.is_causal else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        size, before = self.config.bucket_size, self.config.num_chunks_before
         options: dict[str, Any] = dict(
-            size=self.config.bucket_size, near=self.config.attention_window, own_last=self.config.shared_qk
+            near=self.config.attention_window, own_last=self.config.shared_qk, context=context
         )
         own = key[:, :, key.shape[2] - query.shape[2] :]
         if self.config.shared_qk:
             # the model's queries keep a gradient, of 0
             query, key = own + query[..., :0].sum(), _unit(key).to(key.dtype)
-            context = dataclasses.replace(context, scaling=1.0)
+            options["context"] = context = dataclasses.replace(context, scaling=1.0)
         labels = [self.hashes(x) for x in self._hashed(query, own, context)]
         if not context.is_causal:
-            return paired_attention(query, key, value, *labels, context=context, **options)
+            return paired_attention(query, key, value, *labels, size=size, chunks_before=before, **options)
         all_labels = labels_of_all(labels[0], key.shape[2], context)
-        return bucket_attention(query, key, value, all_labels, context=context, **options)
+        return bucket_attention(query, key, value, all_labels, size=size * (before + 1), **options)
 
     @torch.no_grad()
     def _hashed(self, query: Tensor, key: Tensor, context: AttentionContext) -> list[Tensor]:

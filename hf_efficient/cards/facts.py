@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
+from hf_efficient.attention.base.registry import stored_attention
 from hf_efficient.conversion import card
 from hf_efficient.conversion.card import README
 from hf_efficient.conversion.inspect import EXACT, inspect_checkpoint
@@ -122,7 +123,7 @@ def _conversion(folders: list[Path], records: list[dict[str, Any]], config: dict
     path = next((folder / REPORT_NAME for folder in folders if (folder / REPORT_NAME).is_file()), None)
     in_runs = [record["conversion"] for record in records if record["conversion"]]
     report = _report(path, CONVERSION, "conversion") if path else in_runs[-1] if in_runs else None
-    if report is not None and report["efficient_attention"] != config["efficient_attention"]:
+    if report and stored_attention(report["efficient_attention"]) != stored_attention(config["efficient_attention"]):
         raise ValueError(
             f"{path or 'a result'} describes a conversion to {report['efficient_attention']}, but the checkpoint has "
             f"{config['efficient_attention']}: it belongs to another one."

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from hf_efficient.attention.base.registry import attention_configs
+from hf_efficient.attention.base.registry import attention_configs, stored_attention
 from hf_efficient.experts.layer import ExpertsConfig
 from hf_efficient.patching.names import IMPLEMENTATION
 
@@ -50,6 +50,10 @@ class EfficientConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if "efficient_attention" in config_dict:
+            # of any version
+            stored_groups = stored_attention(config_dict["efficient_attention"])
+            config_dict = config_dict | {"efficient_attention": stored_groups}
         for part in ("efficient_attention", "efficient_experts"):
             given, stored = kwargs.get(part), config_dict.get(part)
             if given is not None and cls(**{part: given}).to_dict()[part] != stored:

@@ -86,29 +86,37 @@ def paired_attention(
     near: int,
     context: AttentionContext,
     own_last: bool = False,
+    chunks_before: int = 0,
 ) -> Tensor:
     """`bucket_attention` of encoders with labels of queries and of keys: equal chunks of both in the order of their labels.
 
     Round r sorts the real queries by (label, position), the real keys by theirs, and shows a query in chunk c of `size`
-    queries the keys in chunk c of `size` keys. Padding comes behind and moves no chunk.
+    queries the keys in the chunks c - `chunks_before`, …, c of `size` keys; before the first chunk comes the last one that
+    holds a real key. Padding comes behind and moves no chunk.
 
     Args:
         query, key, value: (B, H, N, D).
         query_labels, key_labels: (B, H, R, N) int64 ≥ 0.
 
+    Returns:
+        (B, H, N, D), with time and memory of `bucket_attention` for keys of `size · (1 + chunks_before)`.
+
     Raises:
         ValueError: labels of another shape, or a causal context: chunks depend on later tokens.
 
-    Source: Daras et al. 2020 (arXiv 2010.05315), §3; with equal labels and one round the chunks of Kitaev et al. 2020.
+    Source: Daras et al. 2020 (arXiv 2010.05315), §3; with equal labels, one round and `chunks_before=1` the chunks of
+    Kitaev et al. 2020 (arXiv 2001.04451), §2, in a circle as in its code.
     """
     if context.is_causal:
         raise ValueError("paired chunks can't be causal, since they depend on later tokens: use bucket_attention.")
     for labels in (query_labels, key_labels):
         _check(query, labels, key.shape[2])
     both = zip(query_labels.unbind(2), key_labels.unbind(2), strict=True)
-    rule = _rule(size, near, own_last, context, key.shape[2])
-    rounds = [_by_rank(*labels, rule.size, context) for labels in both]
-    return _over_rounds(query, key, value, rounds, rule)
+    n = key.shape[2]
+    size = min(size, n)
+    before = min(chunks_before, -(-n // size) - 1)
+    rounds = [_by_rank(*labels, size, before, context) for labels in both]
+    return _over_rounds(query, key, value, rounds, _rule(size * (1 + before), near, own_last, context, n))
 
 
 def _check(query: Tensor, labels: Tensor, length: int) -> None:
@@ -157,22 +165,29 @@ class _Codes(NamedTuple):
 
     Attributes:
         query, key: (B or 1, H or 1, N) int32; hidden keys lie `FAR` off.
+        left: one number, or (B,) int32.
+        circle: (B,) int32, codes modulo which this holds as well, with `right` = 0; `None` = it does not.
     """
 
     query: Tensor
     key: Tensor
-    left: int
+    left: int | Tensor
     right: int
+    circle: Tensor | None = None
 
     def visible(self) -> Tensor:
         """(…, N, K) bool."""
         distance = self.query[..., :, None] - self.key[..., None, :]
-        return (distance >= -self.right) & (distance <= self.left)
+        left, circle = (
+            x.view(-1, *(1,) * (distance.ndim - 1)) if isinstance(x, Tensor) else x for x in (self.left, self.circle)
+        )
+        seen = (distance >= -self.right) & (distance <= left)
+        return seen if circle is None else seen | (distance <= left - circle)
 
     def at(self, queries: Tensor, keys: Tensor) -> _Codes:
-        """The same pairs with queries and keys in other orders, (B, H, N) each."""
+        """The same pairs for queries and keys in other orders, (B, H, …) each."""
         both = ((self.query, queries), (self.key, keys))
-        query, key = (x.expand_as(order).gather(-1, order) for x, order in both)
+        query, key = (x.expand(*order.shape[:2], -1).gather(-1, order) for x, order in both)
         return self._replace(query=query, key=key)
 
     def padded(self, queries: tuple[int, int], keys: tuple[int, int]) -> _Codes:
@@ -185,14 +200,19 @@ class _Round(NamedTuple):
 
     Attributes:
         queries, keys: (order, rank), each (B, H, N): the tokens in sorted order, and the rank of each token in it.
-        codes: whom the round shows whom.
-        block: queries of a tile, whose keys have the same ranks, and `codes.left` before and `codes.right` behind.
+        front: (B, H, F) further tokens, whose keys stand before those of rank 0.
+        codes: whom the round shows whom, by token.
+        tiles: the same for queries in sorted order, and for the keys of `front` and then in theirs: each key once.
+        block: queries of a tile, whose keys have the same ranks, and `reach` before and behind.
     """
 
     queries: tuple[Tensor, Tensor]
     keys: tuple[Tensor, Tensor]
+    front: Tensor
     codes: _Codes
+    tiles: _Codes
     block: int
+    reach: tuple[int, int]
 
 
 def _hidden(key: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -223,15 +243,28 @@ def _by_label(labels: Tensor, size: int, context: AttentionContext) -> _Round:
     code = (rank + (max(left, right) + 1) * change.gather(-1, rank)).to(torch.int32)
     codes = _Codes(code, _hidden(code, context.key_padding_mask), left, right)
     block = min(256, max(16, -(-(left + right) // 32) * 16))
-    return _Round((order, rank), (order, rank), codes, block)
+    both = (order, rank)
+    return _Round(both, both, order[..., :0], codes, codes.at(order, order), block, (left, right))
 
 
-def _by_rank(query_labels: Tensor, key_labels: Tensor, size: int, context: AttentionContext) -> _Round:
-    """Codes are numbers of chunks."""
-    token_mask = context.key_padding_mask
+def _by_rank(query_labels: Tensor, key_labels: Tensor, size: int, before: int, context: AttentionContext) -> _Round:
+    """Codes are numbers of chunks; the chunks of a row's real keys are a circle."""
+    token_mask, (batch, _, n) = context.key_padding_mask, key_labels.shape
     queries, keys = (_sorted(labels, token_mask)[:2] for labels in (query_labels, key_labels))
     query, key = ((rank // size).to(torch.int32) for _, rank in (queries, keys))
-    return _Round(queries, keys, _Codes(query, _hidden(key, token_mask), 0, 0), size)
+    real = key.new_full((batch,), n) if token_mask is None else token_mask.sum(-1, dtype=torch.int32)
+    count = (real + (size - 1)) // size
+    codes = _Codes(query, _hidden(key, token_mask), before, 0, count if before else None)
+    # ranks from before rank 0 on, which the last chunks have as well
+    rank = torch.arange(-before * size, n, device=key.device, dtype=torch.int32)
+    number = rank.div(size, rounding_mode="floor")
+    found = torch.where(rank < 0, rank + (count * size)[:, None], rank)
+    exists = (found >= 0) & (found < real[:, None])
+    front = keys[0].gather(-1, found[:, None, : before * size].clamp(0, n - 1).long().expand(-1, keys[0].shape[1], -1))
+    # few chunks come round to themselves
+    left = (count - 1).clamp(max=before)
+    tiles = _Codes(number[None, None, before * size :], torch.where(exists, number, -FAR)[:, None], left, 0)
+    return _Round(queries, keys, front, codes, tiles, size, (before * size, 0))
 
 
 def _one_tile(
@@ -269,9 +302,9 @@ def _round(
     query: Tensor, key: Tensor, value: Tensor, found: _Round, earlier: list[_Codes], context: AttentionContext
 ) -> Partial:
     """Blocks of sorted queries against (overlapping) spans of sorted keys, without the pairs that `earlier` shows."""
-    (batch, heads, n), (left, right), block = query.shape[:3], found.codes[2:], found.block
+    (batch, heads, n), (left, right), block = query.shape[:3], found.reach, found.block
     rows, span = -(-n // block), left + block + right
-    behind, ends = (0, rows * block - n), (left, rows * block + right - n)
+    behind, ends = (0, rows * block - n), (left - found.front.shape[-1], rows * block + right - n)
 
     def spans(x: Tensor, first: int, last: int) -> Tensor:
         """Of rows `first` … `last - 1`; cut before the overlapping view is made: its gradient has the size of the cut."""
@@ -281,10 +314,10 @@ def _round(
         return x[:, :, first * block : last * block].unflatten(2, (-1, block)).transpose(1, 2)
 
     q = F.pad(_Permuted.apply(query, *found.queries), (0, 0, *behind))
-    k, v = (F.pad(_Permuted.apply(x, *found.keys), (0, 0, *ends)) for x in (key, value))
-    orders = found.queries[0], found.keys[0]
+    k, v = (F.pad(_in_front(x, found.front, _Permuted.apply(x, *found.keys)), (0, 0, *ends)) for x in (key, value))
+    orders = found.queries[0], torch.cat([found.front, found.keys[0]], dim=-1)
     own, other = (F.pad(order, pad).to(torch.int32) for order, pad in zip(orders, (behind, ends), strict=True))
-    codes = [part.at(*orders).padded(behind, ends) for part in (found.codes, *earlier)]
+    codes = [part.padded(behind, ends) for part in (found.tiles, *(part.at(*orders) for part in earlier))]
     group = max(1, MASK_BUDGET // (batch * heads * block * span))
     outputs, sums = [], []
     for first in range(0, rows, group):
@@ -305,6 +338,13 @@ def _round(
         sums.append(lse.unflatten(0, (batch, -1)))
     out, lse = (torch.cat(x, dim=1).transpose(1, 2).flatten(2, 3)[:, :, :n] for x in (outputs, sums))
     return _Permuted.apply(out, *found.queries[::-1]), lse.gather(2, found.queries[1])
+
+
+def _in_front(x: Tensor, tokens: Tensor, ordered: Tensor) -> Tensor:
+    """The entries (B, H, F, D) of some tokens of x, and then `ordered`."""
+    if not tokens.shape[-1]:
+        return ordered
+    return torch.cat([x.gather(2, tokens[..., None].expand(-1, -1, -1, x.shape[-1])), ordered], dim=2)
 
 
 class _Permuted(torch.autograd.Function):

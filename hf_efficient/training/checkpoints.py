@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hf_efficient.attention.base.registry import stored_attention
 from hf_efficient.profiling.json_files import write_json
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -133,7 +134,7 @@ def last_complete_checkpoint(folder: str | Path, model: Any = None) -> Path | No
 
 def _require_same(path: Path, marker: dict[str, Any], own: dict[str, Any]) -> None:
     remedy = "Give the settings that it was made with, or start anew in another --output_dir."
-    if marker["efficient_attention"] != own["efficient_attention"]:
+    if stored_attention(marker["efficient_attention"]) != stored_attention(own["efficient_attention"]):
         raise ValueError(
             f"{path} has efficient_attention={marker['efficient_attention']}, the model {own['efficient_attention']}. "
             + remedy

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.attention.reformer import ReformerAttention
 from hf_efficient.cache.buckets import BucketLayer
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.testing import assert_close, tiny_model
+from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 SCALING = 0.6
 
@@ -55,13 +57,12 @@ def padded(n: int) -> Tensor:
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("n", [1, 2, 63, 97])
-def test_equals_its_definition(n: int, is_causal: bool, shared: bool):
+@pytest.mark.parametrize(("n", "before"), [(1, 1), (2, 0), (63, 1), (97, 0), (97, 1), (97, 2)])
+def test_equals_its_definition(n: int, before: int, is_causal: bool, shared: bool):
     """Output and gradients of queries, keys and values: hashes are constants."""
     window = 0 if shared else 6
-    mechanism = mechanism_of(
-        is_causal, num_buckets=6, bucket_size=8, num_hashes=3, attention_window=window, shared_qk=shared
-    )
+    options: dict[str, Any] = dict(num_buckets=6, bucket_size=8, num_hashes=3, num_chunks_before=before)
+    mechanism = mechanism_of(is_causal, attention_window=window, shared_qk=shared, **options)
     keep = padded(n)
     q, k, v = (x.requires_grad_() for x in heads(4, HEADS, n, WIDTH))
     actual = mechanism(q, k, v, context_of(is_causal, keep))
@@ -69,13 +70,13 @@ def test_equals_its_definition(n: int, is_causal: bool, shared: bool):
     unit_q, unit_k = (x.detach() / x.detach().norm(dim=-1, keepdim=True) for x in (q, k))
     if is_causal:
         labels = hashed(mechanism, k.detach() if shared else unit_q + unit_k)
-        seen = defined(labels, keep, 8, window, True)
+        seen = defined(labels, keep, 8 * (before + 1), window, True)
     else:
         centred = []
         for x in (k, k) if shared else (q, k):
             real = [x.detach()[b][:, keep[b]].mean(1, keepdim=True) for b in range(4)]
             centred.append(x.detach() - (0 if shared else torch.stack(real).nan_to_num()))
-        seen = defined_pairs(*(hashed(mechanism, x) for x in centred), keep, 8, window)
+        seen = defined_pairs(*(hashed(mechanism, x) for x in centred), keep, 8, window, before)
     logits = k @ (k / k.norm(dim=-1, keepdim=True)).mT if shared else SCALING * q @ k.mT
     if shared:
         others = seen & ~torch.eye(n, dtype=torch.bool)
@@ -156,7 +157,7 @@ def test_rotations_differ_by_layer_side_and_seed_alone():
 # ---- side by side with transformers ------------------------------------------------------------------------------
 
 
-def theirs_of(chunk: int, num_hashes: int = 1, **facts: Any) -> LSHSelfAttention:
+def theirs_of(chunk: int, num_hashes: int = 1, before: int = 0, **facts: Any) -> LSHSelfAttention:
     config = ReformerConfig(
         attn_layers=["lsh"],
         hidden_size=HEADS * WIDTH,
@@ -165,7 +166,7 @@ def theirs_of(chunk: int, num_hashes: int = 1, **facts: Any) -> LSHSelfAttention
         num_buckets=6,
         num_hashes=num_hashes,
         lsh_attn_chunk_length=chunk,
-        lsh_num_chunks_before=0,
+        lsh_num_chunks_before=before,
         lsh_num_chunks_after=0,
         hash_seed=7,
         **({"is_decoder": False} | facts),
@@ -190,14 +191,16 @@ def test_hashes_equal_those_of_transformers():
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(("n", "chunk"), [(64, 8), (48, 16), (24, 24)])
-def test_shared_queries_and_keys_equal_transformers(n: int, chunk: int, is_causal: bool):
+@pytest.mark.parametrize("before", [0, 1, 2])
+@pytest.mark.parametrize(("n", "chunk"), [(64, 8), (48, 12), (24, 24)])
+def test_shared_queries_and_keys_equal_transformers(n: int, chunk: int, before: int, is_causal: bool):
     """One round, where theirs counts nothing twice. Causal: in one chunk, since their chunks look at later tokens."""
-    theirs = theirs_of(24 if is_causal else chunk, is_decoder=is_causal)
+    theirs = theirs_of(24 if is_causal else chunk, before=before, is_decoder=is_causal)
     n = 24 if is_causal else n
     hidden = heads(2, n, HEADS * WIDTH, count=1)[0]
     split = [layer(hidden).unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for layer in (theirs.query_key, theirs.value)]
     options: dict[str, Any] = dict(num_buckets=6, bucket_size=chunk, num_hashes=1, attention_window=0, shared_qk=True)
+    options["num_chunks_before"] = before
     if is_causal:
         options |= dict(num_buckets=1, bucket_size=24)
     mechanism = mechanism_of(is_causal, **options)
@@ -228,6 +231,7 @@ def test_control_is_the_window_alone():
         (dict(num_buckets=0), "num_buckets=0"),
         (dict(bucket_size=0), "bucket_size=0"),
         (dict(num_hashes=1.5), "num_hashes=1.5"),
+        (dict(num_chunks_before=-1), "num_chunks_before=-1"),
         (dict(attention_window=7), "attention_window=7 .* even"),
         (dict(shared_qk=1), "shared_qk=1"),
         (dict(shared_qk=True), "attention_window=128 .* 0 with shared_qk"),
@@ -239,6 +243,29 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str):
         attention_config("reformer", **options)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
+def test_checkpoints_without_look_back_go_on_without_it(tmp_path: Path):
+    """Those that were saved before it was an option; a user's options mean today's default."""
+    config: Any = attention_config("reformer", num_buckets=4, bucket_size=4, num_chunks_before=0, attention_window=0)
+    source = tiny_model("bert")
+    inputs = inputs_for(source)
+    result = he.convert(source, config)
+    expected = result.model(**inputs).logits
+    result.save(tmp_path / "old")
+    stored = json.loads((tmp_path / "old" / "config.json").read_text())
+    assert stored["efficient_attention"][0].pop("num_chunks_before") == 0
+    (tmp_path / "old" / "config.json").write_text(json.dumps(stored))
+    loaded = type(result.model).from_pretrained(tmp_path / "old").eval()
+    assert torch.equal(loaded(**inputs).logits, expected)
+    loaded.save_pretrained(tmp_path / "again")
+    stored = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert stored["efficient_attention"] == result.report.efficient_attention
+    own = type(loaded.config)(**loaded.config.to_dict() | {"efficient_attention": [{"mechanism": "reformer"}]})
+    type(loaded)(own).save_pretrained(tmp_path / "new")
+    stored = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert stored["efficient_attention"][0]["num_chunks_before"] == 1 == attention_config("reformer").num_chunks_before
+
+
 # ---- decoding ----------------------------------------------------------------------------------------------------
 
 SMALL = dict(num_buckets=4, bucket_size=5, num_hashes=2)
@@ -246,7 +273,7 @@ FORMS = [
     pytest.param(family, SMALL | form, id=f"{family}-{name}")
     for family in ("gpt2", "t5")
     for name, form in {
-        "window": dict(attention_window=4),
+        "window": dict(attention_window=4, num_chunks_before=0),
         "alone": dict(attention_window=0),
         "shared": dict(attention_window=0, shared_qk=True),
     }.items()

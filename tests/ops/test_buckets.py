@@ -109,17 +109,28 @@ def test_sizes_beyond_all_codes_show_all_of_a_label(most: int, is_causal: bool):
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
-    ("n", "rounds", "count", "size", "near"),
-    [(1, 1, 2, 3, 0), (2, 2, 2, 1, 0), (17, 3, 3, 9, 4), (63, 1, 1, 6, 4), (97, 4, 4, 10, 0), (97, 2, 30, 7, 6)],
+    ("n", "rounds", "count", "size", "near", "before"),
+    [
+        (1, 1, 2, 3, 0, 1),
+        (2, 2, 2, 1, 0, 0),
+        (17, 3, 3, 9, 4, 1),
+        (63, 1, 1, 6, 4, 2),
+        (97, 4, 4, 10, 0, 0),
+        (97, 2, 30, 7, 6, 1),
+        (97, 3, 3, 6, 2, 4),
+        (97, 1, 5, 12, 0, 9),
+    ],
 )
-def test_paired_chunks_equal_their_definition(n: int, rounds: int, count: int, size: int, near: int, with_bias: bool):
-    """As above; queries and keys with labels of their own."""
+def test_paired_chunks_equal_their_definition(
+    n: int, rounds: int, count: int, size: int, near: int, before: int, with_bias: bool
+):
+    """As above; queries and keys with labels of their own. Rows of few real tokens have fewer chunks than are shown."""
     keep, labels = padded(n), [labels_of(5, n, rounds, count, seed) for seed in (5, 6)]
     q, k, v = (x.requires_grad_() for x in heads(5, HEADS, n, WIDTH))
     lazy, dense, table = bias_of(n)
     context = context_of(False, keep, lazy if with_bias else None)
-    actual = paired_attention(q, k, v, *labels, size=size, near=near, context=context)
-    seen = defined_pairs(*labels, keep, size, near)
+    actual = paired_attention(q, k, v, *labels, size=size, near=near, context=context, chunks_before=before)
+    seen = defined_pairs(*labels, keep, size, near, before)
     expected = masked_softmax(q, k, v, seen, dense if with_bias else None)
     upstream = heads(*q.shape, seed=3, count=1)[0]
     # queries of padding see no keys that matter to anyone

@@ -28,8 +28,8 @@ def defined(labels: Tensor, keep: Tensor, size: int, near: int, is_causal: bool)
     return seen
 
 
-def defined_pairs(queries: Tensor, keys: Tensor, keep: Tensor, size: int, near: int) -> Tensor:
-    """(B, H, N, N) bool: queries and keys listed by (label, position), and cut into chunks."""
+def defined_pairs(queries: Tensor, keys: Tensor, keep: Tensor, size: int, near: int, before: int = 0) -> Tensor:
+    """(B, H, N, N) bool: queries and keys listed by (label, position), and cut into a circle of chunks."""
     batch, count, rounds, n = queries.shape
     seen = torch.zeros(batch, count, n, n, dtype=torch.bool)
     for b in range(batch):
@@ -40,7 +40,10 @@ def defined_pairs(queries: Tensor, keys: Tensor, keep: Tensor, size: int, near: 
         for h in range(count):
             for r in range(rounds):
                 lists = [sorted(real, key=lambda t, x=x: (int(x[b, h, r, t]), t)) for x in (queries, keys)]
-                for first in range(0, len(real), size):
-                    rows, columns = (torch.tensor(tokens[first : first + size]) for tokens in lists)
-                    seen[b, h, rows[:, None], columns] = True
+                rows, columns = (
+                    [torch.tensor(tokens[i : i + size]) for i in range(0, len(real), size)] for tokens in lists
+                )
+                for i in range(len(rows)):
+                    for back in range(before + 1):
+                        seen[b, h, rows[i][:, None], columns[(i - back) % len(rows)]] = True
     return seen

@@ -338,7 +338,7 @@ CASES: dict[str, Case] = {
         dict(num_buckets=4, bucket_size=8, num_hashes=2, attention_window=4),
         ALL,
         variants=(
-            dict(num_buckets=6, bucket_size=5, num_hashes=1, attention_window=0),
+            dict(num_buckets=6, bucket_size=5, num_hashes=1, num_chunks_before=0, attention_window=0),
             dict(num_buckets=2, bucket_size=7, num_hashes=3, attention_window=0, shared_qk=True),
         ),
         mask=False,

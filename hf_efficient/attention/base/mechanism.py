@@ -41,6 +41,8 @@ class EfficientAttentionConfig:
 
     mechanism: ClassVar[str] = ""
     attention_class: ClassVar[type[EfficientAttention]]
+    stored_defaults: ClassVar[Mapping[str, Any]] = {}
+    """{option: what checkpoints saved before it existed compute}, where that is not its default."""
 
     layers: tuple[int, ...] | None = None
     side: str | None = None
@@ -87,6 +89,11 @@ class EfficientAttentionConfig:
             named = ", ".join(f"{name!r}{did_you_mean(str(name), known)}" for name in unknown)
             raise ValueError(f"{cls.mechanism} has no option {named}; its options are {', '.join(known)}.")
         return cls(**options)
+
+    @classmethod
+    def from_stored(cls, options: Mapping[str, Any]) -> EfficientAttentionConfig:
+        """The config that a checkpoint holds: as `from_dict`, but options that it does not name keep its outputs."""
+        return cls.from_dict({**cls.stored_defaults, **options})
 
 
 class MechanismFacts(NamedTuple):

@@ -107,3 +107,13 @@ def attention_configs(spec: ConfigLike, **options: Any) -> list[EfficientAttenti
             raise ValueError("an empty list converts nothing; name at least one mechanism.")
         return configs
     raise TypeError(f"{spec!r} is no mechanism: give a name, a config, its JSON form, or a list of these.")
+
+
+def stored_attention(stored: Any) -> Any:
+    """The list of groups in a checkpoint's `efficient_attention`, whichever version saved it, with all options of this one.
+
+    Anything but a list of JSON objects comes back as it is, for `attention_configs` to judge.
+    """
+    if not isinstance(stored, list) or not all(isinstance(one, Mapping) and "mechanism" in one for one in stored):
+        return stored
+    return [get_mechanism(one["mechanism"]).Config.from_stored(one).to_dict() for one in stored]
