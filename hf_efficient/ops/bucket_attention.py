@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.windows import window_sides
+from hf_efficient.ops.bucket_decoding import BucketRule, decode_buckets
 from hf_efficient.ops.softmax import Partial, additive_mask, attend, merge_attention
 from hf_efficient.patterns.kinds import Window
 
@@ -24,8 +25,6 @@ PRIVATE = 2**31
 LEAST = -1e5
 # elements of one group of tiles' mask: bounds working memory, not results
 MASK_BUDGET = 2**23
-# new tokens that are computed at once while decoding
-CHUNK = 32
 
 
 def bucket_attention(
@@ -70,7 +69,7 @@ def bucket_attention(
             raise ValueError(
                 f"{n} queries and {s} keys: only causal attention can decode; give as many keys as queries."
             )
-        return _decode(query, key, value, labels, rule)
+        return decode_buckets(query, key, value, labels, rule)
     rounds = [_by_label(label, rule.size, context) for label in labels.unbind(2)]
     return _over_rounds(query, key, value, rounds, rule)
 
@@ -124,21 +123,12 @@ def _check(query: Tensor, labels: Tensor, length: int) -> None:
         raise ValueError(f"labels {tuple(labels.shape)} must be {(*query.shape[:2], 'rounds', length)}, one per key.")
 
 
-class _Rule(NamedTuple):
-    """The facts of a call, except for its labels."""
-
-    size: int
-    near: int
-    own_last: bool
-    context: AttentionContext
-
-
-def _rule(size: int, near: int, own_last: bool, context: AttentionContext, length: int) -> _Rule:
+def _rule(size: int, near: int, own_last: bool, context: AttentionContext, length: int) -> BucketRule:
     # no more than shows all of `length` keys: codes of 32 bits hold no reach without end
-    return _Rule(min(size, 2 * length), min(near, 2 * length), own_last, context)
+    return BucketRule(min(size, 2 * length), min(near, 2 * length), own_last, context)
 
 
-def _over_rounds(query: Tensor, key: Tensor, value: Tensor, rounds: list[_Round], rule: _Rule) -> Tensor:
+def _over_rounds(query: Tensor, key: Tensor, value: Tensor, rounds: list[_Round], rule: BucketRule) -> Tensor:
     """All rounds and the window, each without the pairs that came before it."""
     n, context = query.shape[2], rule.context
     token = torch.arange(n, device=query.device)
@@ -150,7 +140,7 @@ def _over_rounds(query: Tensor, key: Tensor, value: Tensor, rounds: list[_Round]
     if n <= 2 * rule.size:
         parts = [_one_tile(query, key, value, window + [found.codes for found in rounds], own, context)]
     else:
-        parts = [_near(query, key, value, codes, context) for codes in window]
+        parts = [_near(query, key, value, rule.near, context)] if window else []
         earlier = own + window
         for found in rounds:
             parts.append(_round(query, key, value, found, earlier, context))
@@ -178,11 +168,10 @@ class _Codes(NamedTuple):
     def visible(self) -> Tensor:
         """(…, N, K) bool."""
         distance = self.query[..., :, None] - self.key[..., None, :]
-        left, circle = (
-            x.view(-1, *(1,) * (distance.ndim - 1)) if isinstance(x, Tensor) else x for x in (self.left, self.circle)
-        )
+        per_row = (-1, *(1,) * (distance.ndim - 1))
+        left = self.left.view(per_row) if isinstance(self.left, Tensor) else self.left
         seen = (distance >= -self.right) & (distance <= left)
-        return seen if circle is None else seen | (distance <= left - circle)
+        return seen if self.circle is None else seen | (distance <= left - self.circle.view(per_row))
 
     def at(self, queries: Tensor, keys: Tensor) -> _Codes:
         """The same pairs for queries and keys in other orders, (B, H, …) each."""
@@ -293,8 +282,9 @@ def _last_resort(value: Tensor, context: AttentionContext) -> Partial:
     return value.masked_fill(gone[..., None], 0.0), weight.masked_fill(gone, float("-inf"))
 
 
-def _near(query: Tensor, key: Tensor, value: Tensor, window: _Codes, context: AttentionContext) -> Partial:
-    pattern = Window(left=window.left, right=window.right)
+def _near(query: Tensor, key: Tensor, value: Tensor, near: int, context: AttentionContext) -> Partial:
+    left, right = window_sides(near, context.is_causal)
+    pattern = Window(left=left, right=right)
     return block_sparse_attention(query, key, value, pattern, context, return_lse=True)
 
 
@@ -359,53 +349,3 @@ class _Permuted(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return gradient.gather(2, inverse[..., None].expand_as(gradient)), None, None
-
-
-def _decode(query: Tensor, key: Tensor, value: Tensor, labels: Tensor, rule: _Rule) -> Tensor:
-    """New queries, a few at a time; where only few of all keys can be visible, these alone are looked at."""
-    s, context, most = key.shape[2], rule.context, labels.shape[2] * rule.size + rule.near
-    token = torch.arange(s, device=key.device)
-    token_mask = context.key_padding_mask
-    exists = token >= 0 if token_mask is None else token_mask[:, None, None]
-    outputs, first = [], s - query.shape[2]
-    for part in query.split(CHUNK, dim=2):
-        own = token[first : first + part.shape[2], None]
-        first += part.shape[2]
-        past = (token <= own) & exists
-        visible = past & (token > own - rule.near)
-        for label in labels.unbind(2):
-            same = (label[..., own] == label[:, :, None]) & past
-            count = same.cumsum(-1, dtype=torch.int32)
-            visible = visible | (same & (count > count[..., -1:] - rule.size))
-        if rule.own_last:
-            others = visible & (token != own)
-            visible = torch.where(others.any(-1, keepdim=True), others, visible)
-        logits = additive_mask(visible, query.dtype)
-        if context.relative_bias is not None:
-            logits = logits + context.relative_bias.at(token - own).to(query.dtype)
-        facts: dict[str, Any] = dict(scaling=context.scaling, dropout=context.dropout)
-        if s <= most:
-            outputs.append(attend(part, key, value, logits, **facts)[0])
-        else:
-            outputs.append(_attend_chosen(part, key, value, visible, logits, most, facts))
-    return torch.cat(outputs, dim=2)
-
-
-def _attend_chosen(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, logits: Tensor, most: int, facts: dict[str, Any]
-) -> Tensor:
-    """Attention over the visible keys, at most `most` of each query, copied out of all."""
-    index = torch.arange(key.shape[2], device=key.device).expand_as(logits)
-    slot = torch.where(visible, visible.cumsum(-1) - 1, most).expand_as(logits)
-    # entry `most` takes in all hidden keys; empty ones stand for key 0, and are hidden as well
-    chosen = torch.zeros(*logits.shape[:3], most + 1, dtype=torch.long, device=key.device)
-    chosen = chosen.scatter(-1, slot, index)[..., :most]
-    filled = torch.arange(most, device=key.device) < visible.sum(-1, keepdim=True)
-    logits = torch.where(filled, logits.gather(-1, chosen), float("-inf"))
-
-    def rows(x: Tensor) -> Tensor:
-        picked = x.gather(2, chosen.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1]))
-        return picked.unflatten(2, chosen.shape[2:]).flatten(1, 2)
-
-    out, _ = attend(query.flatten(1, 2)[:, :, None], rows(key), rows(value), logits.flatten(1, 2)[:, :, None], **facts)
-    return out[:, :, 0].unflatten(1, query.shape[1:3])
