@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.distributed as dist
@@ -519,19 +519,8 @@ def test_centroids_that_move_are_refused_in_copies_of_one_call():
 
 def test_two_processes_move_centroids_as_one_does(tmp_path: Path):
     """Data-parallel (gloo), half of each batch in each process: the same centroids, in both."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    found = {"PYTHONPATH": os.pathsep.join(sys.path)}  # this file imports what tests share
-    environment = os.environ | found | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [*command, str(tmp_path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        output, _ = process.communicate(timeout=200)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.communicate(timeout=60)
-    assert process.returncode == 0, output[-4000:]
+    for ended in fresh.launch(2, __file__, tmp_path):
+        assert ended.returncode == 0, ended.stderr[-4000:]
     first, second = (load_file(tmp_path / f"{rank}.safetensors")["centroids"] for rank in range(2))
     assert torch.equal(first, second)
     model = learner()

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -494,7 +495,9 @@ def _end(rank: int, folder: str, result: Any) -> None:
 
 def _in_processes(count: int, one: Callable[[int, str], None], folder: Path) -> list[Any]:
     """What `one(rank, folder)` gave to `_end` in each of `count` new processes."""
-    running = torch.multiprocessing.spawn(one, (str(folder),), nprocs=count, join=False)
+    running = torch.multiprocessing.start_processes(
+        one, (str(folder),), nprocs=count, join=False, start_method=fresh.SERVER.get_start_method()
+    )
     try:
         deadline = time.monotonic() + 200
         while not running.join(timeout=10):

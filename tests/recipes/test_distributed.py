@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from distributed_worker import SCENARIOS, SHARDED, STEPS, TRAINED, TRANSFERRED, converted, logits, trainer_for
@@ -21,16 +22,25 @@ from hf_efficient.testing import assert_close, tiny_model
 
 WORKER = ROOT / "tests" / "support" / "distributed_worker.py"
 LAUNCHERS = ROOT / "recipes" / "accelerate"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SECONDS = 300
 
 
-def launched(command: list[str], scenario: str, folder: Path, *more: str) -> Any:
-    """Figures and tensors of a scenario in two processes; nothing it started outlives it."""
+def launched(scenario: str, folder: Path) -> Any:
+    """Figures and tensors of a scenario in two processes."""
+    failed = [ended for ended in fresh.launch(2, WORKER, scenario, folder) if ended.returncode]
+    assert not failed, failed[0].stdout[-2000:] + failed[0].stderr[-4000:]
+    return written(folder)
+
+
+def launched_by_accelerate(scenario: str, folder: Path) -> Any:
+    """The same, started by `accelerate launch` with its file; nothing it started outlives it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = [*command, str(WORKER), scenario, str(folder), *more]
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = [*launcher, "--config_file", LAUNCHERS / "cpu_two_processes.yaml", WORKER, scenario, folder]
+    process = subprocess.Popen(
+        [str(word) for word in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         output, _ = process.communicate(timeout=SECONDS)
     finally:
@@ -38,9 +48,13 @@ def launched(command: list[str], scenario: str, folder: Path, *more: str) -> Any
             process.terminate()  # on which the launcher ends its workers, as killing it would not
             process.communicate(timeout=60)
     assert process.returncode == 0, output[-4000:]
-    written = json.loads((folder / "figures.json").read_text())
-    assert written["processes"] == 2, "the launcher started one process, so this shows nothing"
-    return written["figures"], load_file(folder / "tensors.safetensors")
+    return written(folder)
+
+
+def written(folder: Path) -> Any:
+    document = json.loads((folder / "figures.json").read_text())
+    assert document["processes"] == 2, "one process was started, so this shows nothing"
+    return document["figures"], load_file(folder / "tensors.safetensors")
 
 
 def alone(scenario: str, folder: Path) -> Any:
@@ -65,7 +79,7 @@ def test_trainer_in_two_processes_equals_one(tmp_path):
     (tmp_path / "two").mkdir()
     source(tmp_path / "gpt2", "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     dataset(tmp_path / "data", train=8)
-    figures, tensors = launched(TORCHRUN, "trainer", tmp_path / "two")
+    figures, tensors = launched("trainer", tmp_path / "two")
     expected, expected_logits = alone("trainer", tmp_path / "one")
     first, second = tensors["weights"]
     assert torch.equal(first, second), "the recipe trained two models"
@@ -91,7 +105,7 @@ def test_trainer_in_two_processes_equals_one(tmp_path):
 def test_fsdp_in_two_processes_equals_one(tmp_path):
     """Every layer sharded: same losses and same full state dict after three steps, parameters of mechanisms included."""
     (tmp_path / "two").mkdir()
-    figures, tensors = launched(TORCHRUN, "fsdp", tmp_path / "two")
+    figures, tensors = launched("fsdp", tmp_path / "two")
     expected, expected_tensors = alone("fsdp", tmp_path / "one")
     refusal = tensors.pop("refusal")
     assert bytes(refusal.tolist()).decode().startswith("Parameter 'bert.encoder.layer.1"), "sharded twice, silently"
@@ -106,9 +120,7 @@ def test_fsdp_in_two_processes_equals_one(tmp_path):
 def test_accelerate_loop_in_two_processes_equals_one(tmp_path):
     """Started by `accelerate launch` from the file in recipes/accelerate: losses and gathered predictions of odd rows."""
     (tmp_path / "two").mkdir()
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    command = [*launcher, "--config_file", str(LAUNCHERS / "cpu_two_processes.yaml")]
-    figures, tensors = launched(command, "loop", tmp_path / "two")
+    figures, tensors = launched_by_accelerate("loop", tmp_path / "two")
     expected, expected_tensors = alone("loop", tmp_path / "one")
     assert_same_curves(figures, expected)
     assert_close(tensors["predictions"], expected_tensors["predictions"], 1e-4)
@@ -121,7 +133,7 @@ def test_accelerate_loop_in_two_processes_equals_one(tmp_path):
 def test_attention_transfer_in_two_processes_equals_one(tmp_path):
     """Layer by layer, with a parameter that layers share, and end to end: same losses, same trained mechanisms."""
     (tmp_path / "two").mkdir()
-    figures, tensors = launched(TORCHRUN, "transfer", tmp_path / "two")
+    figures, tensors = launched("transfer", tmp_path / "two")
     expected, expected_tensors = alone("transfer", tmp_path / "one")
     assert figures.keys() == TRANSFERRED.keys()
     assert_same_curves(figures, expected)

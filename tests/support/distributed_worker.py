@@ -1,6 +1,6 @@
-"""What tests/test_distributed.py runs alone and in two processes: the same program, at the same global batch.
+"""What tests/recipes/test_distributed.py runs alone and in two processes: the same program, at the same global batch.
 
-    torchrun --nproc_per_node=2 tests/distributed_worker.py SCENARIO FOLDER
+    torchrun --nproc_per_node=2 tests/support/distributed_worker.py SCENARIO FOLDER
 
 A scenario gives figures and tensors; its first process writes them into FOLDER. Alone it is called as a function.
 """
