@@ -17,6 +17,7 @@ from hf_efficient.attention.base import (
     SourceAttention,
     register_mechanism,
 )
+from hf_efficient.attention.base.mechanism import prepend
 from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig
 from hf_efficient.ops.context import AttentionContext, ExtraKeys
 from hf_efficient.ops.padding import real_tokens
@@ -138,7 +139,9 @@ class BigBirdAttention(PatternAttention):
             config, block_size=-(-length // 4), num_random_blocks=1, form="itc", num_global_tokens=0
         )
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext | None) -> Tensor:
+        if context is None:
+            return prepend(self.global_tokens, query)
         g, token_mask = self.config.num_global_tokens, context.key_padding_mask
         if not g:
             return self.attend(query, key, value, context)

@@ -18,6 +18,7 @@ from hf_efficient.attention.base import (
     SourceAttention,
     register_mechanism,
 )
+from hf_efficient.attention.base.mechanism import prepend
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.relative_window import labelled_window_attention
 from hf_efficient.ops.block_sparse.windows import extra_attention
@@ -162,7 +163,9 @@ class EtcAttention(EfficientAttention):
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
         return replace(config, attention_window=2 * length, num_global_tokens=0, relative_labels=0)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext | None) -> Tensor:
+        if context is None:
+            return prepend(self.global_tokens, query)
         g, clip, reach = self.config.num_global_tokens, self.config.relative_labels, self.config.attention_window // 2
         token_mask = context.key_padding_mask
         q, k, v = (x[:, :, g:] for x in (query, key, value))

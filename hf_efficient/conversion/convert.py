@@ -18,6 +18,7 @@ from hf_efficient.conversion.loading import Source, load_stock, open_source, ref
 from hf_efficient.conversion.saving import REPORT_NAME, Report, Result
 from hf_efficient.conversion.sentence_transformers import max_seq_length
 from hf_efficient.families import HostModel
+from hf_efficient.families.readable import require_model
 from hf_efficient.models.in_place import convert_in_place, revert, stock_class
 from hf_efficient.profiling.environment import versions
 
@@ -101,6 +102,7 @@ def convert(
         ValueError: an impossible setting, an unsupported architecture, unreadable weights, a tensor of unknown origin.
         OSError: the source can't be found.
     """
+    require_model(source, "convert")
     configs = attention_configs(attention, **options)
     opened = open_source(source, tokenizer, revision, load_stock)
     refuse_converted(opened.name, opened.model.config)
@@ -109,7 +111,8 @@ def convert(
     if calibration is not None:
         batches = calibration_batches(calibration, opened.tokenizer, opened.model, host.max_positions)
     stock_name = stock_class(opened.model).__name__
-    before = {key: (tensor.data_ptr(), tensor.shape) for key, tensor in opened.model.state_dict().items()}
+    entries: dict[str, Any] = opened.model.state_dict()
+    before = {key: (entry.data_ptr(), entry.shape) for key, entry in entries.items() if isinstance(entry, Tensor)}
     origins, resized = convert_in_place(host, configs, max_positions, positions)
     if batches is not None:
         origins |= _calibrated(opened.model, batches)

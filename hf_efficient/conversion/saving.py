@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_efficient.conversion.card import write_first_card
 from hf_efficient.conversion.sentence_transformers import copy_side_files
+from hf_efficient.families.readable import refuse_adapters
 from hf_efficient.profiling.json_files import finite, write_json
 
 REPORT_NAME = "conversion_report.json"
@@ -107,7 +108,9 @@ class Result:
 
         Raises:
             FileExistsError: `path` exists and `overwrite` is False.
+            ValueError: the model carries adapters by now, of which no checkpoint of the whole model can be made.
         """
+        refuse_adapters(self.model, "save")
         with atomic_folder(path, overwrite) as folder:
             self.model.save_pretrained(folder)
             if self.tokenizer is not None:

@@ -17,6 +17,7 @@ from hf_efficient.conversion.saving import UPCYCLING_NAME, Report, Result
 from hf_efficient.experts.install import install_experts, mark_experts, unchanged_on_error
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import HostModel
+from hf_efficient.families.readable import require_model
 from hf_efficient.models.in_place import (
     change_class,
     change_config,
@@ -114,6 +115,7 @@ def upcycle(
         router_z_loss_coef=router_z_loss_coef,
         seed=seed,
     )
+    require_model(source, "upcycle")
     opened = open_source(source, tokenizer, revision, load_as_it_is)
     host, model = HostModel.of(opened.model), opened.model
     before = model.num_parameters()
@@ -146,8 +148,6 @@ def upcycle_in_place(host: HostModel, config: ExpertsConfig) -> tuple[float, flo
     if expert_layers(model):
         raise ValueError(f"{type(model).__name__} has experts already; revert it before upcycling it differently.")
     require_convertible(host, "upcycle")
-    if not all(p.is_floating_point() for p in model.parameters()):
-        raise ValueError("the weights are quantised: upcycle the original, then quantise the result.")
     difference, tolerance = _install(host, config)
     cls = MODELS[stock_class(model)]
     if not isinstance(model.config, cls.config_class):

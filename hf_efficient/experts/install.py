@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from hf_efficient.experts.layer import ExpertLayer, ExpertsConfig, expert_layers
 from hf_efficient.families import AttentionLayer, HostModel, Stack
 from hf_efficient.families.initialised import mark_initialised
+from hf_efficient.families.readable import require_plain
 from hf_efficient.patching.hooks import attach, detach, state_of
 from hf_efficient.patching.names import MODULE_NAME
 
@@ -59,7 +60,7 @@ def install_experts(host: HostModel, config: ExpertsConfig) -> None:
 
     Raises:
         ValueError: see `sparse_layers`, a family whose feed-forward parts are not known, or layers that cut them into
-            chunks; the model is unchanged then.
+            chunks, or weights that can't be read; the model is unchanged then.
     """
     family, stacks, model = host.family, host.stacks, host.model
     # refuse before anything changes
@@ -69,6 +70,8 @@ def install_experts(host: HostModel, config: ExpertsConfig) -> None:
         raise ValueError(
             "chunk_size_feed_forward cuts rows into chunks, each with a capacity of its own; set it to 0."
         )
+    products = [(name, part) for name, block in blocks.items() for part in family.feed_forward_products(block)]
+    require_plain((f"{part} of the layer of {name}", blocks[name].get_submodule(part)) for name, part in products)
     generator = torch.Generator().manual_seed(config.seed)
     for stack in stacks:
         state = _StackState(list(inspect.signature(type(stack.module).forward).parameters)[1:], [])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_efficient.attention.base.geometry import AttentionGeometry, LinearWeights, SourceAttention
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
+from hf_efficient.families.readable import require_plain
 from hf_efficient.ops.relative_bias import RelativeBias
 
 POSITION_METHODS = ("tile", "interpolate")
@@ -26,6 +28,13 @@ class AttentionLayer:
     name: str
     module: nn.Module
     index: int
+
+
+class Place(NamedTuple):
+    """Where a tensor lives, and its precision."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 @dataclass
@@ -43,6 +52,16 @@ class Stack:
         path = (layer.name.removeprefix(f"{self.name}.") if self.name else layer.name).split(".")
         return [self.module.get_submodule(".".join(path[:end])) for end in range(1, len(path))]
 
+    def place(self, layer: AttentionLayer) -> Place:
+        """Device and precision of what is new in a layer: those of its first weight that is neither packed nor elsewhere."""
+        modules = [*layer.module.modules(), *self.module.modules()]
+        owned = [(module, p) for module in modules for p in module.parameters(recurse=False)]
+        owner, like = next((m, p) for m, p in owned if p.is_floating_point() and p.element_size() > 1)
+        hook: Any = getattr(owner, "_hf_hook", None)
+        # offloaded weights are on the meta device except in calls, and then where accelerate's hook brings them
+        device = getattr(hook, "execution_device", None) if like.is_meta else None
+        return Place(like.device if device is None else torch.device(device), like.dtype)
+
     def block_around(self, layer: AttentionLayer) -> nn.Module:
         """The host's own layer (self-attention, feed-forward, norms) around a self-attention module."""
         return next(m for m in self.modules_around(layer) if isinstance(m, GradientCheckpointingLayer))
@@ -55,6 +74,8 @@ class ModelFamily:
     Args:
         model_type: of the stock config.
         stack_class, attention_class: class names in the architecture's modeling module.
+        projections: names of the projections inside an attention module.
+        projection_bias: whether they have a bias vector.
         position_table: name of the `nn.Embedding` of absolute positions inside a stack, or `None`.
         position_buffers: non-persistent buffers next to that table, with one entry per position, by name and fill:
             `"arange"` or `"zeros"`.
@@ -68,6 +89,8 @@ class ModelFamily:
     model_type: str
     stack_class: str
     attention_class: str
+    projections: tuple[str, ...] = ("query", "key", "value")
+    projection_bias: bool = True
     position_table: str | None = None
     position_buffers: tuple[tuple[str, str], ...] = ()
     embeddings_module: str | None = None
@@ -120,7 +143,7 @@ class ModelFamily:
             side=stack.side,
             is_causal=stack.side == "decoder",
             has_relative_bias=self.has_relative_bias,
-            projection_bias=self.source_attention(layer.module).query.bias is not None,
+            projection_bias=self.projection_bias,
             max_positions=max_positions or self.positions(stack),
             num_relative_buckets=getattr(config, "relative_attention_num_buckets", 0) if self.has_relative_bias else 0,
             relative_bias_reach=0 if bias is None else bias.reach(is_causal=stack.side == "decoder"),
@@ -132,8 +155,12 @@ class ModelFamily:
         """Number of heads and their width."""
         return module.num_attention_heads, module.attention_head_size
 
+    def pretrained(self, stack: Stack, layer: AttentionLayer) -> SourceAttention:
+        """What a mechanism of this layer starts from; weights are read, and must be plain, only as far as it takes them."""
+        return PretrainedAttention(self, stack, layer)  # type: ignore[return-value]
+
     def source_attention(self, module: Any) -> SourceAttention:
-        """The host's q, k, v projections as (out, in) weights and biases."""
+        """The host's q, k, v projections as (out, in) weights and biases; they must be plain (`ops.plain`)."""
         query, key, value = (
             LinearWeights(p.weight.detach(), _detach(p.bias)) for p in (module.query, module.key, module.value)
         )
@@ -171,8 +198,12 @@ class ModelFamily:
         """
         raise ValueError(f"the feed-forward parts of {self.model_type} are not known: it can't be upcycled.")
 
+    def feed_forward_products(self, layer: Any) -> list[str]:
+        """Qualified names, inside the layer, of the linear layers whose weights `feed_forward` reads."""
+        raise NotImplementedError
+
     def feed_forward(self, layer: Any) -> Dense:
-        """The weights of a layer's feed-forward part."""
+        """The weights of a layer's feed-forward part; its linear layers must be plain (`ops.plain`)."""
         raise NotImplementedError
 
     def clear_feed_forward(self, layer: Any) -> None:
@@ -226,14 +257,16 @@ class ModelFamily:
         Rebuilds the buffers that hold one entry per position and updates every config. Returns the changed tensors.
 
         Raises:
-            ValueError: no such method, or interpolation by a factor that is not an integer.
+            ValueError: no such method, interpolation by a factor that is not an integer, or a table that can't be read.
         """
         if self.position_table is None:
             return []
+        names = [f"{stack.name}.{self.position_table}".lstrip(".") for stack in stacks]
+        require_plain(zip(names, (self._table(stack)[2] for stack in stacks), strict=True))
         for stack in stacks:
             self._resize_table(stack, max_positions, method)
             model.config.max_position_embeddings = self.first_position(stack) + max_positions
-        return [f"{stack.name}.{self.position_table}.weight".lstrip(".") for stack in stacks]
+        return [f"{name}.weight" for name in names]
 
     def _resize_table(self, stack: Stack, max_positions: int, method: str) -> None:
         offset = self.first_position(stack)
@@ -259,6 +292,39 @@ class ModelFamily:
 
     def swap_out(self, stack: Stack) -> None:
         """Undo `swap_in`."""
+
+
+class PretrainedAttention:
+    """`SourceAttention` of a layer, read part by part as a mechanism takes it.
+
+    Raises:
+        ValueError: a part is taken whose weights can't be read (adapters, quantised, offloaded, …).
+    """
+
+    def __init__(self, family: ModelFamily, stack: Stack, layer: AttentionLayer):
+        self._family, self._stack, self._layer = family, stack, layer
+
+    @cached_property
+    def _weights(self) -> SourceAttention:
+        name, module = self._layer.name, self._layer.module
+        require_plain((f"{name}.{part}", module.get_submodule(part)) for part in self._family.projections)
+        return self._family.source_attention(module)
+
+    @property
+    def query(self) -> LinearWeights:
+        return self._weights.query
+
+    @property
+    def key(self) -> LinearWeights:
+        return self._weights.key
+
+    @property
+    def value(self) -> LinearWeights:
+        return self._weights.value
+
+    @property
+    def relative_bias(self) -> RelativeBias | None:
+        return self._family.relative_bias(self._stack, self._layer)
 
 
 def resize_rows(rows: Tensor, count: int, method: str) -> Tensor:

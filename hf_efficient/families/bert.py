@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_efficient.families.base import ModelFamily, Stack, fill_linear
@@ -19,13 +20,16 @@ class BertFamily(ModelFamily):
     def embedded(self, stack: Stack, words: Tensor) -> Tensor:
         parts: Any = stack.module.get_submodule(self.embeddings_module or "")
         first = self.first_position(stack)
-        position, kind = parts.position_embeddings.weight[first], parts.token_type_embeddings.weight[0]
-        return parts.LayerNorm(words + position + kind)
+        position, kind = torch.tensor([[first], [0]], device=words.device)
+        return parts.LayerNorm(words + parts.position_embeddings(position) + parts.token_type_embeddings(kind))
 
     # two modules, the second one with the residual and its norm
 
     def feed_forward_name(self, layer: Any) -> str:
         return "intermediate"
+
+    def feed_forward_products(self, layer: Any) -> list[str]:
+        return ["intermediate.dense", "output.dense"]
 
     def feed_forward(self, layer: Any) -> Dense:
         up, down = layer.intermediate.dense, layer.output.dense

@@ -41,6 +41,9 @@ class GPT2Family(ModelFamily):
     def feed_forward_name(self, layer: Any) -> str:
         return "mlp"
 
+    def feed_forward_products(self, layer: Any) -> list[str]:
+        return ["mlp.c_fc", "mlp.c_proj"]
+
     def feed_forward(self, layer: Any) -> Dense:
         mlp = layer.mlp
         up, down = mlp.c_fc, mlp.c_proj
@@ -54,5 +57,11 @@ class GPT2Family(ModelFamily):
 
 
 FAMILIES = (
-    GPT2Family(model_type="gpt2", stack_class="GPT2Model", attention_class="GPT2Attention", position_table="wpe"),
+    GPT2Family(
+        model_type="gpt2",
+        stack_class="GPT2Model",
+        attention_class="GPT2Attention",
+        projections=("c_attn",),
+        position_table="wpe",
+    ),
 )

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from hf_efficient.families.base import ModelFamily, Stack
+from hf_efficient.families.readable import require_plain, require_unaltered
 
 PREFIX = "efficient_"
 
@@ -77,6 +78,13 @@ class HostModel:
     def first_position(self) -> int:
         """Position of a text's first token (RoBERTa counts from 2)."""
         return self.family.first_position(self.stacks[0])
+
+    def require_plain(self) -> None:
+        """Refuse models whose weights can't all be accounted for: see `families.readable`. Raises ValueError."""
+        require_unaltered(self.model)
+        layers = [layer for stack in self.stacks for layer in stack.layers]
+        names = [f"{layer.name}.{part}" for layer in layers for part in self.family.projections]
+        require_plain((name, self.model.get_submodule(name)) for name in names)
 
     def resize_positions(self, max_positions: int, method: str = "tile") -> list[str]:
         """Give the model another number of positions: see `ModelFamily.resize_positions`."""

@@ -144,6 +144,10 @@ class T5Family(ModelFamily):
     def feed_forward_name(self, layer: Any) -> str:
         return f"layer.{len(layer.layer) - 1}.DenseReluDense"
 
+    def feed_forward_products(self, layer: Any) -> list[str]:
+        name = self.feed_forward_name(layer)
+        return [f"{name}.{part}" for part, _ in layer.get_submodule(name).named_children() if part.startswith("w")]
+
     def feed_forward(self, layer: Any) -> Dense:
         part = layer.layer[-1].DenseReluDense
         is_gated = hasattr(part, "wi_0")
@@ -166,6 +170,8 @@ FAMILIES = tuple(
         model_type=prefix.lower(),
         stack_class=f"{prefix}Stack",
         attention_class=f"{prefix}Attention",
+        projections=("q", "k", "v"),
+        projection_bias=False,
         embeddings_module="",
         layers_module="",
     )

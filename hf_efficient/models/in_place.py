@@ -11,6 +11,7 @@ from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.experts.install import mark_experts, uninstall_experts
 from hf_efficient.families import HostModel
 from hf_efficient.families.base import POSITION_METHODS
+from hf_efficient.families.readable import refuse_adapters
 from hf_efficient.models.config import is_hub_id
 from hf_efficient.models.registry import MODELS, is_efficient
 from hf_efficient.patching.install import install, plan, resolve_side, uninstall
@@ -67,7 +68,7 @@ def config_of_class(config: Any, cls: Any) -> Any:
 
 
 def require_convertible(host: HostModel, verb: str) -> None:
-    """Refuse models that have no Efficient class, or weights that are elsewhere.
+    """Refuse models that have no Efficient class, and weights that are elsewhere or not what they seem.
 
     Raises:
         ValueError: says what to load instead.
@@ -83,6 +84,8 @@ def require_convertible(host: HostModel, verb: str) -> None:
             f"some weights are not loaded (offloaded or on the meta device): {verb} on a machine that holds the model, "
             "save it, and load the result with device_map."
         )
+    refuse_adapters(model, verb)
+    host.require_plain()
 
 
 def convert_in_place(
@@ -156,8 +159,9 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     Experts stay as they are. In a model with experts alone this undoes `upcycle`, as long as they are still equal.
 
     Raises:
-        ValueError: the model is not a converted one, or has experts alone and they were trained apart.
+        ValueError: the model is not a converted one, carries adapters, or has experts alone and they were trained apart.
     """
+    refuse_adapters(model, "revert")
     if not is_efficient(type(model)):
         raise ValueError(f"{type(model).__name__} is not a converted model: there is nothing to revert.")
     host = HostModel.of(model)

@@ -18,6 +18,7 @@ READABLE = (
     "transformers.pytorch_utils.Conv1D",
 )
 ADAPTER_LIBRARIES = ("peft", "adapters", "loralib")
+PACKED = ("torch.ao.", "torchao.", "bitsandbytes.", "optimum.quanto.")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 ADAPTED = "carries an adapter: merge it first (`merge_and_unload`), or convert before adapting"
@@ -50,7 +51,11 @@ def altered(module: nn.Module) -> str | None:
         return PARAMETRISED
     if any(isinstance(module.__dict__.get(name), Tensor) for name in ("weight", "bias")):
         return COMPUTED
-    if callable(getattr(module, "weight", None)) or _names_quantisation(module):
+    # packed layers have a method of that name
+    weight = getattr(module, "weight", None)
+    if (callable(weight) and not isinstance(weight, nn.Module)) or any(
+        c.__module__.startswith(PACKED) for c in type(module).__mro__
+    ):
         return QUANTISED
     reasons = [_altered_tensor(module, p) for p in module._parameters.values() if p is not None]
     reasons = [reason for reason in reasons if reason]
@@ -83,11 +88,6 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _names_quantisation(module: nn.Module) -> bool:
-    packages = [cls.__module__ for cls in type(module).__mro__]
-    return any("quant" in package or package.startswith("bitsandbytes.") for package in packages)
 
 
 def _is_real(parameter: Tensor) -> bool:

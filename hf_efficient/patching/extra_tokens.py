@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
+from hf_efficient.attention.base.mechanism import EfficientAttentionConfig, prepend
 from hf_efficient.families import ModelFamily, Stack
 from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.patching.hooks import attach, state_of
@@ -47,9 +47,12 @@ class _ExtraTokens:
     def prepend(self, embeddings: Tensor) -> Tensor:
         """(B, g + N, hidden_size) from (B, N, hidden_size)."""
         # by name at every call: adapters may have replaced the mechanism with a trained copy
-        tokens: Any = getattr(self.owner._modules[MODULE_NAME], "global_tokens")  # noqa: B009
-        tokens = tokens.to(embeddings.device, embeddings.dtype).expand(embeddings.shape[0], -1, -1)
-        return torch.cat([tokens, embeddings], dim=1)
+        mechanism: Any = self.owner._modules[MODULE_NAME]
+        tokens: Tensor = mechanism.global_tokens
+        if tokens.is_meta or not tokens.numel():
+            # offloaded or sharded: they are there while their module runs
+            return mechanism(embeddings, None, None, None)
+        return prepend(tokens, embeddings)
 
     def cut(self, output: Any, length: int) -> Any:
         """`output` with the first g of `length` tokens removed from every tensor (B, length, …) in it."""
@@ -91,13 +94,13 @@ def install(family: ModelFamily, stack: Stack, initialise: bool) -> dict[str, st
     count = 0 if mechanism is None else mechanism.num_extra_tokens(mechanism.config)
     if count == 0:
         return {}
-    like = family.source_attention(layer.module).query.weight
-    tokens = torch.empty(count, stack.module.config.hidden_size, device=like.device, dtype=like.dtype)
-    if not like.is_meta:
+    place = stack.place(layer)
+    tokens = torch.empty(count, stack.module.config.hidden_size, device=place.device, dtype=place.dtype)
+    if not tokens.is_meta:
         with torch.no_grad():
-            tokens.copy_(_mean_words(family, stack, count)) if initialise else tokens.normal_(std=0.02)
+            tokens.copy_(_mean_words(family, stack, tokens)) if initialise else tokens.normal_(std=0.02)
     mechanism.register_parameter("global_tokens", nn.Parameter(tokens))
-    if not like.is_meta:
+    if not tokens.is_meta:
         mark_initialised(mechanism)
     state = _ExtraTokens(
         count,
@@ -113,12 +116,13 @@ def install(family: ModelFamily, stack: Stack, initialise: bool) -> dict[str, st
     return {f"{layer.name}.{MODULE_NAME}.global_tokens": origin}
 
 
-def _mean_words(family: ModelFamily, stack: Stack, count: int) -> Tensor:
+def _mean_words(family: ModelFamily, stack: Stack, like: Tensor) -> Tensor:
+    # embeddings are called, not read: adapters and offloading take part
     embedding: Any = stack.module.get_input_embeddings()
-    table = embedding.weight.detach()
-    rows = -(-len(table) // count)
-    words = torch.arange(rows * count, device=table.device) % len(table)
-    return family.embedded(stack, table[words].view(rows, count, -1).float().mean(0).to(table.dtype))
+    count, number = len(like), embedding.num_embeddings
+    rows = -(-number // count)
+    words = embedding(torch.arange(rows * count, device=like.device) % number)
+    return family.embedded(stack, words.view(rows, count, -1).float().mean(0).to(words.dtype))
 
 
 # ---- hooks -------------------------------------------------------------------------------------------------------

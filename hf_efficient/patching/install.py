@@ -78,8 +78,6 @@ def _choose(
             problems.append(f"{stack.side} layer {layer.index} is named by more than one config")
         chosen[layer.name] = config
         problems += config.attention_class.unsupported(config, family.geometry(stack, layer, max_positions))
-        if not family.source_attention(layer.module).query.weight.is_floating_point():
-            problems.append("the weights are quantised: convert the original, then quantise the converted one")
     return problems
 
 
@@ -152,17 +150,16 @@ def _make_mechanism(
     family: ModelFamily, stack: Stack, layer: AttentionLayer, config: EfficientAttentionConfig, initialise: bool
 ) -> tuple[EfficientAttention, dict[str, str]]:
     """The mechanism of one layer, and {its tensor: where the values came from} of those that were initialised."""
-    source = family.source_attention(layer.module)._replace(relative_bias=family.relative_bias(stack, layer))
-    like = source.query.weight
     mechanism = config.attention_class(config, family.geometry(stack, layer))
-    mechanism.to(device=like.device, dtype=like.dtype)
+    place = stack.place(layer)
+    mechanism.to(device=place.device, dtype=place.dtype)
     mechanism.train(layer.module.training)
     if mechanism.needs_project:
         mechanism.host_projection = family.project
-    if like.is_meta:
+    if place.device.type == "meta":
         return mechanism, {}
     mechanism.reset_parameters()
-    origins = mechanism.initialise_from(source) if initialise else {}
+    origins = mechanism.initialise_from(family.pretrained(stack, layer)) if initialise else {}
     mark_initialised(mechanism)
     return mechanism, origins
 

@@ -131,6 +131,8 @@ class EfficientAttention(nn.Module):
     pooling: Pooling | None = None
     """The whole layer runs on means of neighbouring tokens, of windows with more than one: see `patching.downsampling`."""
     transfer_learning_rate: ClassVar[float] = 1e-3
+    global_tokens: Tensor
+    """Of the first layer alone, where `num_extra_tokens`: (g, hidden_size), registered at installation."""
     host_projection: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
     """Set at installation where `needs_project`: (attention module, hidden states) to keys and values."""
 
@@ -193,7 +195,9 @@ class EfficientAttention(nn.Module):
         """Learned tokens that stand in front of the input in the whole stack (ETC's global tokens).
 
         With g > 0 they are put there at the embeddings and taken away at the end, `forward` gets g + N queries and keys of
-        which the first g are the extra ones (always real), and every layer of the stack must ask for the same number.
+        which the first g are the extra ones (always real), and every layer of the stack must ask for the same number. They
+        are its parameter `global_tokens` in the first layer, which is called with (B, N, hidden_size) embeddings alone
+        where only a call brings its weights in: `prepend` then does all.
         """
         return 0
 
@@ -219,6 +223,12 @@ class EfficientAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return json.dumps(self.config.to_dict())
+
+
+def prepend(tokens: Tensor, states: Tensor) -> Tensor:
+    """(B, g + N, C) from (g, C) tokens and (B, N, C) states."""
+    tokens = tokens.to(states.device, states.dtype).expand(states.shape[0], -1, -1)
+    return torch.cat([tokens, states], dim=1)
 
 
 def _several_processes() -> bool:
