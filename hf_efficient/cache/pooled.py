@@ -20,7 +20,6 @@ class CompressedLayer(RecurrentLayer):
             dropped: (B, G, 1 or c) bool.
         """
         memory = memory._replace(token_mask=memory.token_mask & dropped[:, None])
-        memory = CompressedMemory(*(x.detach() for x in memory))
         if self.state is not None:
             memory = self.state.followed_by(memory)
         exists = memory.token_mask.any(-1).any(1)

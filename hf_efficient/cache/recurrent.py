@@ -35,7 +35,7 @@ class RecurrentLayer(BoundedLayer):
         self.state: FeatureState | None = None
 
     def fold(self, log_key: Tensor, value: Tensor, log_decay: Tensor | None = None) -> None:
-        """Add what the last `update` forgot to the state; to be called once after every update.
+        """Add what the last `update` forgot to the state, with its graph; to be called once after every update.
 
         Args:
             log_key: (B, H, R, M) log-features of all keys that the update returned, -inf = the key does not exist.
@@ -45,11 +45,13 @@ class RecurrentLayer(BoundedLayer):
         """
         if self.dropped is None:
             return
-        log_key = log_key.detach().masked_fill(~self.dropped[:, None, :, None], float("-inf"))
-        self.state = absorb(self.state, log_key, value.detach())
+        log_key = log_key.masked_fill(~self.dropped[:, None, :, None], float("-inf"))
+        self.state = absorb(self.state, log_key, value)
         if log_decay is not None:
-            passed = (log_decay.detach() * self.dropped[:, None]).sum(-1)[..., None, None]
-            self.state = self.state._replace(maximum=self.state.maximum + passed)
+            passed = (log_decay * self.dropped[:, None]).sum(-1)[..., None, None]
+            # maxima are constants: the sums take the gradient
+            sums = self.state.sums * (passed - passed.detach()).exp()
+            self.state = FeatureState(sums, self.state.maximum + passed.detach())
 
     def offload(self) -> None:
         super().offload()

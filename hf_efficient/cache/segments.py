@@ -68,6 +68,7 @@ class SegmentLayer(CompressedLayer):
         """Cut what is held off from the graph of the call that made it."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.detach(), self.values.detach()
+        self._change_state(Tensor.detach)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is held, to be saved; see `load`."""

@@ -51,6 +51,36 @@ def test_every_parameter_gets_a_finite_gradient(pair: Pair):
         assert any("relative_attention_bias" in name for name in gradients)
 
 
+def _gradients_in_parts(model: Any, embeds: torch.Tensor, ends: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Of all parameters and of the inputs, where each call sees the cache that those before it have filled."""
+    model.zero_grad()
+    embeds = embeds.clone().requires_grad_()
+    outputs, cache, start = [], None, 0
+    for end in ends:
+        inputs = {"inputs_embeds": embeds[:, start:end]}
+        if model.config.is_encoder_decoder:
+            inputs = {"decoder_inputs_embeds": inputs["inputs_embeds"], "input_ids": torch.arange(5, 12)[None]}
+        out = model(**inputs, past_key_values=cache, use_cache=True)
+        outputs.append(out.logits)
+        cache, start = out.past_key_values, end
+    torch.cat(outputs, dim=1)[:, ::9].logsumexp(-1).sum().backward()
+    assert embeds.grad is not None
+    return {"inputs": embeds.grad} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@each([p for p in MAIN + VARIANTS if p.is_causal and p.side != "both" and (p in MAIN or p.options.get("gate"))])
+def test_gradients_go_through_a_filled_cache(pair: Pair):
+    """And through what a bounded cache keeps of tokens that it forgot, here all but the last 64."""
+    model = pair.model().double().eval()
+    generator = torch.Generator().manual_seed(3)
+    embeds = torch.randn(1, 99, model.get_input_embeddings().embedding_dim, generator=generator, dtype=torch.float64)
+    with pair.patch(model):
+        whole, parts = (_gradients_in_parts(model, embeds, ends) for ends in ((99,), (85, 91, 99)))
+    assert whole.keys() == parts.keys()
+    for name, expected in whole.items():
+        assert_close(parts[name], expected, 1e-9, name)
+
+
 @each([pair for pair in MAIN if pair.family == "t5"])
 def test_relative_bias_gradient_equals_the_unconverted_one(pair: Pair):
     model = pair.model().double()
