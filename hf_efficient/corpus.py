@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,44 @@ def _from_package() -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@dataclass(frozen=True)
+class TextUse:
+    """How much of the texts that were given is read.
+
+    Attributes:
+        texts, tokens: what was given; tokens are those of the texts, without special ones.
+        texts_used, tokens_used: what of it is read at all, however often.
+    """
+
+    texts: int
+    texts_used: int
+    tokens: int
+    tokens_used: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens_used:,} of {self.tokens:,} tokens, of {self.texts_used:,} of {self.texts:,} texts"
+
+
+def text_use(
+    tokenizer: Any, texts: Iterable[str], length: int | None = None, most: int | None = None, first: int | None = None
+) -> TextUse:
+    """What a run reads of texts that it cuts off.
+
+    Args:
+        length: tokens of a text that are read, special ones included; `None` = all.
+        most: tokens that are read altogether, special ones included; `None` = all.
+        first: texts that are read, from the beginning; `None` = all.
+    """
+    special = tokenizer.num_special_tokens_to_add()
+    room = math.inf if length is None else max(length - special, 0)
+    left, number, total, read, used = math.inf if most is None else most, 0, 0, 0, 0
+    for number, text in enumerate(texts, start=1):
+        count = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        taken = int(max(min(count, room, left - special), 0)) if first is None or number <= first else 0
+        total, read, used, left = total + count, read + taken, used + (taken > 0), left - taken - special
+    return TextUse(number, used, total, read)
 
 
 def text_batches(tokenizer: Any, texts: Sequence[str], length: int, size: int, model: Any) -> list[dict[str, Tensor]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction, Trainer
 
+from hf_efficient.corpus import text_use
 from hf_efficient.training.data.offline_tasks import offline_task
 from hf_efficient.training.data.texts import load_rows
 from hf_efficient.training.finetuning import (
@@ -78,6 +79,8 @@ def finetune(settings: Settings) -> RunRecord:
     def encode(batch: dict[str, list]) -> dict[str, list]:
         return {**tokenizer(batch["text"], truncation=True, max_length=length), "labels": batch["label"]}
 
+    for split in rows:
+        record.note_texts(split, text_use(tokenizer, rows[split]["text"], length))
     most_frequent = Counter(rows["train"]["label"]).most_common(1)[0][0]
     labels = list(rows["validation"]["label"])
     record.add("majority", figures([most_frequent] * len(labels), labels))

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     refuse_packing(settings, model)
 
     length = block_length(settings, model, tokenizer)
-    rows = {
+    blocks = {
         split: token_blocks(
             texts[split],
             tokenizer,
@@ -57,6 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for split in ("train", "validation")
     }
+    for split, made in blocks.items():
+        record.note_texts(split, made.use)
+    rows = {split: made.rows for split, made in blocks.items()}
     scores = TokenScores(True, *text_size(rows["validation"]))
     trainer = Trainer(
         model,

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
-from hf_efficient.corpus import text_batches
+from hf_efficient.corpus import TextUse
 from hf_efficient.evaluation.fidelity import compare
 from hf_efficient.patching.exact import Teacher, converted_layers, eval_mode, mechanism_of
 from hf_efficient.profiling.json_files import write_json
@@ -35,9 +35,10 @@ from hf_efficient.profiling.memory import peak_memory
 from hf_efficient.training import AttentionTransfer, KeepBest, layer_errors, trainable
 from hf_efficient.training.callbacks import MechanismCallback, NonFiniteLoss
 from hf_efficient.training.checkpoints import load_state, save_state
+from hf_efficient.training.data.distillation import DistillationData, distillation_data, head_loss
 from hf_efficient.training.data.texts import load_texts
 from hf_efficient.training.distill import DistillSettings
-from hf_efficient.training.distill_loop import Clock, collate, optimizer_of, training_figures, training_rows
+from hf_efficient.training.distill_loop import Clock, collate, optimizer_of, training_figures
 from hf_efficient.training.loading import load_model
 from hf_efficient.training.recipe import run, start
 from hf_efficient.training.results import RESULT_NAME, RunRecord
@@ -91,16 +92,18 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"{settings.model} is not converted: say to what with --attention.")
     output = Path(settings.output_dir)
     model.to(accelerator_of(settings).device)
-    rows = training_rows(
-        texts["train"], tokenizer, settings.length, settings.per_device_train_batch_size, settings.seed
-    )
-    batches = text_batches(
-        tokenizer,
-        texts["validation"]["text"][: settings.eval_texts],
-        settings.length,
-        settings.per_device_train_batch_size,
+    data = distillation_data(
         model,
+        tokenizer,
+        list(texts["train"]["text"]),
+        list(texts["validation"]["text"]),
+        length=settings.length,
+        batch_size=settings.per_device_train_batch_size,
+        eval_texts=settings.eval_texts,
+        seed=settings.seed,
     )
+    for name, use in data.use.items():
+        record.note_texts(name, use)
     if accelerator_of(settings).is_main_process:
         record.write(output / RESULT_NAME)
 
@@ -109,24 +112,26 @@ def main(arguments: list[str] | None = None) -> None:
         trainable(model, settings.train if settings.end_to_end_steps else "mechanism")
     final = AttentionTransfer(model, settings.end_to_end_losses.split(",")) if settings.end_to_end_steps else None
     teacher = Teacher(model) if final is None else final.teacher
-    measure(model, teacher, batches, record, "converted", "before")
+    measure(model, teacher, data, record, "converted", "before")
     stages = []
     if settings.steps and any(p.requires_grad for layer in converted_layers(model).values()
                               for p in mechanism_of(layer).parameters()):  # fmt: skip
         transfer = AttentionTransfer(model, settings.losses)
-        stages.append(stage(settings, "transfer", transfer, *rows, settings.steps, settings.learning_rate))
-        measure(model, teacher, batches, record, *(("trained", "after") if final is None else ["transferred"] * 2))
+        stages.append(stage(settings, "transfer", transfer, data, settings.steps, settings.learning_rate))
+        measure(model, teacher, data, record, *(("trained", "after") if final is None else ["transferred"] * 2))
     elif final is None:
         raise ValueError("these mechanisms have nothing to learn layer by layer: give --end_to_end_steps.")
     if final is not None:
         steps, rate = settings.end_to_end_steps, settings.end_to_end_learning_rate
-        stages.append(stage(settings, "end_to_end", final, *rows, steps, rate))
-        measure(model, teacher, batches, record, "trained", "after")
+        stages.append(stage(settings, "end_to_end", final, data, steps, rate))
+        measure(model, teacher, data, record, "trained", "after")
 
     record.training, record.finished = training_figures(stages), True
     if accelerator_of(settings).is_main_process:
         save(model, tokenizer, output / "model", record)
         record.write(output / RESULT_NAME)
+        for name, read in record.data.items():
+            print(f"{name:>12}: {TextUse(**read)}")
         for name, figures in record.metrics.items():
             print(
                 f"{name:>12}: embedding cosine {figures['embedding_cosine']:.4f}, hidden error {figures['hidden_error']:.3f}"
@@ -171,20 +176,19 @@ def stage(
     settings: Settings,
     name: str,
     transfer: AttentionTransfer,
-    rows: list[Any],
-    aside: list[Any],
+    data: DistillationData,
     steps: int,
     rate: float,
 ) -> dict[str, Any]:
     """Train one stage, or what is left of it, and give each layer the best parameters it had. Returns its figures."""
     accelerator, folder, model = accelerator_of(settings), Path(settings.output_dir) / name, transfer.model
     size = settings.per_device_train_batch_size
-    batches = [collate(model, aside[i : i + size]) for i in range(0, len(aside), size)]
+    batches = [collate(model, data.guard[i : i + size]) for i in range(0, len(data.guard), size)]
     # all rows of the stage in their order, so that going on means skipping those that were seen
     per_step = size * settings.gradient_accumulation_steps * accelerator.num_processes
     shuffle, order = random.Random(settings.seed), []
     while len(order) < steps * per_step:
-        order += shuffle.sample(rows, len(rows))
+        order += shuffle.sample(data.rows, len(data.rows))
     order = order[: steps * per_step]
     # a generator of its own: the seed that a loader draws would shift dropout after resuming
     loader = DataLoader(order, size, collate_fn=lambda rows: collate(model, rows), generator=torch.Generator())  # type: ignore[arg-type]
@@ -224,18 +228,19 @@ def stage(
                 guard.update()
             if step == steps or (settings.save_steps and step % settings.save_steps == 0):
                 save_state(accelerator, folder, step, prepared)
-        figures = {"steps": steps, "tokens": sum(map(len, order)), "seconds": clock.seconds()} | peak_memory()
+        figures = {"steps": steps, "epochs": len(order) / len(data.rows), "tokens": sum(map(len, order))}
+        figures |= {"seconds": clock.seconds()} | peak_memory()
         guard.restore()
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
     accelerator.free_memory()
     return figures
 
 
-def measure(model: Any, teacher: Any, batches: Any, record: RunRecord, metrics: str, errors: str) -> None:
+def measure(model: Any, teacher: Any, data: DistillationData, record: RunRecord, metrics: str, errors: str) -> None:
     """Fidelity to the unconverted model, and the error of each layer beside controls."""
     with eval_mode(model):
-        record.add(metrics, compare(model, teacher, batches))
-    record.layer_errors[errors] = layer_errors(model, batches)
+        record.add(metrics, compare(model, teacher, data.batches) | head_loss(model, teacher, data))
+    record.layer_errors[errors] = layer_errors(model, data.batches)
 
 
 def save(model: Any, tokenizer: Any, path: Path, record: RunRecord) -> None:

@@ -29,6 +29,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import AutoModel
 
+from hf_efficient.corpus import text_use
 from hf_efficient.patching.exact import exact_attention
 from hf_efficient.training.data.offline_tasks import offline_task
 from hf_efficient.training.data.texts import load_rows
@@ -168,6 +169,10 @@ def finetune(settings: Settings) -> RunRecord:
     record = start("embed", settings)
     rows = load_data(settings)
     encoder, reach = load_encoder(settings, record)
+    for split in rows:
+        for column in ("anchor", "positive"):
+            used = text_use(encoder.tokenizer, rows[split][column], encoder.max_seq_length)
+            record.note_texts(f"{split} {column}", used)
     retrieval = Retrieval(rows["validation"], encoder.tokenizer, reach, settings.per_device_eval_batch_size)
     # the loss takes every other document of a batch for a wrong one, so each comes once
     first = {text: index for index, text in reversed([*enumerate(rows["validation"]["positive"])])}

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     refuse_packing(settings, model)
 
     length = block_length(settings, model, tokenizer)
-    rows = {
+    blocks = {
         split: token_blocks(
             texts[split],
             tokenizer,
@@ -61,6 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for split in ("train", "validation")
     }
+    for split, made in blocks.items():
+        record.note_texts(split, made.use)
+    rows = {split: made.rows for split, made in blocks.items()}
     # compiled models want one shape
     collate = LanguageModelCollator(
         tokenizer, settings.mlm_probability, pad_to=length if settings.torch_compile else 0

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, EvalPrediction, Trainer
 
 from hf_efficient.attention.base.registry import attention_configs
+from hf_efficient.corpus import text_use
 from hf_efficient.patching.exact import converted_layers, mechanism_of
 from hf_efficient.training.data.offline_tasks import offline_task
 from hf_efficient.training.data.texts import load_rows
@@ -198,6 +199,8 @@ def finetune(settings: Settings) -> RunRecord:
         )
     ensure_padding(model, tokenizer)
     encode = encoder(tokenizer, input_length(model, tokenizer, settings.max_length), settings.stride, by_call)
+    for split in rows:
+        record.note_texts(split, text_use(tokenizer, rows[split]["context"]))
     columns = ["question", "context", "answers", "place"]
     windows = rows.map(encode, batched=True, with_indices=True, remove_columns=columns, desc="Tokenising")
     contexts, answers = list(rows["validation"]["context"]), list(rows["validation"]["answers"])

@@ -71,10 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
         "train": (settings.train_batch_size * settings.world_size, settings.seed),
         "validation": (settings.eval_batch_size * settings.world_size, None),
     }
-    rows = {
-        split: segment_rows(token_blocks(texts[split], tokenizer, length, special_tokens="end"), size, *streams[split])
-        for split in streams
-    }
+    rows = {}
+    for split in streams:
+        blocks = token_blocks(texts[split], tokenizer, length, special_tokens="end")
+        record.note_texts(split, blocks.use)
+        rows[split] = segment_rows(blocks.rows, size, *streams[split])
     # labels are those of the next token: nothing is shifted any more
     scores = TokenScores(False, *text_size(rows["validation"]))
     trainer = Trainer(

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         pad_to=length if settings.torch_compile else 0,  # compiled models want one shape
     )
     collate.counts(length)  # refuses now what would be refused at the first full row
-    rows = {
+    blocks = {
         split: token_blocks(
             texts[split],
             tokenizer,
@@ -65,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for split in ("train", "validation")
     }
+    for split, made in blocks.items():
+        record.note_texts(split, made.use)
+    rows = {split: made.rows for split, made in blocks.items()}
     evaluation = fixed_rows(rows["validation"], collate, settings.seed)
     scores = TokenScores(False, *target_size(evaluation, tokenizer.decode))
     trainer = Trainer(

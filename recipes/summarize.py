@@ -24,6 +24,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
+from hf_efficient.corpus import text_use
 from hf_efficient.training.data.offline_tasks import offline_task
 from hf_efficient.training.data.texts import load_rows
 from hf_efficient.training.finetuning import (
@@ -87,6 +88,10 @@ def finetune(settings: Settings) -> RunRecord:
         summaries = tokenizer(text_target=batch["summary"], truncation=True, max_length=settings.generation_max_length)
         return {**tokenizer(documents, truncation=True, max_length=length), "labels": summaries["input_ids"]}
 
+    for split in rows:
+        record.note_texts(f"{split} documents", text_use(tokenizer, rows[split]["document"], length))
+        used = text_use(tokenizer, rows[split]["summary"], settings.generation_max_length)
+        record.note_texts(f"{split} summaries", used)
     summaries = list(rows["validation"]["summary"])
     control = metric("rouge")(lead(rows), summaries)
     rows = rows.map(encode, batched=True, remove_columns=["document", "summary"], desc="Tokenising")

@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, EvalPrediction, Trainer
 
+from hf_efficient.corpus import text_use
 from hf_efficient.training.data.offline_tasks import offline_task
 from hf_efficient.training.data.texts import load_rows
 from hf_efficient.training.finetuning import (
@@ -122,6 +123,8 @@ def finetune(settings: Settings) -> RunRecord:
     # efficient attention: converted on the way, or as the checkpoint has it
     model, tokenizer = load_model(settings, AutoModelForTokenClassification, record=record, **options)
     ensure_padding(model, tokenizer)
+    for split in rows:
+        record.note_texts(split, text_use(tokenizer, map(" ".join, rows[split]["tokens"])))
     encode = encoder(tokenizer, input_length(model, tokenizer, settings.max_length))
     rows = rows.map(encode, batched=True, remove_columns=["tokens", "tags"], desc="Tokenising")
 

@@ -96,6 +96,11 @@ def _tensor_rows(report: ConversionReport) -> list[list[Any]]:
         if entry not in named[tensor["status"]]:
             named[tensor["status"]].append(entry)
     rows: list[list[Any]] = [[status, report.counts()[status], "\n".join(named[status])] for status in named]
+    if report.calibration is not None:
+        from hf_efficient.corpus import TextUse
+
+        read = TextUse(**report.calibration)
+        rows.append(["calibration tokens", read.tokens_used, str(read)])
     if report.ignored:
         rows.append(["not used", len(report.ignored), "\n".join(report.ignored)])
     return rows

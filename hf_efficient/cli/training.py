@@ -73,6 +73,7 @@ def distill(
     emit(document, as_json, f"{checkpoint} → {out / 'model'}: relative error by layer", *_layer_rows(document))
     if not as_json:
         emit(document, False, "closeness to full attention on held-out text", *_fidelity_rows(document))
+        emit(document, False, "texts that were read", *_text_rows(document))
 
 
 def require_folder(checkpoint: Path) -> None:
@@ -148,3 +149,14 @@ def _fidelity_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]
     figures = metrics[stages[-1]]
     rows = [[name.replace("_", " "), *(as_text(metrics[stage].get(name)) for stage in stages)] for name in figures]
     return ["figure", *stages], rows
+
+
+def _text_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and rows: how much of the texts was read, and how often."""
+    # records of before say neither
+    epochs = {"train": as_text(document["training"].get("epochs"))}
+    rows = []
+    for name, use in document.get("data", {}).items():
+        tokens, texts = (f"{use[f'{what}_used']} of {use[what]}" for what in ("tokens", "texts"))
+        rows.append([name, tokens, texts, epochs.get(name, "–")])
+    return ["texts", "tokens", "of texts", "epochs"], rows

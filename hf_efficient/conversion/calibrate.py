@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.attention.base.mechanism import EfficientAttention
-from hf_efficient.corpus import text_batches
+from hf_efficient.corpus import TextUse, text_batches, text_use
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.dense import dense_attention
 from hf_efficient.patching.exact import converted_layers, eval_mode, mechanism_of, substituted
@@ -105,6 +105,23 @@ def occupancy(model: Any, batches: Batches) -> dict[str, Tensor]:
     """
     heads = _heads(model, batches).items()
     return {name: mechanism.occupancy(query, key) for name, (mechanism, query, key) in heads}
+
+
+def calibration_use(
+    calibration: Sequence[str] | Sequence[Mapping[str, Tensor]],
+    batches: Batches,
+    tokenizer: Any,
+    max_length: int | None,
+) -> TextUse:
+    """How much of `calibration` its batches hold, up to what `calibrate` reads; of given batches with special tokens."""
+    given: list[Any] = [calibration] if isinstance(calibration, (str, Mapping)) else list(calibration)
+    if isinstance(given[0], str):
+        return text_use(tokenizer, given, min(LENGTH, max_length or LENGTH), most=TOKENS)
+    rows = [
+        int(row.sum()) for batch in batches for row in batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    ]
+    before = [sum(rows[:index]) for index in range(len(rows))]
+    return TextUse(len(rows), sum(count < TOKENS for count in before), sum(rows), min(sum(rows), TOKENS))
 
 
 def calibration_batches(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
-from hf_efficient.conversion.calibrate import calibrate, calibration_batches
+from hf_efficient.conversion.calibrate import calibrate, calibration_batches, calibration_use
 from hf_efficient.conversion.loading import Source, load_stock, open_source, refuse_converted
 from hf_efficient.conversion.saving import REPORT_NAME, Report, Result
 from hf_efficient.conversion.sentence_transformers import max_seq_length
+from hf_efficient.corpus import TextUse
 from hf_efficient.families import HostModel
 from hf_efficient.families.readable import require_model
 from hf_efficient.models.in_place import convert_in_place, revert, stock_class
@@ -37,6 +38,7 @@ class ConversionReport(Report):
         tensors: {name: {"status": "copied" | "extended" | "initialised" | "random", "from": …, "shape": […]}}; "random"
             are tensors that the source checkpoint lacks, e.g. a fresh classification head.
         ignored: tensors of the source checkpoint that its class does not use.
+        calibration: how much of the calibration texts or rows was read, see `TextUse`; `None` = there were none.
         fidelity: filled by `verify`, if it was run.
     """
 
@@ -48,6 +50,7 @@ class ConversionReport(Report):
     positions: str
     tensors: dict[str, dict[str, Any]]
     ignored: list[str] = field(default_factory=list)
+    calibration: dict[str, int] | None = None
     fidelity: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=versions)
     statuses: ClassVar[tuple[str, ...]] = ("copied", "extended", "initialised", "random")
@@ -55,6 +58,8 @@ class ConversionReport(Report):
     def __str__(self) -> str:
         """The number of tensors by where they came from, and the names of random ones."""
         lines = [f"{status:12}{count:6} tensors" for status, count in self.counts().items()]
+        if self.calibration is not None:
+            lines.append(f"calibrated on {TextUse(**self.calibration)}")
         return "\n".join([*lines, *(f"random: {name}" for name, t in self.tensors.items() if t["status"] == "random")])
 
 
@@ -107,9 +112,10 @@ def convert(
     opened = open_source(source, tokenizer, revision, load_stock)
     refuse_converted(opened.name, opened.model.config)
     host = HostModel.of(opened.model)
-    batches = None
+    batches = read = None
     if calibration is not None:
         batches = calibration_batches(calibration, opened.tokenizer, opened.model, host.max_positions)
+        read = calibration_use(calibration, batches, opened.tokenizer, host.max_positions)
     stock_name = stock_class(opened.model).__name__
     entries: dict[str, Any] = opened.model.state_dict()
     before = {key: (entry.data_ptr(), entry.shape) for key, entry in entries.items() if isinstance(entry, Tensor)}
@@ -126,6 +132,7 @@ def convert(
         positions=positions,
         tensors=_account(opened.model, before, origins, resized, opened.missing),
         ignored=opened.ignored,
+        calibration=None if read is None else asdict(read),
     )
     return ConversionResult(opened.model, opened.tokenizer, report, opened.folder)
 

@@ -18,7 +18,6 @@ from transformers import Trainer, TrainingArguments
 
 from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
 from hf_efficient.conversion.sentence_transformers import copy_side_files
-from hf_efficient.corpus import text_batches
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.evaluation.fidelity import compare
 from hf_efficient.models import EfficientModelMixin
@@ -27,7 +26,8 @@ from hf_efficient.profiling.json_files import json_text
 from hf_efficient.profiling.memory import peak_memory
 from hf_efficient.training.callbacks import FirstStep, MechanismCallback, NothingLeft, StopOnNonFiniteLoss
 from hf_efficient.training.checkpoints import CompleteCheckpoints, is_first_process, last_complete_checkpoint
-from hf_efficient.training.distill_loop import collate, optimizer_of, training_figures, training_rows
+from hf_efficient.training.data.distillation import distillation_data, head_loss
+from hf_efficient.training.distill_loop import collate, optimizer_of, training_figures
 from hf_efficient.training.recipe import start
 from hf_efficient.training.results import RESULT_NAME
 from hf_efficient.training.transfer.attention_transfer import AttentionTransfer, blocks, trainable
@@ -110,14 +110,17 @@ def distill(
 
     Args:
         model: a converted model, of any class. tokenizer: its own.
-        texts: documents to train on; rows never mix two of them, and short rows serve only where no text fills one.
+        texts: documents to train on, all of them; rows never mix two, and short ones are padded. Those of a masked-LM head
+            are masked, as it was trained.
         held_out: documents to measure on; `None` sets 5 % of `texts` aside, at least one.
         resume: go on with what stands in `output_dir`.
         settings: fields of `DistillSettings`.
 
     Returns:
         What `result.json` holds: `metrics` (fidelity to the unconverted model of "converted", "control", "trained", and with
-        both stages "transferred") and `layer_errors` ("before", "after", and with both stages "transferred").
+        both stages "transferred"; of masked and causal language models also the `loss` of the head and the unconverted
+        model's, `source_loss`), `layer_errors` ("before", "after", and with both stages "transferred") and `data` (how much
+        of the texts was read; `training["epochs"]` says how often).
 
     Raises:
         ValueError: an unconverted model, impossible settings, nothing to train, too few texts, or an `output_dir` that holds
@@ -178,11 +181,20 @@ class _Distillation:
                 "nothing to train layer by layer (no steps, or mechanisms without parameters): give end_to_end_steps."
             )
         train, held_out = _split(list(texts), held_out, settings.seed)
-        self.rows, self.guard = training_rows(train, tokenizer, settings.length, settings.batch_size, settings.seed)
-        self.batches = text_batches(
-            tokenizer, held_out[: settings.eval_texts], settings.length, settings.batch_size, model
+        self.data = distillation_data(
+            model,
+            tokenizer,
+            train,
+            held_out,
+            length=settings.length,
+            batch_size=settings.batch_size,
+            eval_texts=settings.eval_texts,
+            seed=settings.seed,
         )
+        self.batches = self.data.batches
         self.record = start("distill", settings)
+        for name, use in self.data.use.items():
+            self.record.note_texts(name, use)
 
     def run(self) -> dict[str, Any]:
         settings, record = self.settings, self.record
@@ -198,7 +210,7 @@ class _Distillation:
         assert teacher is not None
         self._measure(teacher, "converted", "before")
         with self._control():
-            record.add("control", compare(self.model, teacher, self.batches))  # type: ignore[arg-type]
+            record.add("control", self._figures(teacher))
         stages = []
         if self.transfers_layers:
             for stage in self._layer_stages():
@@ -236,7 +248,8 @@ class _Distillation:
         checkpoint = last_complete_checkpoint(folder, self.model) if self.resume else None
         size = self.settings.batch_size
         with stage.transfer as transfer:
-            guard_batches = [collate(self.model, self.guard[i : i + size]) for i in range(0, len(self.guard), size)]
+            aside = self.data.guard
+            guard_batches = [collate(self.model, aside[i : i + size]) for i in range(0, len(aside), size)]
             guard = KeepBest(transfer, guard_batches, every=-(-stage.steps // GUARD_CHECKS))
             if checkpoint is not None:
                 guard.load(checkpoint)
@@ -244,7 +257,7 @@ class _Distillation:
             trainer = Trainer(
                 model=self.model,
                 args=self._arguments(stage, folder),
-                train_dataset=self.rows,
+                train_dataset=self.data.rows,
                 data_collator=partial(collate, self.model),
                 optimizers=(optimizer_of(self.model, stage.learning_rate), None),
                 # the guard writes into a checkpoint before it is marked as complete
@@ -258,6 +271,7 @@ class _Distillation:
             learned = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
         figures: dict[str, Any] = {
             "steps": stage.steps,
+            "epochs": trainer.state.epoch,
             "tokens": trainer.state.num_input_tokens_seen,
             "seconds": clock.seconds(),
             "log": [{"stage": stage.name, **entry} for entry in trainer.state.log_history if "loss" in entry],
@@ -304,9 +318,13 @@ class _Distillation:
 
     # ---- what comes of it ----------------------------------------------------------------------------------------
 
+    def _figures(self, teacher: Teacher) -> dict[str, Any]:
+        closeness = compare(self.model, teacher, self.batches)  # type: ignore[arg-type]
+        return closeness | head_loss(self.model, teacher, self.data)
+
     def _measure(self, teacher: Teacher, metrics: str, errors: str) -> None:
         with eval_mode(self.model):
-            self.record.add(metrics, compare(self.model, teacher, self.batches))  # type: ignore[arg-type]
+            self.record.add(metrics, self._figures(teacher))
         self.record.layer_errors[errors] = layer_errors(self.model, self.batches)
 
     @contextmanager

@@ -1,8 +1,7 @@
-"""What distillation with the Trainer and in a loop of one's own share: rows, batches, parameter groups and figures."""
+"""What distillation with the Trainer and in a loop of one's own share: batches, parameter groups and figures."""
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,27 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_efficient.patching.exact import converted_layers, mechanism_of
-from hf_efficient.training.data.texts import token_blocks
 
 DECODER_TOKENS = 64
-GUARD_BATCHES = 4
-
-
-def training_rows(
-    texts: Any, tokenizer: Any, length: int, batch_size: int, seed: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of tokens to train on, and rows set aside for the guard; rows that are not full only where none is.
-
-    Raises:
-        ValueError: fewer than two rows.
-    """
-    rows = token_blocks(texts, tokenizer, length)["input_ids"]
-    rows = [row for row in rows if len(row) == length] or list(rows)
-    random.Random(seed).shuffle(rows)
-    aside = min(GUARD_BATCHES * batch_size, max(1, len(rows) // 10))
-    if len(rows) < 2:
-        raise ValueError(f"{len(texts)} texts give {len(rows)} row of {length} tokens; at least 2 are needed.")
-    return rows[aside:], rows[:aside]
 
 
 def collate(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -86,9 +66,9 @@ def training_figures(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What training cost over all stages: sums of their steps, seconds and tokens, and the highest peak memory.
 
     Seconds are those between the first and the last step, the guard and checkpoints included, measurements before and
-    behind not; tokens are those that are no padding.
+    behind not; tokens are those that are no padding; epochs are passes over the rows, below 1 where some were not read.
     """
-    total = {name: sum(stage[name] for stage in stages) for name in ("steps", "seconds", "tokens")}
+    total = {name: sum(stage.get(name, 0) for stage in stages) for name in ("steps", "epochs", "seconds", "tokens")}
     total["tokens_per_second"] = total["tokens"] / total["seconds"]
     peak = max(stages, key=lambda stage: float(stage["peak_memory_mb"]))
     return total | {name: peak[name] for name in ("peak_memory_mb", "peak_memory_of")}

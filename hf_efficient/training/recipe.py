@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
+from hf_efficient.corpus import TextUse
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.patching.exact import converted_layers, exact_attention, substituted
 from hf_efficient.profiling.json_files import write_json
@@ -173,6 +174,7 @@ def _training_figures(trainer: Any, checkpoint: Path | None, seconds: float) -> 
     parameters, tokens = list(trainer.model.parameters()), trainer.state.num_input_tokens_seen
     return {
         "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
         "resumed_from": int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
         "seconds": seconds,
         "tokens": tokens,
@@ -276,10 +278,11 @@ def summary(record: RunRecord, output: Path) -> str:
         shown = [f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, (int, float)) and "per_second" not in k]
         lines.append(f"{name:>10}: {', '.join(text for text in shown if not text.startswith('runtime'))}")
     training = record.training
+    lines += [f"{name:>10}: {TextUse(**use)}" for name, use in record.data.items()]
     lines.append(
-        f"{training['steps']} steps, {training['tokens_per_second']:.0f} tokens/s, peak memory "
-        f"{training['peak_memory_mb']:.0f} MB ({training['peak_memory_of']}). Model: {output / 'model'}, figures: "
-        f"{output / RESULT_NAME}"
+        f"{training['steps']} steps ({training['epochs']:.4g} epochs), {training['tokens_per_second']:.0f} tokens/s, "
+        f"peak memory {training['peak_memory_mb']:.0f} MB ({training['peak_memory_of']}). Model: {output / 'model'}, "
+        f"figures: {output / RESULT_NAME}"
     )
     return "\n".join(lines)
 

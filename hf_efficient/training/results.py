@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+from hf_efficient.corpus import TextUse
 from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.json_files import finite, write_json
 
 RESULT_NAME = "result.json"
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
 @dataclasses.dataclass
@@ -23,9 +26,10 @@ class RunRecord:
         metrics: {"exact" | "converted" | "control" | "trained" | …: {figure: number}}: the model with full attention and
             with its mechanisms before training, with the mean of values instead of attention, and after training.
         layer_errors: {"before" | "after": what `layer_errors` returns}; empty for unconverted models.
-        training: steps, and the seconds, tokens and tokens per second that they took, of all parts of a resumed run
-            together (without the steps that were lost); peak memory of the last part, which began after step
-            `resumed_from`; trained and all parameters.
+        data: {"train" | …: how much of the texts that were given the run reads, see `TextUse`}.
+        training: steps, passes over the rows (`epochs`), and the seconds, tokens and tokens per second that they took, of
+            all parts of a resumed run together (without the steps that were lost); peak memory of the last part, which began
+            after step `resumed_from`; trained and all parameters.
         conversion: the report of a conversion on the way, if there was one.
         finished: False while the run goes on, or if it was interrupted.
     """
@@ -37,6 +41,13 @@ class RunRecord:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     conversion: dict[str, Any] | None = None
     finished: bool = False
+    data: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+
+    def note_texts(self, name: str, use: TextUse) -> None:
+        """Keep and log how much of some texts is read; a warning where some of what is trained on is left out."""
+        self.data[name] = dataclasses.asdict(use)
+        is_cut = name.startswith("train") and use.tokens_used < use.tokens
+        logger.log(logging.WARNING if is_cut else logging.INFO, f"{name}: {use}.")
 
     def add(self, name: str, figures: dict[str, Any]) -> None:
         """Put figures under `metrics[name]`, beside those that are there."""
@@ -62,7 +73,7 @@ class RunRecord:
             ValueError: the file is none.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = {"data": {}} | json.loads(Path(path).read_text(encoding="utf-8"))  # older records have no data
             return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no record of a run: {error!r}.") from error

@@ -160,6 +160,9 @@ def test_convert_calibrates_and_the_report_says_so(tmp_path: Path):
     (told,) = origins[1]
     tokens = sum(len(result.tokenizer(text)["input_ids"]) for text in TEXTS)
     assert told == f"spherical k-means of the queries of {tokens} tokens"
+    plain_tokens = tokens - 2 * len(TEXTS)
+    read = {"texts": 6, "texts_used": 6, "tokens": plain_tokens, "tokens_used": plain_tokens}
+    assert plain.report.calibration is None and result.report.calibration == read
     by_hand = plain.model
     calibrate(by_hand, [dict(result.tokenizer(text, return_tensors="pt")) for text in TEXTS])
     for name, expected in centroids(by_hand).items():
@@ -241,3 +244,6 @@ def test_command_line(tmp_path: Path, texts: str):
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert any("k-means" in tensor["from"] for tensor in document["tensors"].values())
+    read = document["calibration"]
+    assert 0 < read["tokens_used"] <= min(read["tokens"], 8192) and 0 < read["texts_used"] <= read["texts"]
+    assert (read["tokens_used"] < read["tokens"]) == (texts == "corpus")

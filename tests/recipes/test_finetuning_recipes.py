@@ -41,6 +41,8 @@ def finished(output: Path, task: str) -> tuple[RunRecord, Any]:
     """The record of a finished run, and its model as a user loads it."""
     record = RunRecord.read(output / "result.json")
     assert record.finished and record.recipe == task
+    assert {name.split()[0] for name in record.data} == {"train", "validation"}
+    assert all(0 < use["tokens_used"] <= use["tokens"] for use in record.data.values())
     assert (output / "loss.png").stat().st_size > 1000
     assert all(np.isfinite(v) for v in record.metrics["trained"].values() if isinstance(v, float))
     model, info = AUTO[task].from_pretrained(output / "model", output_loading_info=True)

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 import hf_efficient as he
+from hf_efficient.corpus import TextUse
 from hf_efficient.testing import tiny_model
 from hf_efficient.training import recipe as recipe_parts
 from hf_efficient.training.loading import load_model
@@ -105,6 +106,9 @@ def test_readme_command(name, folder, tmp_path, monkeypatch, capsys):
     for row in record["metrics"]:
         assert f"{row}: loss " in printed
     assert "tokens/s, peak memory" in printed
+    for split in ("train", "validation"):
+        assert f"{split:>10}: {TextUse(**record['data'][split])}" in printed
+    assert record["training"]["epochs"] > 0
     for file in ("loss.png", "layers.png", "model/config.json", "checkpoint-2/complete.json"):
         assert (tmp_path / "out" / file).is_file()
     config = AutoConfig.from_pretrained(tmp_path / "out/model")

@@ -115,7 +115,7 @@ def test_causal_labels_equal_each_document_alone(pack):
     """The loss of a batch is the mean over the documents' predicted tokens, each computed on its own."""
     tokenizer, model = tiny_tokenizer("gpt2"), tiny_model("gpt2")
     texts = [words(n, start=n) for n in (20, 9, 5, 14, 30)]
-    rows = token_blocks(texts, tokenizer, 40, special_tokens="end", pack=pack)
+    rows = token_blocks(texts, tokenizer, 40, special_tokens="end", pack=pack).rows
     batch = LanguageModelCollator(tokenizer, pad_to=40)(list(rows))
     assert ("attention_mask" in batch) != pack and (batch["input_ids"].shape[0] < len(texts)) == pack
     total = count = 0.0
@@ -139,7 +139,7 @@ def test_packed_masked_loss_equals_each_document_alone(family, mechanism):
     first = first_position(model)
     rows = token_blocks(
         [words(n, start=n) for n in (20, 9, 5, 14, 30)], tokenizer, 40, pack=True, first_position=first
-    )
+    ).rows
     torch.manual_seed(0)
     batch = LanguageModelCollator(tokenizer, 0.3)(list(rows))
     total = count = documents = 0.0
@@ -158,7 +158,7 @@ def test_packed_masked_loss_equals_each_document_alone(family, mechanism):
 @pytest.mark.parametrize("pack", [False, True])
 def test_masking_leaves_special_tokens_and_padding_alone(pack):
     tokenizer = tiny_tokenizer("bert")
-    rows = token_blocks([words(n) for n in (20, 9, 5, 14, 30)] * 8, tokenizer, 40, pack=pack)
+    rows = token_blocks([words(n) for n in (20, 9, 5, 14, 30)] * 8, tokenizer, 40, pack=pack).rows
     plain = LanguageModelCollator(tokenizer)(list(rows))
     torch.manual_seed(0)
     batch = LanguageModelCollator(tokenizer, 0.15)(list(rows))
@@ -196,7 +196,7 @@ def test_padding_of_packed_rows_is_a_document_of_its_own():
 def test_rows_are_masked_alike_however_they_are_grouped_and_filled_up(objective):
     """One process, two with half the batch each, and a compiled model that wants one shape see the same rows."""
     tokenizer = tiny_tokenizer("bert") if objective == "masks" else t5_tokenizer()
-    rows = list(token_blocks([words(n, start=n) for n in (9, 33, 20, 14)], tokenizer, 48, special_tokens="none"))
+    rows = list(token_blocks([words(n, start=n) for n in (9, 33, 20, 14)], tokenizer, 48, special_tokens="none").rows)
     made = LanguageModelCollator if objective == "masks" else SpanCorruptionCollator
     seeded = SeededCollator(made(tokenizer, 0.3), seed=1)
     whole, filled = seeded(rows), SeededCollator(made(tokenizer, 0.3, pad_to=48), seed=1)(rows)
@@ -218,7 +218,7 @@ def test_rows_are_masked_alike_however_they_are_grouped_and_filled_up(objective)
 
 def test_seeded_collator_depends_on_seed_epoch_and_rows_alone():
     tokenizer = tiny_tokenizer("bert")
-    rows = list(token_blocks([words(60)] * 4, tokenizer, 32))
+    rows = list(token_blocks([words(60)] * 4, tokenizer, 32).rows)
     collator = SeededCollator(LanguageModelCollator(tokenizer, 0.3), seed=1)
     before = torch.random.get_rng_state()
     first = collator(rows[:2])["input_ids"]
@@ -237,7 +237,7 @@ def test_seeded_collator_depends_on_seed_epoch_and_rows_alone():
 def test_fixed_rows_are_the_same_in_every_batch():
     tokenizer = tiny_tokenizer("bert")
     collate = LanguageModelCollator(tokenizer, 0.3)
-    rows = token_blocks([words(50), words(9), words(33)], tokenizer, 32)
+    rows = token_blocks([words(50), words(9), words(33)], tokenizer, 32).rows
     fixed = fixed_rows(rows, collate, seed=0)
     torch.manual_seed(7)
     assert fixed_rows(rows, collate, seed=0).to_list() == fixed.to_list()

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,13 +22,14 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, Trainer
 import hf_efficient as he
 from hf_efficient.cards.checkpoint import checkpoint_card
 from hf_efficient.conversion.loading import load_converted
-from hf_efficient.corpus import text_batches
+from hf_efficient.corpus import TextUse, text_batches
 from hf_efficient.evaluation.fidelity import compare
 from hf_efficient.patching.exact import Teacher, converted_layers
 from hf_efficient.testing import assert_close, tiny_model
 from hf_efficient.training import distill as module
 from hf_efficient.training import layer_errors
 from hf_efficient.training.callbacks import NonFiniteLoss
+from hf_efficient.training.data.distillation import DistillationData, distillation_data, head_loss
 from hf_efficient.training.distill import distill
 from hf_efficient.training.settings import parse_settings
 
@@ -92,18 +94,77 @@ def test_both_stages_bring_the_model_closer(family: str, mechanism: str, more: d
 
 
 def test_the_report_says_what_was_measured(tmp_path: Path):
-    model = converted()
-    batches = text_batches(tiny_tokenizer("bert"), HELD_OUT, 48, 2, model)
+    model = converted("gpt2", "hedgehog")
+    batches = text_batches(tiny_tokenizer("gpt2"), HELD_OUT, 48, 2, model)
     teacher = Teacher(model)
     before = compare(model, teacher, batches), layer_errors(model, batches)
-    source = compare(model, tiny_model("bert"), batches)
+    source = compare(model, tiny_model("gpt2"), batches)
     report = run(model, tmp_path / "out")
+    losses = {name: {k: v.pop(k) for k in ("loss", "source_loss")} for name, v in report["metrics"].items()}
+    assert len({figures["source_loss"] for figures in losses.values()}) == 1
+    assert len({figures["loss"] for figures in losses.values()}) == 3
     assert report["metrics"]["converted"] == before[0] == source
     assert report["layer_errors"] == {"before": before[1], "after": layer_errors(model, batches)}
-    assert report["metrics"]["trained"] == compare(model, tiny_model("bert"), batches), (
+    assert report["metrics"]["trained"] == compare(model, tiny_model("gpt2"), batches), (
         "the teacher is not the original"
     )
     assert "transferred" not in report["metrics"]
+
+
+SHORT = [words(n, start=n) for n in (3, 5, 9, 14) * 6]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "t5"])
+@pytest.mark.parametrize("long", [[], [words(100)]], ids=["short", "one-long"])
+def test_every_text_is_trained_on(family: str, long: list[str], tmp_path: Path):
+    """However many rows others fill; and the result says how much that is."""
+    tokenizer, texts = tiny_tokenizer(family), SHORT + long
+    data = distillation_data(
+        tiny_model(family), tokenizer, texts, [words(90), words(7)], length=48, batch_size=2, eval_texts=1, seed=0
+    )
+    special = set(tokenizer.all_special_ids)
+    given = Counter(i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"])
+    read = Counter(i for row in data.rows + data.guard for i in row if i not in special)
+    assert read.total() + read_masked(data, tokenizer) == given.total()
+    assert data.use["train"] == TextUse(len(texts), len(texts), given.total(), given.total())
+    measured = 48 - tokenizer.num_special_tokens_to_add()
+    assert data.use["held-out"] == TextUse(2, 1, 97, measured)
+    if family in ("gpt2", "t5"):
+        assert read == given
+
+
+def read_masked(data: DistillationData, tokenizer: Any) -> int:
+    return sum(row.count(tokenizer.mask_token_id) for row in data.rows + data.guard)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "t5"])
+def test_a_head_is_measured_on_what_it_was_trained_for(family: str):
+    model, tokenizer = tiny_model(family), tiny_tokenizer(family)
+    settings: dict[str, Any] = dict(length=48, batch_size=2, eval_texts=3, seed=3)
+    data = distillation_data(model, tokenizer, TEXTS, [*HELD_OUT[:2], words(20)], **settings)
+    again = distillation_data(model, tokenizer, TEXTS, [*HELD_OUT[:2], words(20)], **settings)
+    assert data.rows == again.rows and all(map(torch.equal, data.labels or [], again.labels or []))
+    if family == "t5":
+        assert data.labels is None and head_loss(model, model, data) == {}
+        return
+    is_masked, total, count = family != "gpt2", 0.0, 0
+    assert (read_masked(data, tokenizer) > 0) == is_masked
+    for batch, labels, plain in zip(
+        data.batches, data.labels or [], text_batches(tokenizer, [*HELD_OUT[:2], words(20)], 48, 2, model), strict=True
+    ):
+        wanted = labels != -100
+        assert (
+            torch.equal(labels[wanted], plain["input_ids"][wanted])
+            and not (wanted & (batch["attention_mask"] == 0)).any()
+        )
+        assert not ((batch["input_ids"] != plain["input_ids"]) & ~wanted).any()
+        assert (wanted.float().mean() < 0.4) == is_masked
+        logits = model.eval()(**batch).logits
+        logits, labels = (logits, labels) if is_masked else (logits[:, :-1], labels[:, 1:])
+        total += torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    found = head_loss(model, model, data)
+    assert found == {"loss": pytest.approx(total / count, rel=1e-5), "source_loss": found["loss"]}
 
 
 def test_mechanisms_without_parameters_learn_end_to_end_alone(tmp_path: Path):
@@ -195,7 +256,7 @@ def test_impossible_settings_are_refused(tmp_path: Path):
         distill(converted(), tiny_tokenizer("bert"), TEXTS[:1], output_dir=tmp_path / "x")
     with pytest.raises(ValueError, match="at least 2"):
         distill(
-            converted(), tiny_tokenizer("bert"), TEXTS[:1], held_out=HELD_OUT, output_dir=tmp_path / "x", length=120
+            converted(), tiny_tokenizer("bert"), [words(50)], held_out=HELD_OUT, output_dir=tmp_path / "x", length=120
         )
     assert not list(tmp_path.iterdir())
 
@@ -260,7 +321,9 @@ def test_the_recipe_runs_both_stages_and_resumes_exactly(recipe: ModuleType, sou
     recipe.main(arguments(source, out, *more, "--resume"))
     for folder in (whole, out):
         training = json.loads((folder / "result.json").read_text())["training"]
-        assert (training["steps"], training["tokens"]) == (12, 12 * 2 * 2 * 48), "every row is full"
+        assert training["steps"] == 12 and 12 * 2 * 2 * 24 < training["tokens"] < 12 * 2 * 2 * 48, (
+            "not every row is full"
+        )
         assert training["tokens_per_second"] == training["tokens"] / training["seconds"]
     # the card's command is one that this file reads
     command = shlex.split(str(checkpoint_card(out / "model")).split("```bash\n")[1].split("\n```")[0])
@@ -304,7 +367,7 @@ def test_the_recipe_refuses(recipe: ModuleType, source: Path, monkeypatch: Any):
     with pytest.raises(ValueError, match=r"end_to_end_learning_rate=0.0 is not possible; it must be above 0"):
         recipe.main(arguments(source, out, "--end_to_end_steps", "2", "--end_to_end_learning_rate", "0"))
     texts = source.parent / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:2]))
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in (words(50), words(60))))
     with pytest.raises(ValueError, match="1 texts give 1 row of 120 tokens; at least 2 are needed"):
         recipe.main(arguments(source, out, "--length", "120"))
     assert not out.exists()

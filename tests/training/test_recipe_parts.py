@@ -18,6 +18,7 @@ from tiny import tiny_tokenizer, words
 from torch import nn
 from transformers import TrainingArguments
 
+from hf_efficient.corpus import TextUse, text_use
 from hf_efficient.profiling.json_files import write_json
 from hf_efficient.training import callbacks as callback_parts
 from hf_efficient.training import checkpoints as checkpoint_parts
@@ -276,7 +277,9 @@ def test_dataset_that_is_not_there(name, tmp_path, monkeypatch):
 def test_blocks_hold_every_token_once_and_never_mix_texts(family, special, length, pack):
     tokenizer = tiny_tokenizer(family)
     texts = [words(n, start=n) for n in (1, 2, 5, 14, 15, 16, 40, 97)]
-    rows = token_blocks(texts, tokenizer, length, special_tokens=special, pack=pack, first_position=2 if pack else 0)
+    rows, use = token_blocks(
+        texts, tokenizer, length, special_tokens=special, pack=pack, first_position=2 if pack else 0
+    )
     found = []
     for row in rows:
         ids, special_mask = row["input_ids"], row["special_tokens_mask"]
@@ -297,24 +300,47 @@ def test_blocks_hold_every_token_once_and_never_mix_texts(family, special, lengt
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         expected += [tuple(ids[i : i + room]) for i in range(0, len(ids), room)]
     assert Counter(found) == Counter(piece for piece in expected if len(piece) >= 2)
+    assert use == TextUse(len(texts), len(texts) - 1, sum(map(len, expected)), sum(map(len, found)))
     assert rows["index"] == list(range(len(rows)))
     if not pack and special == "end":
         ends = sum(row.count(tokenizer.eos_token_id) for row in rows["input_ids"])
         assert ends == sum(len(t.split()) >= 2 and len(t.split()) % room not in (0, 1) for t in texts)
 
 
+@pytest.mark.parametrize("behind", [" </s>", " </s>\n", " </s> </s> "])
+def test_a_text_has_one_end_token(behind):
+    tokenizer, texts = tiny_tokenizer("gpt2"), [words(n) for n in (5, 15, 16, 40)]
+    behind = behind.replace("</s>", tokenizer.eos_token)
+    plain, ended = (
+        token_blocks([text + end for text in texts], tokenizer, 16, special_tokens="end").rows for end in ("", behind)
+    )
+    assert plain["input_ids"] == ended["input_ids"] and plain["special_tokens_mask"] == ended["special_tokens_mask"]
+    assert sum(row.count(tokenizer.eos_token_id) for row in ended["input_ids"]) == 3  # 16 leaves no room for it
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_how_much_of_texts_is_read(family):
+    tokenizer, texts = tiny_tokenizer(family), [words(n) for n in (5, 1, 40)]
+    special = tokenizer.num_special_tokens_to_add()
+    assert text_use(tokenizer, texts) == TextUse(3, 3, 46, 46)
+    assert text_use(tokenizer, texts, length=20 + special) == TextUse(3, 3, 46, 26)
+    assert text_use(tokenizer, texts, most=6 + 2 * special) == TextUse(3, 2, 46, 6)
+    assert text_use(tokenizer, texts, first=2) == TextUse(3, 2, 46, 6)
+    assert str(text_use(tokenizer, [words(3000)], length=1000 + special)) == "1,000 of 3,000 tokens, of 1 of 1 texts"
+
+
 def test_packed_rows_are_nearly_full():
     """First fit, longest first: at most one row is half empty."""
     texts = [words(n) for n in range(2, 60)]
-    rows = token_blocks(texts, tiny_tokenizer("gpt2"), 64, special_tokens="end", pack=True)
+    rows = token_blocks(texts, tiny_tokenizer("gpt2"), 64, special_tokens="end", pack=True).rows
     assert sum(len(ids) <= 32 for ids in rows["input_ids"]) <= 1
-    assert len(rows) < len(token_blocks(texts, tiny_tokenizer("gpt2"), 64, special_tokens="end")) * 0.6
+    assert len(rows) < len(token_blocks(texts, tiny_tokenizer("gpt2"), 64, special_tokens="end").rows) * 0.6
 
 
 @pytest.mark.parametrize("length", [5, 200])
 def test_characters_of_blocks_add_up(length):
     texts = [words(50), "  " + words(23)]
-    rows = token_blocks(texts, tiny_tokenizer("bert"), length)
+    rows = token_blocks(texts, tiny_tokenizer("bert"), length).rows
     # spaces before the first word belong to no token, and a last block of one token is left out
     assert len("".join(texts)) - 2 - 4 <= sum(rows["characters"]) <= len("".join(texts)) - 2
     assert text_size(rows)[1] == sum(rows["characters"])
@@ -337,7 +363,7 @@ def test_blocks_that_are_refused(texts, length, options, message):
 
 
 def test_drop_short_keeps_full_rows_alone():
-    rows = token_blocks([words(33), words(3)], tiny_tokenizer("bert"), 12, drop_short=True)
+    rows = token_blocks([words(33), words(3)], tiny_tokenizer("bert"), 12, drop_short=True).rows
     assert [len(ids) for ids in rows["input_ids"]] == [12, 12, 12]
 
 

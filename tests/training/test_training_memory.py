@@ -308,7 +308,7 @@ def test_perplexity_is_that_of_the_texts_read_whole(runs: Any):
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     texts = token_blocks(
         load_texts(str(runs["data"]))["validation"], tiny_tokenizer("gpt2"), POSITIONS, special_tokens="end"
-    )
+    ).rows
     total, count = 0.0, 0
     with torch.no_grad():
         for ids in texts["input_ids"]:

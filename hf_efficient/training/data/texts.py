@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hf_efficient.corpus import offline_texts
+from hf_efficient.corpus import TextUse, offline_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -191,6 +191,13 @@ def _limited(loaded: DatasetDict, max_train_rows: int, max_eval_rows: int) -> Da
 # ---- texts as rows of tokens -------------------------------------------------------------------------------------
 
 
+class TokenRows(NamedTuple):
+    """What `token_blocks` returns."""
+
+    rows: Dataset
+    use: TextUse
+
+
 def token_blocks(
     texts: Dataset | Sequence[str],
     tokenizer: Any,
@@ -200,23 +207,23 @@ def token_blocks(
     pack: bool = False,
     drop_short: bool = False,
     first_position: int = 0,
-) -> Dataset:
+) -> TokenRows:
     """Rows of at most `length` tokens that never mix documents.
 
     Each text is cut into blocks of `length` tokens, special tokens included; the last one is shorter. With `pack` short
     blocks share a row (first fit, longest first), and `position_ids` restart where one begins: that is what keeps them
-    apart in attention. Blocks with fewer than two tokens of text teach nothing and are left out.
+    apart in attention. Blocks with fewer than two tokens of text teach nothing and are left out; `use` counts them.
 
     Args:
         texts: a dataset with the column "text", or texts. length: tokens of a row.
         special_tokens: `"around"`: the tokenizer's own around every block (BERT); `"end"`: its end-of-text token behind
-            every text (GPT-2); `"none"`: none (T5's span corruption adds its own).
+            every text (GPT-2), once also where the text has it; `"none"`: none (T5's span corruption adds its own).
         drop_short: leave out blocks that are not full.
         first_position: position of a document's first token (RoBERTa: 2).
 
     Returns:
-        Columns `input_ids`, `special_tokens_mask`, `characters` (of text that the row's tokens stand for), `index` (the
-        row's number) and, packed, `position_ids`.
+        `rows` with the columns `input_ids`, `special_tokens_mask`, `characters` (of text that the row's tokens stand for),
+        `index` (the row's number) and, packed, `position_ids`; and `use`, how much of the texts stands in them.
 
     Raises:
         ValueError: nothing is left, or an impossible setting.
@@ -233,14 +240,22 @@ def token_blocks(
     if not isinstance(texts, Dataset):
         texts = Dataset.from_dict({"text": list(texts)})
 
-    def rows_of(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        blocks = [block for text in batch["text"] for block in cutter.blocks(text)]
-        if drop_short:
-            blocks = [block for block in blocks if len(block.input_ids) == length]
-        rows = _packed(blocks, length) if pack else [[block] for block in blocks]
-        return _as_columns(rows, first_position if pack else None)
+    def rows_of(batch: dict[str, list[str]], numbers: list[int]) -> dict[str, list[Any]]:
+        blocks = [block for n, text in zip(numbers, batch["text"], strict=True) for block in cutter.blocks(text, n)]
+        is_used = [block.tokens > 1 and not (drop_short and len(block.input_ids) < length) for block in blocks]
+        used, left_out = ([b for b, use in zip(blocks, is_used, strict=True) if use is side] for side in (True, False))
+        rows = _packed(used, length) if pack else [[block] for block in used]
+        # what is left out goes along until it has been counted
+        every = rows + [[block] for block in left_out]
+        counts: dict[str, list[Any]] = {
+            "used": [True] * len(rows) + [False] * len(left_out),
+            "texts": [[block.text for block in row] for row in every],
+            "tokens": [sum(block.tokens for block in row) for row in every],
+        }
+        return _as_columns(every, first_position if pack else None) | counts
 
-    rows = texts.map(rows_of, batched=True, remove_columns=texts.column_names, desc="Tokenising")
+    rows = texts.map(rows_of, batched=True, with_indices=True, remove_columns=texts.column_names, desc="Tokenising")
+    rows, use = _counted(rows, len(texts))
     if not len(rows):
         raise ValueError(
             f"no block is left of {len(texts)} texts: "
@@ -250,7 +265,18 @@ def token_blocks(
                 else "all are empty."
             )
         )
-    return rows.add_column("index", list(range(len(rows))))
+    return TokenRows(rows.add_column("index", list(range(len(rows)))), use)
+
+
+def _counted(rows: Dataset, texts: int) -> tuple[Dataset, TextUse]:
+    """The rows that are used, and how much of so many texts they hold."""
+    if not len(rows):
+        return rows, TextUse(texts, 0, 0, 0)
+    used = [index for index, is_used in enumerate(rows["used"]) if is_used]
+    kept = rows if len(used) == len(rows) else rows.select(used)
+    read = {text for row in kept["texts"] for text in row}
+    use = TextUse(texts, len(read), sum(rows["tokens"]), sum(kept["tokens"]))
+    return kept.remove_columns(["used", "texts", "tokens"]), use
 
 
 def _as_columns(rows: list[list[_Block]], first_position: int | None) -> dict[str, list[Any]]:
@@ -271,6 +297,12 @@ class _Block(NamedTuple):
     input_ids: list[int]
     special_tokens_mask: list[int]
     characters: int
+    text: int
+
+    @property
+    def tokens(self) -> int:
+        """Those of text."""
+        return self.special_tokens_mask.count(0)
 
 
 class _Cutter:
@@ -288,16 +320,17 @@ class _Cutter:
                 "needed."
             )
 
-    def blocks(self, text: str) -> list[_Block]:
+    def blocks(self, text: str, number: int) -> list[_Block]:
+        """Of the text of this number, also such as hold fewer than two of its tokens."""
+        while self.end and text.rstrip().endswith(self.tokenizer.eos_token):  # which it gets below, once
+            text = text.rstrip().removesuffix(self.tokenizer.eos_token)
         fast = getattr(self.tokenizer, "is_fast", False)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
         plain = encoded["input_ids"]
         ids, special = plain + self.end, [0] * len(plain) + [1] * len(self.end)
         blocks = []
-        for first in range(0, len(ids), self.room):
+        for first in range(0, len(plain), self.room):
             last = min(first + self.room, len(plain))
-            if last - first < 2:
-                continue
             if fast:
                 offsets = encoded["offset_mapping"]
                 characters = (offsets[last][0] if last < len(plain) else len(text)) - offsets[first][0]
@@ -308,6 +341,7 @@ class _Cutter:
                     self.before + ids[first : first + self.room] + self.behind,
                     [1] * len(self.before) + special[first : first + self.room] + [1] * len(self.behind),
                     characters,
+                    number,
                 )
             )
         return blocks
