@@ -179,7 +179,7 @@ def text_batches(tokenizer: Any, texts: Sequence[str], length: int, size: int, m
             return_tensors="pt",
         )
         batch = {k: encoded[k] for k in ("input_ids", "attention_mask")}
-        if model.config.is_encoder_decoder:
+        if model.config.is_encoder_decoder and not _makes_decoder_input(model):
             # the text itself, as if it were to be copied: enough to see what the decoder makes of the encoder's states
             batch["decoder_input_ids"] = batch["input_ids"][:, :64]
             batch["decoder_attention_mask"] = batch["attention_mask"][:, :64]
@@ -187,11 +187,25 @@ def text_batches(tokenizer: Any, texts: Sequence[str], length: int, size: int, m
     return batches
 
 
-def ragged(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut the rows to different lengths, so that there is padding to be right about."""
-    mask = batch["attention_mask"].clone()
+def _makes_decoder_input(model: Any) -> bool:
+    """Whether a head of an encoder-decoder model gives its decoder the input again: those for labels and answers do."""
+    return type(model).__name__.endswith(("Classification", "QuestionAnswering"))
+
+
+def ragged(batch: dict[str, Tensor], pad_token_id: int | None = None) -> dict[str, Tensor]:
+    """Cut the rows to different lengths, so that there is padding to be right about; the last token of each stays."""
+    mask, ids = batch["attention_mask"].clone(), batch["input_ids"].clone()
     rows, n = mask.shape
     for row in range(1, rows):
-        mask[row, n - row * n // (2 * rows) :] = 0
-    ids = batch["input_ids"].masked_fill(mask == 0, 0)
-    return batch | {"input_ids": ids, "attention_mask": mask}
+        last, cut = int(mask[row].sum()) - 1, n - row * n // (2 * rows)
+        ids[row, min(last, cut - 1)] = ids[row, last].clone()
+        mask[row, cut:] = 0
+    return batch | {"input_ids": ids.masked_fill(mask == 0, pad_token_id or 0), "attention_mask": mask}
+
+
+def sample_texts(count: int = 4, characters: int = 8000) -> list[str]:
+    """The longest held-out topics of Python's reference, cut: a few texts at once, where `offline_texts` takes seconds."""
+    from pydoc_data.topics import topics
+
+    held_out = [text for name, text in topics.items() if is_held_out(f"python/{name}")]
+    return [text[:characters] for text in sorted(held_out, key=len, reverse=True)[:count]]

@@ -26,11 +26,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
+from hf_efficient.conversion.saving import atomic_folder
 from hf_efficient.corpus import TextUse
 from hf_efficient.evaluation.fidelity import compare
 from hf_efficient.patching.exact import Teacher, converted_layers, eval_mode, mechanism_of
-from hf_efficient.profiling.json_files import write_json
 from hf_efficient.profiling.memory import peak_memory
 from hf_efficient.training import AttentionTransfer, KeepBest, layer_errors, trainable
 from hf_efficient.training.callbacks import MechanismCallback, NonFiniteLoss
@@ -112,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         trainable(model, settings.train if settings.end_to_end_steps else "mechanism")
     final = AttentionTransfer(model, settings.end_to_end_losses.split(",")) if settings.end_to_end_steps else None
     teacher = Teacher(model) if final is None else final.teacher
+    record.begin(model)
     measure(model, teacher, data, record, "converted", "before")
     stages = []
     if settings.steps and any(p.requires_grad for layer in converted_layers(model).values()
@@ -127,8 +127,10 @@ def main(arguments: list[str] | None = None) -> None:
         measure(model, teacher, data, record, "trained", "after")
 
     record.training, record.finished = training_figures(stages), True
+    learns_host = settings.lora_rank or (final is not None and settings.train != "mechanism")
+    record.end(model, "all" if learns_host else "mechanism")
     if accelerator_of(settings).is_main_process:
-        save(model, tokenizer, output / "model", record)
+        save(model, tokenizer, output / "model")
         record.write(output / RESULT_NAME)
         for name, read in record.data.items():
             print(f"{name:>12}: {TextUse(**read)}")
@@ -243,17 +245,11 @@ def measure(model: Any, teacher: Any, data: DistillationData, record: RunRecord,
     record.layer_errors[errors] = layer_errors(model, data.batches)
 
 
-def save(model: Any, tokenizer: Any, path: Path, record: RunRecord) -> None:
+def save(model: Any, tokenizer: Any, path: Path) -> None:
     model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     with atomic_folder(path, overwrite=path.exists()) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        source = Path(record.settings["model"])
-        if record.conversion is not None:
-            write_json(folder / REPORT_NAME, record.conversion)
-        else:
-            copy_reports(source, folder, REPORT_NAME)
-        copy_reports(source, folder, UPCYCLING_NAME)
 
 
 if __name__ == "__main__":

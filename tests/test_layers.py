@@ -25,15 +25,15 @@ LAYERS = {
     "families": "attention.base ops",
     "patching": "families attention.base cache ops",
     "experts": "patching families",
-    "models": "experts patching families attention.base",
+    "models": "experts patching families attention.base profiling",
     "conversion": "models experts patching families attention.base ops profiling corpus",
     "evaluation": "conversion models experts patching families attention.base ops profiling corpus",
     "training": "evaluation conversion models experts patching families attention.base cache ops profiling corpus",
     "visualize": "attention.base patterns profiling",
     "benchmarks": "training evaluation conversion models experts patching families attention.base cache ops patterns "
     "profiling corpus",
-    "cards": "training conversion experts attention.base profiling",
-    "cli": "cards benchmarks visualize training evaluation conversion attention.base profiling corpus _version",
+    "cards": "training conversion models experts attention.base profiling",
+    "cli": "cards benchmarks visualize training evaluation conversion models attention.base profiling corpus _version",
     "hf_efficient": "models patching attention.base _version",
 }
 

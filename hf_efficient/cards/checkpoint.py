@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_efficient.attention.base.registry import describe, get_mechanism
-from hf_efficient.cards.experts import PAPERS, TAG, experts_limits, experts_section, experts_words, upcycle_commands
+from hf_efficient.cards.commands import commands
+from hf_efficient.cards.experts import PAPERS, TAG, experts_limits, experts_section, experts_words
 from hf_efficient.cards.facts import README, CardFacts, gather, is_hub_id
 from hf_efficient.cards.markdown import table
 from hf_efficient.conversion.card import is_first_card
+from hf_efficient.models.provenance import CHANGED, CHANGES, Step, described, runs
 from hf_efficient.profiling.json_files import whole_file
 
 NOT_MEASURED = "not measured"
@@ -32,7 +33,10 @@ PIPELINES = {
     "ForMultipleChoice": "multiple-choice",
     "Model": "feature-extraction",
 }
-FIDELITY = {"embedding_cosine", "embedding_cosine_min", "token_cosine", "hidden_error", "kl", "top1_agreement"}
+FIDELITY = {
+    "embedding_cosine", "embedding_cosine_min", "token_cosine", "hidden_error", "kl", "top1_agreement", "class_agreement",
+    "start_agreement", "end_agreement", "choice_agreement", "score_error",
+}  # fmt: skip
 STAGES = {
     "exact": "full attention",
     "control": "mean of values",
@@ -62,7 +66,7 @@ def checkpoint_card(checkpoint: str | Path, results: list[Path] | None = None) -
         *(["## Experts\n\n" + experts_section(facts.experts, facts.upcycling, NOT_RECORDED)] if facts.experts else []),
         "## Conversion\n\n" + _conversion(facts),
         "## How close it is to the original\n\n" + _fidelity(facts),
-        "## Training\n\n" + ("\n\n".join(map(_training, facts.records)) or f"Training runs: {NOT_RECORDED}."),
+        "## Training\n\n" + ("\n\n".join(map(_training, facts.runs)) or f"Training runs: {NOT_RECORDED}."),
         "## Speed and memory\n\n" + _speed(facts),
         "## Use\n\n" + _use(facts),
         "## Reproduce\n\n" + _commands(facts),
@@ -106,7 +110,7 @@ def _data(facts: CardFacts) -> ModelCardData:
     options: dict[str, Any] = dict(facts.inherited)
     if facts.source is not None and is_hub_id(facts.source):
         options["base_model"] = facts.source
-    datasets = [str(r["settings"].get("dataset", "")) for r in facts.records]
+    datasets = [str(run["settings"].get("dataset", "")) for run in facts.runs]
     hub = [name for name in dict.fromkeys(datasets) if "/" in name and is_hub_id(name)]
     results = _eval_results(facts)
     if results:
@@ -128,13 +132,13 @@ def _pipeline(facts: CardFacts) -> str | None:
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    """Finite figures of the last run's trained model; times are no quality."""
-    if not facts.records or not facts.records[-1]["finished"]:
+    """Finite figures of the trained model, if a run was the last thing that was done to it; times are no quality."""
+    if not facts.runs or facts.history[-1] is not facts.runs[-1] or not facts.history[-1]["finished"]:
         return []
-    record = facts.records[-1]
+    record = facts.history[-1]
     dataset = str(record["settings"].get("dataset") or record["settings"].get("texts") or NOT_RECORDED)
     found = []
-    for name, value in _figures(record["metrics"].get("trained", {})).items():
+    for name, value in _figures(record.get("metrics", {}).get("trained", {})).items():
         if not math.isfinite(value) or _is_time(name):
             continue
         against = ", against the unconverted model" if name in FIDELITY else ""
@@ -182,7 +186,8 @@ def _listed(values: dict[str, Any]) -> str:
 def _heading(facts: CardFacts) -> str:
     name, source = facts.inspected["model_class"], facts.source
     if not facts.inspected["converted"]:
-        return f"# {facts.name}\n\n`{name}` with full attention in every layer: not converted, or reverted."
+        back = f"reverted, after {_and(facts.runs)}" if facts.runs else "not converted, or reverted"
+        return f"# {facts.name}\n\n`{name}` with full attention in every layer: {back}."
     of = f"[{source}](https://huggingface.co/{source})" if source and is_hub_id(source) else f"`{source}`"
     parts = [f"efficient attention: {', '.join(facts.mechanisms)}"] if facts.mechanisms else []
     parts += [experts_words(facts.experts)] if facts.experts else []
@@ -247,22 +252,24 @@ def _fidelity(facts: CardFacts) -> str:
     fidelity = facts.fidelity
     # experts alone leave attention as it is, so nothing can be left out of it
     is_sparse = bool(facts.experts) and not facts.mechanisms
-    made = "upcycled" if is_sparse else "converted"
     if not fidelity:
-        return f"As {made}: {NOT_MEASURED}."
+        return f"As {'upcycled' if is_sparse else 'converted'}: {NOT_MEASURED}."
+    state, column = _state(facts, "upcycled" if is_sparse else "converted")
     found, control = _figures(_measured(facts, "fidelity")), _measured(facts, "control: mean of values")
     rows = [[name.replace("_", " "), _text(value), _text(control.get(name))] for name, value in found.items()]
     header, beside = (
-        ["figure", made, "mean of values"],
+        ["figure", column, "mean of values"],
         ", compared with what is left when attention carries no information",
     )
     if is_sparse:
         rows, header, beside = [row[:2] for row in rows], header[:2], ""
     checks = [[check["name"], check["status"], check["rule"]] for check in _checks(facts)]
     settings = {k: v for k, v in fidelity["settings"].items() if isinstance(v, (int, float, str)) and k != "source"}
+    verdict = (fidelity.get("verdict") or {}).get("text")
     return "\n\n".join(
         [
-            f"As {made}, before any training below{beside}:",
+            *([f"**{verdict[0].upper()}{verdict[1:]}.**"] if verdict else []),
+            f"{state}{beside}:",
             table(header, rows),
             table(["check", "outcome", "rule"], [[_text(cell) for cell in row] for row in checks]),
             f"{_listed(settings)}; {_listed(fidelity['versions'])}.",
@@ -270,26 +277,52 @@ def _fidelity(facts: CardFacts) -> str:
     )
 
 
-def _training(record: dict[str, Any]) -> str:
-    stages = {name: _figures(figures) for name, figures in record["metrics"].items()}
+def _state(facts: CardFacts, made: str) -> tuple[str, str]:
+    """What the weights were when the fidelity was measured, as the beginning of a sentence; and the name of a column."""
+    if facts.measured is None:
+        if facts.runs:
+            return (
+                "It is not recorded whether these figures are of the weights before or after the training below",
+                "measured",
+            )
+        return f"As {made}", made
+    before, later = (runs(steps) for steps in (facts.history[: facts.measured], facts.history[facts.measured :]))
+    first = next((i for i, step in enumerate(facts.history) if step["what"] in CHANGES), 0)
+    before = [step for step in before if step in facts.history[first:]]
+    text = f"After {_and(before)}" if before else f"As {made}"
+    if (facts.fidelity or {}).get("weights", {}).get("state") == CHANGED:
+        return (
+            f"{text}, of weights that differ from the source's though no run that changed them is recorded",
+            "measured",
+        )
+    return text + (f", before {_and(later)}" if later else ""), "trained" if before else made
+
+
+def _and(steps: list[Step]) -> str:
+    return " and ".join(map(described, steps))
+
+
+def _training(run: Step) -> str:
+    stages = {name: _figures(figures) for name, figures in run.get("metrics", {}).items()}
     order = sorted(stages, key=lambda name: [*STAGES, name].index(name))
     names = list(dict.fromkeys(figure for name in order for figure in stages[name] if not _is_time(figure)))
     rows = [[figure.replace("_", " "), *(_text(stages[name].get(figure)) for name in order)] for figure in names]
-    parts = [f"### {record['recipe']}"]
-    if not record["finished"]:
+    parts = [f"### {run['what']}"]
+    if not run["finished"]:
         parts.append("This run was not finished.")
+    if run["what"] == "training":
+        parts.append(f"{described(run)[0].upper()}{described(run)[1:]}; nothing else is recorded of it.")
+        return "\n\n".join(parts)
     header = ["figure", *(STAGES.get(name, name) for name in order)]
     parts.append(table(header, rows) if rows else f"Figures: {NOT_MEASURED}.")
-    if record["layer_errors"]:
+    if run.get("layer_errors"):
         parts.append("Relative error of each layer's attention, given the states of full attention:")
-        parts.append(_layer_table(record["layer_errors"]))
-    facts = {k: v for k, v in record["training"].items() if isinstance(v, (int, float, str))}
+        parts.append(_layer_table(run["layer_errors"]))
+    facts = {k: v for k, v in run.get("training", {}).items() if isinstance(v, (int, float, str))}
     parts.append(f"{_listed({k.replace('_', ' '): v for k, v in facts.items()}) or 'Cost: ' + NOT_MEASURED}.")
-    versions, hardware = record.get("versions") or {}, record.get("hardware") or {}
-    seed = NOT_RECORDED if record.get("seed") is None else record["seed"]
-    parts.append(
-        f"Seed {seed}; {_listed(versions) or 'versions ' + NOT_RECORDED}; {_listed(hardware)}.".replace("; .", ".")
-    )
+    known = [_listed(run.get("versions") or {}) or f"versions {NOT_RECORDED}", _listed(run.get("hardware") or {})]
+    seed = NOT_RECORDED if run.get("seed") is None else run["seed"]
+    parts.append("; ".join([f"Seed {seed}", *filter(None, known)]) + ".")
     return "\n\n".join(parts)
 
 
@@ -328,39 +361,8 @@ def _use(facts: CardFacts) -> str:
 
 
 def _commands(facts: CardFacts) -> str:
-    lines = []
-    began_with = [record["settings"].get("model") for record in facts.records[:1]]
-    outs = [*(step["source"] for step in facts.steps[1:]), str((*began_with, None)[0] or "converted")]
-    for step, out in zip(facts.steps, outs, strict=False):
-        if step is facts.upcycling:
-            lines += upcycle_commands(step, out, str(facts.source))
-        # a run that converted on the way has that in its own command
-        elif not any(record["conversion"] for record in facts.records):
-            lines += _convert_commands(step, facts.config, out)
-    lines += [_train_command(record) for record in facts.records]
+    lines = commands(facts.history, facts.measured, (facts.fidelity or {}).get("command"))
     return "\n".join(["```bash", *lines, "```"]) if lines else f"Commands: {NOT_RECORDED}."
-
-
-def _convert_commands(report: dict[str, Any], config: dict[str, Any], out: str) -> list[str]:
-    before, groups = config.get("efficient_source") or {}, report["efficient_attention"]
-    attention = json.dumps(groups[0] if len(groups) == 1 else groups)
-    words = ["hf-efficient", "convert", report["source"], out, "--attention", attention]
-    if report["max_positions"] != before.get("max_positions") or "model_max_length" in before:
-        words += ["--max-positions", str(report["max_positions"]), "--positions", report["positions"]]
-    words += ["--revision", report["revision"]] if report["revision"] else []
-    return [shlex.join(words), shlex.join(["hf-efficient", "verify", out, report["source"]])]
-
-
-def _train_command(record: dict[str, Any]) -> str:
-    """The command of a run: as it was recorded, or a recipe with all its settings."""
-    if record.get("command"):
-        return str(record["command"])
-    settings = record["settings"]
-    if not {"output_dir", "dataset"} <= settings.keys():  # called from Python
-        return f"# {record['recipe']}: settings {json.dumps(settings)}"
-    given = {name: value for name, value in settings.items() if value not in ("", None) and name != "resume"}
-    words = [f"--{name}={json.dumps(v) if isinstance(v, (dict, list)) else v}" for name, v in given.items()]
-    return shlex.join(["python", f"recipes/{record['recipe']}.py", *words])
 
 
 def _limits(facts: CardFacts) -> str:

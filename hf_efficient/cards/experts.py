@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 from hf_efficient.cards.markdown import table
@@ -36,29 +35,18 @@ def experts_section(experts: dict[str, Any], report: dict[str, Any] | None, not_
         ["weight of the load balance", str(experts["router_aux_loss_coef"])],
         ["weight of the z-loss", str(experts["router_z_loss_coef"])],
     ]
-    recorded = dict.fromkeys(
-        ("sparse layers", "parameters as upcycled", "of these met by one token", "outputs at the start"), not_recorded
-    )
+    at_start = "outputs at the start, in eval mode"
+    names = ("sparse layers", "parameters as upcycled", "of these met by one token", at_start)
+    recorded = dict.fromkeys(names, not_recorded)
     if report is not None:
         recorded = {
             "sparse layers": ", ".join(f"`{name}`" for name in report["layers"]),
             "parameters as upcycled": f"{report['parameters']}, of the source: {report['source_parameters']}",
             "of these met by one token": str(report["active_parameters"]),
-            "outputs at the start": f"differ from the source's by {report['difference']:.4g} of the largest; allowed were "
+            at_start: f"differ from the source's by {report['difference']:.4g} of the largest; allowed were "
             f"{report['tolerance']:.4g}",
         }
     return table(["experts", "value"], rows + [list(item) for item in recorded.items()])
-
-
-def upcycle_commands(report: dict[str, Any], out: str, origin: str) -> list[str]:
-    """The commands that make the checkpoint `out` of a report's source again, and compare it with `origin`."""
-    words = ["hf-efficient", "upcycle", report["source"], out]
-    for name, value in report["efficient_experts"].items():
-        if value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words += [f"--{name.replace('_', '-')}", text]
-    words += ["--revision", report["revision"]] if report["revision"] else []
-    return [shlex.join(words), shlex.join(["hf-efficient", "verify", out, origin])]
 
 
 def experts_limits(experts: dict[str, Any]) -> list[str]:

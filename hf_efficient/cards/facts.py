@@ -14,10 +14,21 @@ from hf_efficient.attention.base.registry import stored_attention
 from hf_efficient.conversion import card
 from hf_efficient.conversion.card import README
 from hf_efficient.conversion.inspect import EXACT, inspect_checkpoint
-from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME
 from hf_efficient.experts.layer import ExpertsConfig
+from hf_efficient.models.provenance import (
+    CHANGES,
+    REPORT_NAME,
+    UPCYCLING_NAME,
+    Provenance,
+    Step,
+    in_order,
+    result_files,
+    run_step,
+    runs,
+    without_undone,
+)
 from hf_efficient.training.data.texts import BUILDERS
-from hf_efficient.training.results import RESULT_NAME, RunRecord
+from hf_efficient.training.results import RunRecord
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
@@ -40,7 +51,9 @@ class CardFacts:
         name: what the card calls the checkpoint. folder: where it is.
         inspected: see `inspect_checkpoint`. config: its config.json.
         report: the conversion report, if there is one. upcycling: the upcycling report, likewise.
-        records: results of its runs, the last one that of its weights.
+        history: every step that led to its weights, in order; see `Provenance`. measured: how many of them came before the
+            fidelity was measured; `None` = nobody knows.
+        source, revision: where the first of them began.
         adapter: adapter_config.json, if the folder holds adapters only. inherited: front matter of the source.
     """
 
@@ -50,18 +63,21 @@ class CardFacts:
     config: dict[str, Any]
     report: dict[str, Any] | None
     upcycling: dict[str, Any] | None
-    records: list[dict[str, Any]]
+    history: list[Step]
+    measured: int | None
+    source: str | None
+    revision: str | None
     adapter: dict[str, Any] | None
     inherited: dict[str, Any]
 
     @property
     def steps(self) -> list[dict[str, Any]]:
         """The reports in the order in which things were done."""
-        return _in_order(self.report, self.upcycling)
+        return in_order(report for report in (self.report, self.upcycling) if report is not None)
 
     @property
-    def source(self) -> str | None:
-        return self.steps[0]["source"] if self.steps else None
+    def runs(self) -> list[Step]:
+        return runs(self.history)
 
     @property
     def fidelity(self) -> dict[str, Any] | None:
@@ -83,23 +99,53 @@ def gather(folder: Path, results: list[Path]) -> CardFacts:
     adapter, holder = _adapter(folder)
     config = _read(holder / "config.json")
     # recipes write a folder with the result and, inside, the checkpoint itself
-    outer = folder.resolve().parent if folder.resolve().name == "model" else folder
-    found = [path for path in (folder / RESULT_NAME, outer / RESULT_NAME) if path.is_file()]
+    found = result_files(folder)
     records = [_record(path) for path in {path.resolve(): path for path in [*results, *found]}.values()]
     report = _conversion([folder, holder], records, config) if config.get("efficient_attention") else None
     upcycling = _upcycling([folder, holder], config) if config.get("efficient_experts") else None
     inspected = inspect_checkpoint(str(holder))
-    name = outer.name if (outer / RESULT_NAME).is_file() else folder.resolve().name
-    origin = next(iter(_in_order(report, upcycling)), None)
-    inherited = {} if origin is None else _inherited(origin["source"], origin["revision"])
-    return CardFacts(name, folder, inspected, config, report, upcycling, records, adapter, inherited)
+    name = found[-1].resolve().parent.name if found else folder.resolve().name
+    recorded = _marked(Provenance.read(holder).history, (report or upcycling or {}).get("fidelity") or {})
+    history = _with_results(without_undone(recorded), records)
+    measured = next((i for i, step in enumerate(history, start=1) if step.get("measured")), None)
+    reports = in_order(one for one in (report, upcycling) if one is not None)
+    # reports that tell of every change name the source themselves
+    tell_all = len([step for step in history if step["what"] in CHANGES]) <= len(reports)
+    first = history[0] if history and not (tell_all and history[0]["what"] in CHANGES) else (*reports, {})[0]
+    source, revision = first.get("source"), first.get("revision")
+    inherited = _inherited(source, revision)
+    return CardFacts(
+        name, folder, inspected, config, report, upcycling, history, measured, source, revision, adapter, inherited
+    )
 
 
-def _in_order(report: dict[str, Any] | None, upcycling: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if report is None or upcycling is None:
-        return [step for step in (report, upcycling) if step is not None]
-    had_experts = f"{upcycling['layers'][0]}.router.weight" in report["tensors"]
-    return [upcycling, report] if had_experts else [report, upcycling]
+def _marked(history: list[Step], fidelity: dict[str, Any]) -> list[Step]:
+    """The steps, of which the one after which the fidelity was measured says so."""
+    steps = list(history)
+    count = (fidelity.get("weights") or {}).get("steps")
+    if isinstance(count, int) and 0 < count <= len(steps):
+        steps[count - 1] = steps[count - 1] | {"measured": True}
+    return steps
+
+
+def _with_results(history: list[Step], records: list[dict[str, Any]]) -> list[Step]:
+    """The steps, each run as its result.json tells it; results of runs that are not among them stand where they belong."""
+    steps, position = list(history), len(history)
+    for record in reversed(records):
+        run = run_step(record)
+        key = ("what", "source")
+        same = [
+            i
+            for i, step in enumerate(steps[:position])
+            if all(step[name] == run[name] for name in key)
+            and step["settings"].get("output_dir") == run["settings"].get("output_dir")
+        ]
+        if same:
+            position = same[-1]
+            steps[position] = steps[position] | {name: value for name, value in run.items() if value is not None}
+        else:
+            steps.insert(position, run)
+    return steps
 
 
 def _adapter(folder: Path) -> tuple[dict[str, Any] | None, Path]:

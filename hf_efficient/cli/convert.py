@@ -68,15 +68,29 @@ def convert(
         )
         require_source(source)
         require_free(out, overwrite, source)
+        from hf_efficient.attention.base.registry import training_words
         from hf_efficient.conversion.convert import convert as convert_checkpoint
+        from hf_efficient.corpus import sample_texts
+        from hf_efficient.evaluation.verdict import quick_verdict
 
         places: dict[str, Any] = dict(max_positions=max_positions, positions=positions, revision=revision)
         result = convert_checkpoint(source, configs, **places, calibration=_calibration_texts(calibration))
-        result.save(out, overwrite)
         report = result.report
-    document = {"out": str(out), "counts": report.counts(), **report.to_dict()}
-    title, header = f"{source} → {out} ({report.model_class})", ["tensors", "number", "which"]
-    emit(document, as_json, title, header, _tensor_rows(report))
+        report.history[-1]["settings"]["calibration"] = calibration
+        result.save(out, overwrite)
+        verdict = quick_verdict(result.model, result.tokenizer, sample_texts())
+        names = dict.fromkeys(config["mechanism"] for config in report.efficient_attention)
+        training = {name: training_words(name) for name in names}
+    document = {
+        "out": str(out),
+        "counts": report.counts(),
+        "verdict": verdict,
+        "training": training,
+        **report.to_dict(),
+    }
+    title, header = f"{source} → {out} ({report.model_class}): {verdict['text']}", ["what", "number", "which"]
+    rows = [["training", None, f"{name}: {words}"] for name, words in training.items()]
+    emit(document, as_json, title, header, _tensor_rows(report) + rows)
 
 
 def _calibration_texts(given: str | None) -> list[str] | None:

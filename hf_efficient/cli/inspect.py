@@ -19,14 +19,14 @@ def list_command(
 ) -> None:
     """Show every mechanism: where it works, what it costs, when it is exact; or one mechanism's options."""
     with running():
-        from hf_efficient.attention.base.registry import describe, get_mechanism, list_mechanisms
+        from hf_efficient.attention.base.registry import describe, get_mechanism, list_mechanisms, training_words
 
         if mechanism is not None:
             card, config = describe(mechanism), get_mechanism(mechanism).Config
             meanings = _meanings(config)
             hints = {field.name: str(field.type) for field in dataclasses.fields(config)}
     if mechanism is not None:
-        title = f"{mechanism}: {card['title']}, {card['paper']}"
+        title = f"{mechanism}: {card['title']}, {card['paper']}; {training_words(mechanism)}"
         options = [[flag(name), hints[name], card["options"][name], meanings.get(name)] for name in hints]
         emit(card, as_json, title, ["option", "type", "default", "meaning"], options)
         return
@@ -39,10 +39,11 @@ def list_command(
             card["causal"],
             card["relative_bias"],
             card["exact_when"],
+            training_words(card["mechanism"]),
         ]
         for card in cards
     ]
-    headings = ["mechanism", "paper", "time; memory", "causal", "T5 bias", "exact at n tokens when"]
+    headings = ["mechanism", "paper", "time; memory", "causal", "T5 bias", "exact at n tokens when", "training"]
     emit(cards, as_json, f"{len(cards)} mechanisms", headings, rows)
 
 
@@ -64,11 +65,12 @@ def inspect_command(checkpoint: Checkpoint, as_json: Json = False) -> None:
         facts = inspect_checkpoint(checkpoint)
     layers, possible = facts["layers"], facts["mechanisms"]
     if as_json or facts["converted"]:
-        rows = [[layer["side"], layer["layer"], layer["mechanism"], layer["options"]] for layer in layers]
-        headings = ["side", "layer", "attention", "options"]
+        columns = ["side", "layer", "mechanism", "options", "training"]
+        rows = [[layer[name] for name in columns] for layer in layers]
+        headings = ["side", "layer", "attention", "options", "training"]
     else:
-        rows = [[p["side"], p["mechanism"], p["possible"], "; ".join(p["reasons"])] for p in possible]
-        headings = ["side", "mechanism", "possible", "why not, with default options"]
+        rows = [[p["side"], p["mechanism"], p["possible"], "; ".join(p["reasons"]), p["training"]] for p in possible]
+        headings = ["side", "mechanism", "possible", "why not, with default options", "training"]
     length = facts["max_positions"] or "no table of"
     title = f"{checkpoint}: {facts['model_class']}, {len(layers)} layers, {length} positions"
     if facts["experts"]:

@@ -86,6 +86,7 @@ def _distill(
 ) -> dict[str, Any]:
     from hf_efficient.conversion.loading import load_converted, load_tokenizer
     from hf_efficient.corpus import offline_texts
+    from hf_efficient.models.provenance import Provenance
     from hf_efficient.profiling.json_files import write_json
     from hf_efficient.training.distill import distill
     from hf_efficient.training.results import RESULT_NAME
@@ -100,6 +101,10 @@ def _distill(
     given = {"model": str(checkpoint), "texts": "offline" if texts is None else str(texts)}
     document = report | {"settings": report["settings"] | given, "command": shlex.join(words)}
     write_json(out / RESULT_NAME, document)
+    made = Provenance.read(out / "model")
+    if made.history:
+        made.history[-1] |= {name: document[name] for name in ("settings", "command")} | {"source": str(checkpoint)}
+        made.write(out / "model")
     return document
 
 

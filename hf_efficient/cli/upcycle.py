@@ -59,7 +59,10 @@ def upcycle(
         ["sparse layers", "\n".join(report.layers)],
         ["parameters", f"{report.source_parameters:,} → {report.parameters:,}"],
         ["of these met by a token", f"{report.active_parameters:,}"],
-        ["outputs differ by", f"{report.difference:.1e} of the largest (at most {report.tolerance:.0e})"],
+        [
+            "outputs differ, in eval mode, by",
+            f"{report.difference:.1e} of the largest (at most {report.tolerance:.0e})",
+        ],
     ]
     document = {"out": str(out), "counts": report.counts(), **report.to_dict()}
     emit(document, as_json, f"{source} → {out} ({report.model_class})", ["what", "value"], rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,10 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Run all checks; exit code 1 if one fails. The figures go into CONVERTED's report."""
+    """Say if a checkpoint is whole and right (exit code 1 if a check fails), how close to its source, and if trained since.
+
+    The figures go into CONVERTED's report.
+    """
     with running():
         for name in (converted, source):
             require_source(name)
@@ -46,23 +50,32 @@ def verify(
             documents,
             max_length=max_length,
             speed_lengths=lengths,
-            progress=sys.stderr.isatty(),
+            progress=None if sys.stderr.isatty() else False,
         )
+        document = report.to_dict() | {"command": _command(converted, source, texts, max_length, speed)}
         if Path(converted).is_dir():
-            record_fidelity(Path(converted), report.to_dict())
-    rows = [
+            record_fidelity(Path(converted), document)
+    rows = [[*statement, ""] for statement in report.statements().items()]
+    rows += [
         [check.status, f"{check.name}: {check.rule}", "\n".join(f"{k}: {as_text(v)}" for k, v in check.detail.items())]
         for check in report.checks
     ]
     title = f"{converted} compared with {source}: {'passed' if report.passed else 'FAILED'}"
-    emit(report.to_dict(), as_json, title, ["outcome", "check", "figures"], rows)
+    emit(document, as_json, title, ["outcome", "check", "figures"], rows)
     if not report.passed:
         raise typer.Exit(1)
 
 
+def _command(converted: str, source: str, texts: Path | None, max_length: int | None, speed: str | None) -> str:
+    words = ["hf-efficient", "verify", converted, source]
+    for name, value in (("--texts", texts), ("--max-length", max_length), ("--speed", speed)):
+        words += [] if value is None else [name, str(value)]
+    return shlex.join(words)
+
+
 def record_fidelity(folder: Path, fidelity: dict[str, Any]) -> None:
     """Put the figures into the checkpoint's report, whole or not at all."""
-    from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME
+    from hf_efficient.models.provenance import REPORT_NAME, UPCYCLING_NAME
     from hf_efficient.profiling.json_files import write_json
 
     # experts alone have no conversion behind them

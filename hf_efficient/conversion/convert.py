@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.conversion.calibrate import calibrate, calibration_batches, calibration_use
 from hf_efficient.conversion.loading import Source, load_stock, open_source, refuse_converted
-from hf_efficient.conversion.saving import REPORT_NAME, Report, Result
+from hf_efficient.conversion.saving import Report, Result
 from hf_efficient.conversion.sentence_transformers import max_seq_length
 from hf_efficient.corpus import TextUse
 from hf_efficient.families import HostModel
 from hf_efficient.families.readable import require_model
 from hf_efficient.models.in_place import convert_in_place, revert, stock_class
+from hf_efficient.models.provenance import REPORT_NAME, Provenance, earlier_steps
 from hf_efficient.profiling.environment import versions
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -40,6 +41,7 @@ class ConversionReport(Report):
         ignored: tensors of the source checkpoint that its class does not use.
         calibration: how much of the calibration texts or rows was read, see `TextUse`; `None` = there were none.
         fidelity: filled by `verify`, if it was run.
+        history: every step that led to the model, see `Provenance`; later ones are added.
     """
 
     source: str
@@ -52,6 +54,7 @@ class ConversionReport(Report):
     ignored: list[str] = field(default_factory=list)
     calibration: dict[str, int] | None = None
     fidelity: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=versions)
     statuses: ClassVar[tuple[str, ...]] = ("copied", "extended", "initialised", "random")
 
@@ -67,7 +70,6 @@ class ConversionResult(Result):
     """A converted model with its tokenizer (`None` if the source had none) and the report; `save(path)` writes all."""
 
     report: ConversionReport
-    report_name = REPORT_NAME
 
     def _text_length(self) -> int | None:
         # only where the caller asked for another length: what cuts texts at 256 tokens goes on doing so
@@ -111,6 +113,7 @@ def convert(
     configs = attention_configs(attention, **options)
     opened = open_source(source, tokenizer, revision, load_stock)
     refuse_converted(opened.name, opened.model.config)
+    earlier = earlier_steps(opened.model, opened.folder)
     host = HostModel.of(opened.model)
     batches = read = None
     if calibration is not None:
@@ -120,6 +123,8 @@ def convert(
     entries: dict[str, Any] = opened.model.state_dict()
     before = {key: (entry.data_ptr(), entry.shape) for key, entry in entries.items() if isinstance(entry, Tensor)}
     origins, resized = convert_in_place(host, configs, max_positions, positions)
+    provenance = Provenance.of(opened.model)
+    provenance.history[:0], provenance.is_loaded = earlier, provenance.is_loaded or bool(earlier)
     if batches is not None:
         origins |= _calibrated(opened.model, batches)
     _tell_tokenizer(opened, max_positions)
@@ -133,7 +138,11 @@ def convert(
         tensors=_account(opened.model, before, origins, resized, opened.missing),
         ignored=opened.ignored,
         calibration=None if read is None else asdict(read),
+        history=provenance.history,
     )
+    given = None if batches is None else len(batches)
+    provenance.history[-1] |= {"source": opened.name, "revision": revision, "calibration_batches": given}
+    provenance.reports[REPORT_NAME] = report
     return ConversionResult(opened.model, opened.tokenizer, report, opened.folder)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel
 
-from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
-from hf_efficient.conversion.saving import REPORT_NAME
+from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms, training_words
 from hf_efficient.families import AttentionLayer, ModelFamily, Stack, family_of
+from hf_efficient.models.provenance import REPORT_NAME
 from hf_efficient.models.registry import named_class
 from hf_efficient.patching.names import MODULE_NAME
 
@@ -23,9 +23,10 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
 
     Returns:
         `model_class`, `model_type`, `family`, `converted`, `max_positions` (`None` = no position table), `layers`, each
-        with `side`, `layer`, `mechanism` and `options`; `mechanisms`, each with `side`, `possible` and the `reasons`
-        against it at default options (empty for converted checkpoints); `experts`, the options of sparse experts or `None`;
-        `source`, the checkpoint it was converted from, if its report is there.
+        with `side`, `layer`, `mechanism`, `options` and `training` (whether the mechanism needs it); `mechanisms`, each
+        with `side`, `possible`, the `reasons` against it at default options, and `training` (empty for converted
+        checkpoints); `experts`, the options of sparse experts or `None`; `source`, the checkpoint it was converted from, if
+        its report is there.
 
     Raises:
         ValueError: an architecture without a family. OSError: no such checkpoint.
@@ -60,6 +61,7 @@ def _layer(stack: Stack, layer: AttentionLayer) -> dict[str, Any]:
         "layer": layer.index,
         "mechanism": options.pop("mechanism", EXACT),
         "options": {key: value for key, value in options.items() if key not in ("layers", "side")},
+        "training": None if mechanism is None else training_words(mechanism.config.mechanism),
     }
 
 
@@ -78,4 +80,5 @@ def _fit(mechanism: str, family: ModelFamily, stack: Stack) -> dict[str, Any]:
         "side": stack.side,
         "possible": not reasons,
         "reasons": list(dict.fromkeys(reasons)),
+        "training": training_words(mechanism),
     }

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_efficient.conversion.loading import load_converted, load_tokenizer
-from hf_efficient.conversion.saving import UPCYCLING_NAME, atomic_folder, copy_reports
+from hf_efficient.conversion.saving import atomic_folder
 from hf_efficient.conversion.sentence_transformers import copy_side_files
 from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import revert
+from hf_efficient.models.provenance import Provenance
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
@@ -34,12 +35,11 @@ def revert_checkpoint(converted: str, out: str | Path, overwrite: bool = False) 
         tokenizer.model_max_length = before["model_max_length"]
     with atomic_folder(out, overwrite) as folder:
         model.save_pretrained(folder)
+        Provenance.of(model).write(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if Path(converted).is_dir():
             copy_side_files(Path(converted), folder, before.get("max_seq_length"))
-            if getattr(model.config, "efficient_experts", None):
-                copy_reports(Path(converted), folder, UPCYCLING_NAME)
     return {
         "checkpoint": converted,
         "out": str(out),

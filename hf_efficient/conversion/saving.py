@@ -15,10 +15,7 @@ from transformers import PreTrainedModel
 from hf_efficient.conversion.card import write_first_card
 from hf_efficient.conversion.sentence_transformers import copy_side_files
 from hf_efficient.families.readable import refuse_adapters
-from hf_efficient.profiling.json_files import finite, write_json
-
-REPORT_NAME = "conversion_report.json"
-UPCYCLING_NAME = "upcycling_report.json"
+from hf_efficient.profiling.json_files import finite
 
 
 def require_free(path: str | Path, overwrite: bool = False) -> None:
@@ -95,13 +92,15 @@ class Report:
 
 @dataclass
 class Result:
-    """A model made from a checkpoint, with its tokenizer (`None` if the source had none) and the report of its making."""
+    """A model made from a checkpoint, with its tokenizer (`None` if the source had none) and the report of its making.
+
+    The report belongs to the model, whose `save_pretrained` writes it.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     report: Any
     source_folder: Path | None = None
-    report_name: ClassVar[str]
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write a checkpoint folder, all of it or nothing.
@@ -117,19 +116,9 @@ class Result:
                 self.tokenizer.save_pretrained(folder)
             if self.source_folder is not None:
                 copy_side_files(self.source_folder, folder, self._text_length())
-                # what was done to the source before still holds
-                copy_reports(self.source_folder, folder, *({REPORT_NAME, UPCYCLING_NAME} - {self.report_name}))
-            write_json(folder / self.report_name, self.report.to_dict())
             write_first_card(folder, self.model, self.report.source, Path(path).name)
         return Path(path)
 
     def _text_length(self) -> int | None:
         """Tokens after which sentence-transformers is to cut texts; `None` = as before."""
         return None
-
-
-def copy_reports(source: Path, folder: Path, *names: str) -> None:
-    """Copy the reports of these names that a checkpoint folder has to another one."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copy(source / name, folder / name)

@@ -1,4 +1,4 @@
-"""upcycle: a trained dense checkpoint as one with sparse experts that computes the same, ready to be trained on."""
+"""upcycle: a trained dense checkpoint as one with sparse experts that computes the same in eval mode, to be trained on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_efficient.conversion.loading import load_as_it_is, open_source
-from hf_efficient.conversion.saving import UPCYCLING_NAME, Report, Result
+from hf_efficient.conversion.saving import Report, Result
 from hf_efficient.experts.install import install_experts, mark_experts, unchanged_on_error
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import HostModel
@@ -22,9 +22,11 @@ from hf_efficient.models.in_place import (
     change_class,
     change_config,
     config_of_class,
+    note_change,
     require_convertible,
     stock_class,
 )
+from hf_efficient.models.provenance import UPCYCLING_NAME, Provenance, earlier_steps
 from hf_efficient.models.registry import MODELS
 from hf_efficient.patching.exact import eval_mode
 from hf_efficient.profiling.environment import versions
@@ -42,9 +44,10 @@ class UpcyclingReport(Report):
         source, revision: where the dense checkpoint came from. model_class: its stock class.
         efficient_experts: the options, as JSON. layers: qualified names of the sparse layers.
         parameters, active_parameters: of the result, and those that one token meets; `source_parameters` before.
-        difference, tolerance: of the outputs on random tokens before and after, relative to the largest; and what was
-            allowed: 1e-5, or 8 times the precision of the weights where that is more.
+        difference, tolerance: of the outputs on random tokens before and after, in eval mode, relative to the largest;
+            and what was allowed: 1e-5, or 8 times the precision of the weights where that is more.
         tensors: {name: {"status": "copied" | "initialised", "from": …, "shape": […]}}.
+        history: every step that led to the model, see `Provenance`; later ones are added.
         fidelity: filled by `verify`, if it was run and the checkpoint has no conversion report, which would hold it.
     """
 
@@ -60,6 +63,7 @@ class UpcyclingReport(Report):
     tolerance: float
     tensors: dict[str, dict[str, Any]]
     fidelity: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=versions)
     statuses: ClassVar[tuple[str, ...]] = ("copied", "initialised")
 
@@ -68,7 +72,6 @@ class UpcyclingResult(Result):
     """An upcycled model with its tokenizer (`None` if the source had none) and the report; `save(path)` writes all."""
 
     report: UpcyclingReport
-    report_name = UPCYCLING_NAME
 
 
 def upcycle(
@@ -86,9 +89,10 @@ def upcycle(
 ) -> UpcyclingResult:
     """Turn feed-forward layers of a trained checkpoint into experts: E copies of each, and a router from N(0, 0.02²).
 
-    The result computes what the source did, until it is trained: see `experts` for the equations and `ExpertsConfig` for
-    the options. It needs E times the memory of these layers and, with one expert per token, their time. Only training tells
-    the experts apart, so train on; `revert` goes back as long as nobody did. Attention is left as it is, efficient or not.
+    In eval mode the result computes what the source did, until it is trained: see `experts` for the equations and
+    `ExpertsConfig` for the options. In training mode it does not: dropout draws other numbers, and a capacity drops tokens.
+    It needs E times the memory of these layers and, with one expert per token, their time. Only training tells the experts
+    apart, so train on; `revert` goes back as long as nobody did. Attention is left as it is, efficient or not.
 
     Args:
         source: Hub id or folder of a BERT, RoBERTa, GPT-2 or T5 checkpoint (or a relative), converted or not, or a loaded
@@ -117,9 +121,12 @@ def upcycle(
     )
     require_model(source, "upcycle")
     opened = open_source(source, tokenizer, revision, load_as_it_is)
+    earlier = earlier_steps(opened.model, opened.folder)
     host, model = HostModel.of(opened.model), opened.model
     before = model.num_parameters()
     difference, tolerance = upcycle_in_place(host, config)
+    provenance = Provenance.of(opened.model)
+    provenance.history[:0], provenance.is_loaded = earlier, provenance.is_loaded or bool(earlier)
     if opened.tokenizer is None:
         logger.warning(f"{opened.name} has no tokenizer: only the model is upcycled.")
     report = UpcyclingReport(
@@ -134,7 +141,10 @@ def upcycle(
         difference=difference,
         tolerance=tolerance,
         tensors=_account(model, config, opened.missing),
+        history=provenance.history,
     )
+    provenance.history[-1] |= {"source": opened.name, "revision": revision}
+    provenance.reports[UPCYCLING_NAME] = report
     return UpcyclingResult(model, opened.tokenizer, report, opened.folder)
 
 
@@ -155,6 +165,7 @@ def upcycle_in_place(host: HostModel, config: ExpertsConfig) -> tuple[float, flo
     model.config.efficient_experts = config.to_dict()
     mark_experts(model.config)
     change_class(model, cls, model.config)
+    note_change(model, "upcycle", {"efficient_experts": config.to_dict()})
     return difference, tolerance
 
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_efficient.evaluation.heads import SPANS, HeadComparison, head_outputs, is_multiple_choice, joined
+
 
 @torch.no_grad()
 def compare(model: PreTrainedModel, source: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, Any]:
@@ -18,12 +20,13 @@ def compare(model: PreTrainedModel, source: PreTrainedModel, batches: Iterable[d
 
     Returns:
         `embedding_cosine` mean and minimum over texts (mean-pooled last states), `token_cosine` mean,
-        `hidden_error` ‖H' - H‖ / ‖H‖ of the last states and `hidden_error_by_layer`; with a vocabulary head also
-        `kl` of the source's to the model's distribution in nats and `top1_agreement`.
+        `hidden_error` ‖H' - H‖ / ‖H‖ of the last states and `hidden_error_by_layer`; and what the heads give, see
+        `HeadComparison`.
     """
     cosines: list[Tensor] = []
-    token_cosine = tokens = kl = agreement = predictions = 0.0
+    token_cosine = tokens = 0.0
     squares: list[list[float]] = []
+    heads: dict[str, HeadComparison] = {}
     for batch in batches:
         theirs, ours = run(source, batch), run(model, batch)
         mask = batch["attention_mask"].bool()
@@ -36,12 +39,10 @@ def compare(model: PreTrainedModel, source: PreTrainedModel, batches: Iterable[d
         token_cosine += float(F.cosine_similarity(a[mask], b[mask], dim=-1).sum())
         tokens += float(mask.sum())
         cosines.append(F.cosine_similarity(mean_pool(a, mask), mean_pool(b, mask), dim=-1))
-        if ours["logits"] is not None and ours["logits"].shape[-1] == source.config.vocab_size:
-            real = output_mask(source, batch)
-            p, q = (x["logits"].float().log_softmax(-1)[real] for x in (theirs, ours))
-            kl += float((p.exp() * (p - q)).sum())
-            agreement += float((p.argmax(-1) == q.argmax(-1)).sum())
-            predictions += len(p)
+        for name, logits in theirs["heads"].items():
+            is_choice = is_multiple_choice(getattr(model, "model", model))
+            head = heads.setdefault(name, HeadComparison(name, source.config, is_choice))
+            head.add(logits, ours["heads"][name], output_mask(source, batch))
     cosine = torch.cat(cosines)
     errors = [(a / b) ** 0.5 if b else math.inf if a else 0.0 for a, b in squares]
     figures: dict[str, Any] = {
@@ -51,9 +52,7 @@ def compare(model: PreTrainedModel, source: PreTrainedModel, batches: Iterable[d
         "hidden_error": errors[-1],
         "hidden_error_by_layer": errors,
     }
-    if predictions:
-        figures |= {"kl": kl / predictions, "top1_agreement": agreement / predictions}
-    return figures
+    return figures | joined(heads)
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -63,20 +62,34 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def run(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """Hidden states of the (encoder) stack layer by layer, logits if there are any, and whichever of them comes last."""
+    """Hidden states of the (encoder) stack layer by layer, logits of all heads, and whatever comes last as one "output".
+
+    Texts of which one is to be chosen are all rows of the batch.
+    """
     device = next(model.parameters()).device
-    batch = {k: v.to(device) for k, v in batch.items()}
+    is_choice = is_multiple_choice(getattr(model, "model", model))
+    batch = {k: v.to(device)[None] if is_choice else v.to(device) for k, v in batch.items()}
     with torch.no_grad():
         out = model(**batch, output_hidden_states=True)
     hidden = [state.cpu() for state in getattr(out, "encoder_hidden_states", None) or out.hidden_states]
-    logits = getattr(out, "logits", None)
-    logits = None if logits is None else logits.cpu()
-    return {"hidden": hidden, "logits": logits, "output": hidden[-1] if logits is None else logits}
+    heads = head_outputs(out)
+    spans = [heads[name] for name in SPANS if name in heads]
+    output = torch.stack(spans, -1) if spans else next(iter(heads.values()), hidden[-1])
+    return {"hidden": hidden, "heads": heads, "output": output}
 
 
 def output_mask(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """(B, N) real positions of the model's output."""
     return batch.get("decoder_attention_mask", batch["attention_mask"]).bool()
+
+
+def unknown_share(tokenizer: Any, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Share of the texts' own tokens that the tokenizer does not know; 0 where it knows every text."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    ids = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
+    special = [index for index in getattr(tokenizer, "all_special_ids", []) if index != unknown]
+    ids = ids[~torch.isin(ids, torch.tensor(special, dtype=ids.dtype))]
+    return 0.0 if unknown is None or not len(ids) else float((ids == unknown).double().mean())
 
 
 def relative_difference(actual: Tensor, expected: Tensor, where: Tensor | None) -> float:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import textwrap
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,77 +13,29 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_efficient.attention.base.registry import attention_configs
-from hf_efficient.conversion.loading import load_converted, load_stock
+from hf_efficient.conversion.loading import load_converted, load_stock, load_tokenizer
 from hf_efficient.corpus import ragged, text_batches
 from hf_efficient.evaluation.controls import control_figures, controls
 from hf_efficient.evaluation.cost import compare_with_full_attention
-from hf_efficient.evaluation.fidelity import compare, output_mask, relative_difference, run
-from hf_efficient.experts.install import uninstall_experts
+from hf_efficient.evaluation.fidelity import compare, output_mask, relative_difference, run, unknown_share
+from hf_efficient.evaluation.report import Check, FidelityReport
+from hf_efficient.evaluation.tensors import copied_tensors, fill, fresh_tensors
+from hf_efficient.evaluation.verdict import MOSTLY_UNKNOWN
 from hf_efficient.experts.layer import expert_layers
 from hf_efficient.families import HostModel, family_of
 from hf_efficient.models import EfficientModelMixin
+from hf_efficient.models.provenance import Provenance
 from hf_efficient.patching.install import patch_attention
-from hf_efficient.patching.names import MODULE_NAME
-from hf_efficient.profiling.environment import versions
 from hf_efficient.profiling.json_files import finite
 from hf_efficient.profiling.memory import fresh_python
 
 EXACT_TOLERANCE = 1e-5
 DOUBLE_TOLERANCE = 1e-8
 EXACT_LENGTH = 128
-
-
-@dataclass
-class Check:
-    """One check: its outcome, its figures, and the rule it was held to.
-
-    `status` is "passed", "failed", "measured" (figures without a verdict) or "not applicable".
-    """
-
-    name: str
-    status: str
-    detail: dict[str, Any]
-    rule: str
-
-
-@dataclass
-class FidelityReport:
-    """All checks with the settings and versions that the figures depend on; JSON-serialisable by `to_dict`."""
-
-    checks: list[Check]
-    settings: dict[str, Any]
-    versions: dict[str, str] = field(default_factory=versions)
-
-    @property
-    def passed(self) -> bool:
-        return all(check.status != "failed" for check in self.checks)
-
-    def __getitem__(self, name: str) -> Check:
-        return next(check for check in self.checks if check.name == name)
-
-    def __str__(self) -> str:
-        """A paragraph per check, for a terminal of 80 columns."""
-        lines = []
-        for check in self.checks:
-            figures = ", ".join(f"{name} {_short(value)}" for name, value in check.detail.items())
-            text = f"{check.status:15} {check.name}: {figures}"
-            lines.append(textwrap.fill(text, 80, subsequent_indent=" " * 16))
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        return finite({"passed": self.passed, **asdict(self)})
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{name} {_short(entry)}" for name, entry in value.items()) + ")"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_short, value)) + "]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def verify(
@@ -96,7 +47,7 @@ def verify(
     batch_size: int = 4,
     max_length: int | None = None,
     speed_lengths: Sequence[int] = (),
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> FidelityReport:
     """Compare a converted or upcycled model with its source, check by check.
 
@@ -104,12 +55,14 @@ def verify(
         model: converted model, or folder or id of a converted checkpoint.
         source: the stock model it came from, or its folder or id; of a converted model also one with experts.
         texts: real text; each is cut to `max_length`.
-        tokenizer: needed if neither `model` nor `source` is a path.
+        tokenizer: that of `model`'s folder if not given, or of `source`'s where it has none; needed if neither is a path.
         max_length: tokens per text; `None` = the source's position table (512 where there is none).
         speed_lengths: lengths at which to measure time and memory against full SDPA attention; none by default.
+        progress: show a bar; `None` = as transformers' verbosity and progress bars are set.
 
     Returns:
-        A report whose `passed` is False if a check failed.
+        A report whose `passed` is False if a check failed. A warning is given where most of the text is unknown to the
+        tokenizer, since figures on such texts say little.
 
     Raises:
         ValueError: no texts, no tokenizer, or a model that is not converted.
@@ -119,23 +72,35 @@ def verify(
     path = None if isinstance(model, PreTrainedModel) else Path(model)
     if not isinstance(model, PreTrainedModel):
         model = load_converted(model)
-    if not isinstance(source, PreTrainedModel):
-        source = load_stock(str(source))[0]
     if not isinstance(model, EfficientModelMixin):
         raise ValueError(f"{type(model).__name__} is not a converted model: convert or upcycle it first, then verify.")
     if not texts:
         raise ValueError("no texts to verify with; hf_efficient.corpus.offline_texts() has some.")
+    fresh = fresh_tensors(model)
+    if not isinstance(source, PreTrainedModel):
+        source, info = load_stock(str(source))
+        fresh |= set(info["missing_keys"])
+        fill(source, model, fresh)
     modes = model.training, source.training
     model.eval()
     source.eval()
     limit = HostModel.of(source).max_positions or 512
     length = min(max_length or limit, limit)
     batches = text_batches(tokenizer, texts, length, batch_size, source)
-    short = ragged(
-        text_batches(tokenizer, texts[: max(2, batch_size // 2)], min(EXACT_LENGTH, length), batch_size, source)[0]
-    )
+    share = unknown_share(tokenizer, batches)
+    if share > MOSTLY_UNKNOWN:
+        warnings.warn(
+            f"{share:.0%} of the texts' tokens are unknown to the tokenizer, so the figures say little about this model: "
+            "give --texts (texts=) of the kind that it is for.",
+            stacklevel=2,
+        )
+    few = texts[: max(2, batch_size // 2)]
+    short = text_batches(tokenizer, few, min(EXACT_LENGTH, length), batch_size, source)[0]
+    short = ragged(short, source.config.pad_token_id)
+    provenance = Provenance.of(model)
+    tensors, weights = copied_tensors(model, source, provenance.since(source.config._name_or_path), fresh)
     checks: list[Any] = [
-        lambda: _copied_tensors(model, source),
+        lambda: tensors,
         lambda: _exact_limit(model, source, short),
         lambda: _fidelity(model, source, batches),
         *_controls(model, source, batches),
@@ -145,7 +110,8 @@ def verify(
         lambda: _speed(model, source, speed_lengths),
     ]
     try:
-        outcomes = [check() for check in tqdm(checks, desc="verify", disable=not progress, unit="check")]
+        quiet = logging.get_verbosity() > logging.WARNING if progress is None else not progress
+        outcomes = [check() for check in logging.tqdm(checks, desc="verify", disable=quiet, unit="check")]
     finally:
         model.train(modes[0])
         source.train(modes[1])
@@ -155,35 +121,16 @@ def verify(
         "efficient_experts": getattr(model.config, "efficient_experts", None),
         "texts": len(texts),
         "tokens": int(sum(b["attention_mask"].sum() for b in batches)),
+        "unknown_tokens": share,
         "max_length": length,
         "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
     }
-    return FidelityReport(outcomes, settings)
+    weights["steps"] = len(provenance.history)
+    return FidelityReport(outcomes, settings, weights=weights)
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------
-
-
-def _copied_tensors(model: Any, source: PreTrainedModel) -> Check:
-    theirs = source.state_dict()
-    experts = {} if expert_layers(source) else expert_layers(model)
-    if experts and all(layer.are_equal() for layer in experts.values()):
-        model = copy.deepcopy(model)
-        uninstall_experts(HostModel.of(model))
-    ours = model.state_dict()
-    extended, different = [], []
-    for name, tensor in theirs.items():
-        if name not in ours:
-            different.append(name)
-        elif ours[name].shape != tensor.shape:
-            extended.append(name)
-        elif not torch.equal(ours[name].cpu(), tensor.cpu()):
-            different.append(name)
-    extra = [name for name in ours if name not in theirs and f".{MODULE_NAME}." not in name]
-    detail = {"tensors": len(theirs), "extended": extended, "different": different, "unexplained": extra}
-    rule = "every tensor of the source is bit-equal, in each expert; only position tables may be longer"
-    return Check("copied tensors", "failed" if different or extra else "passed", detail, rule)
 
 
 def _exact_limit(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) -> Check:
@@ -213,7 +160,7 @@ def _exact_limit(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) 
 
 
 def _equal_experts(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) -> Check:
-    rule = f"as long as the experts are equal the logits differ by ≤ {EXACT_TOLERANCE:g} of the largest"
+    rule = f"as long as the experts are equal the logits differ in eval mode by ≤ {EXACT_TOLERANCE:g} of the largest"
     if not all(layer.are_equal() for layer in expert_layers(model).values()):
         return Check("exact limit", "not applicable", {"why": "the experts have been trained apart"}, rule)
     plain, sparse = (copy.deepcopy(m).float() for m in (source, model))
@@ -341,10 +288,13 @@ def _speed(model: Any, source: PreTrainedModel, lengths: Sequence[int]) -> Check
 
 
 def _tokenizer_of(*places: Any) -> Any:
-    for place in places:
-        if not isinstance(place, PreTrainedModel):
-            return AutoTokenizer.from_pretrained(str(place))
-    raise ValueError("two loaded models have no tokenizer: pass tokenizer=.")
+    """The tokenizer of the first folder, or Hub repository, that has one."""
+    named = [str(place) for place in places if not isinstance(place, PreTrainedModel)]
+    found = next(filter(None, (load_tokenizer(name, None) for name in named)), None)
+    if found is None:
+        who = f"{' and '.join(named)} {'have' if len(named) == 2 else 'has'}" if named else "two loaded models have"
+        raise ValueError(f"{who} no tokenizer: put its files into one of the folders, or pass tokenizer=.")
+    return found
 
 
 def _is_causal(model: Any) -> bool:

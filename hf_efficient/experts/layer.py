@@ -1,7 +1,7 @@
 """Sparse experts: a feed-forward layer as E copies of it, of which a router picks one or two for each token.
 
-Router, in fp32: p = softmax(W_r x), x a token's input of the layer. The copies start equal (sparse upcycling), so a layer
-computes what it did before as long as the weights of a token's experts sum to 1:
+Router, in fp32: p = softmax(W_r x), x a token's input of the layer. The copies start equal (sparse upcycling), so in
+eval mode a layer computes what it did before as long as the weights of a token's experts sum to 1:
 
     top_k = 1:   y = p_e / sg(p_e) · FFN_e(x),               e = argmax p, sg = no gradient through it
     top_k = 2:   y = Σ_e p_e / (p_a + p_b) · FFN_e(x),       e in {a, b}, the two largest

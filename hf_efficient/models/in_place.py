@@ -13,6 +13,7 @@ from hf_efficient.families import HostModel
 from hf_efficient.families.base import POSITION_METHODS
 from hf_efficient.families.readable import refuse_adapters
 from hf_efficient.models.config import is_hub_id
+from hf_efficient.models.provenance import ATTRIBUTE, REPORT_NAME, UPCYCLING_NAME, Provenance, watch
 from hf_efficient.models.registry import MODELS, is_efficient
 from hf_efficient.patching.install import install, plan, resolve_side, uninstall
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
@@ -122,7 +123,19 @@ def convert_in_place(
                 setattr(owner, name, table)
         raise
     _become_efficient(host, configs, source)
+    settings = {
+        "attention": host.model.config.efficient_attention,
+        "max_positions": max_positions,
+        "positions": positions,
+    }
+    note_change(host.model, "convert", settings)
     return origins, resized
+
+
+def note_change(model: PreTrainedModel, what: str, settings: dict[str, Any]) -> None:
+    """Put a change into the model's history, which from now on notes its training too."""
+    Provenance.of(model).add(what, model.config._name_or_path or None, settings)
+    watch(model)
 
 
 def _check_positions(before: int | None, max_positions: int | None, positions: str) -> None:
@@ -164,12 +177,13 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     refuse_adapters(model, "revert")
     if not is_efficient(type(model)):
         raise ValueError(f"{type(model).__name__} is not a converted model: there is nothing to revert.")
-    host = HostModel.of(model)
+    host, provenance = HostModel.of(model), Provenance.of(model)
     config, stock = model.config, stock_class(model)
     # a model built from its config never had an original: its position table stays
     source = getattr(config, "efficient_source", {"max_positions": None})
     keeps_experts = bool(getattr(config, "efficient_experts", None) and config.efficient_attention)
-    if not config.efficient_attention:
+    undone = "convert" if config.efficient_attention else "upcycle"
+    if undone == "upcycle":
         uninstall_experts(host)
     else:
         uninstall(host, [], source.get("attn_implementation") or "sdpa")
@@ -182,4 +196,9 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     change_class(model, type(model) if keeps_experts else stock, model.config)
     model.__dict__.pop("_model_tags", None)
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if f".{MODULE_NAME}." not in k}
+    provenance.reports.pop(REPORT_NAME if undone == "convert" else UPCYCLING_NAME, None)
+    if provenance.is_loaded or [step["what"] for step in provenance.history] != [undone]:
+        note_change(model, "revert", {"undone": undone})
+    else:  # the very object that it was
+        delattr(model, ATTRIBUTE)
     return model

@@ -18,6 +18,7 @@ from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import PREFIX, HostModel, family_of
 from hf_efficient.models.config import names_of
 from hf_efficient.models.in_place import convert_in_place, shared_parameters
+from hf_efficient.models.provenance import Provenance, reports_folder, watch
 from hf_efficient.patching.call_inputs import GLOBAL
 from hf_efficient.patching.install import install, plan
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
@@ -57,6 +58,7 @@ class EfficientModelMixin:
             self.all_tied_weights_keys.update(shared_parameters(self))  # type: ignore[arg-type]
         if experts:
             install_experts(host, ExpertsConfig.from_dict(experts))
+        watch(self)
 
     @property
     def model_tags(self) -> list[str]:
@@ -133,9 +135,10 @@ class EfficientModelMixin:
         """
         name = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)  # weights of unknown origin are never unpickled
+        location = {k: kwargs[k] for k in LOCATION_KEYWORDS if k in kwargs}
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
-            config = AutoConfig.from_pretrained(name, **{k: kwargs[k] for k in LOCATION_KEYWORDS if k in kwargs})
+            config = AutoConfig.from_pretrained(name, **location)
         stock_type = cls.stock_class.config_class.model_type
         if config.model_type.removeprefix(PREFIX) != stock_type:
             raise ValueError(
@@ -146,6 +149,7 @@ class EfficientModelMixin:
             configs = _configs_for(name, config, efficient_attention, kwargs)
             loaded = cls.stock_class.from_pretrained(name, *model_args, **kwargs)
             model = loaded[0] if kwargs.get("output_loading_info") else loaded
+            Provenance.of(model, reports_folder(name, **location))
             convert_in_place(HostModel.of(model), configs, max_positions, positions)
             return loaded
         if efficient_attention is not None or max_positions is not None:
@@ -153,7 +157,14 @@ class EfficientModelMixin:
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         _check_complete(name, model, info["missing_keys"])
+        Provenance.of(model, reports_folder(name, **location))
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As transformers'; also writes the reports of what the model was made from (see `Provenance`)."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+        if is_main_process:
+            Provenance.of(self).write(save_directory)
 
 
 def _configs_for(

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
+from hf_efficient.conversion.saving import atomic_folder
 from hf_efficient.conversion.sentence_transformers import copy_side_files
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.evaluation.fidelity import compare
@@ -208,6 +208,7 @@ class _Distillation:
             final = _Stage("end_to_end", transfer, settings.end_to_end_steps, settings.end_to_end_learning_rate)
         teacher = Teacher(self.model) if final is None else final.transfer.teacher
         assert teacher is not None
+        record.begin(self.model)
         self._measure(teacher, "converted", "before")
         with self._control():
             record.add("control", self._figures(teacher))
@@ -219,9 +220,10 @@ class _Distillation:
         if final is not None:
             stages.append(self._train(final))
             self._measure(teacher, "trained", "after")
+        log = [entry for stage in stages for entry in stage["log"]]
+        record.training = training_figures(stages) | {"notes": self.notes, "log": log}
+        record.end(self.model, "mechanism" if final is None or settings.train == "mechanism" else "all")
         self._save()
-        history = [entry for stage in stages for entry in stage["log"]]
-        record.training = training_figures(stages) | {"notes": self.notes, "log": history}
         record.finished = True
         if is_first_process():
             record.write(self.folder / RESULT_NAME)
@@ -345,7 +347,6 @@ class _Distillation:
             source = Path(self.model.config._name_or_path or "")
             if source.is_dir() and str(source) != ".":
                 copy_side_files(source, folder, None)
-                copy_reports(source, folder, REPORT_NAME, UPCYCLING_NAME)
 
 
 def _split(texts: list[str], held_out: Any, seed: int) -> tuple[list[str], list[str]]:

@@ -15,6 +15,7 @@ from hf_efficient.conversion.loading import load_tokenizer
 from hf_efficient.families import PREFIX, family_of
 from hf_efficient.models.in_place import revert
 from hf_efficient.models.mixin import honours_loss_kwargs
+from hf_efficient.models.provenance import Provenance
 from hf_efficient.patching.exact import converted_layers, mechanism_of
 from hf_efficient.training.checkpoints import is_first_process
 from hf_efficient.training.results import RunRecord
@@ -57,6 +58,8 @@ def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = Non
     fresh = sorted(info["missing_keys"])
     if fresh and is_first_process():
         logger.warning(f"not in {name}, so they start fresh and must be trained: {', '.join(fresh)}.")
+    provenance = Provenance.of(model, name)
+    earlier = len(provenance.history)
     if installed and attention == "none":
         model = revert(model)
         tokenizer.model_max_length = getattr(config, "efficient_source", {}).get(
@@ -67,6 +70,8 @@ def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = Non
         model = result.model
         if record is not None:
             record.conversion = result.report.to_dict() | {"source": name}
+    for step in provenance.history[earlier:]:
+        step["within"] = None if record is None else record.recipe
     return prepared(model, settings, fresh), tokenizer
 
 

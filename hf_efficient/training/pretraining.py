@@ -82,6 +82,7 @@ def load_or_start(
     if settings.attention not in ("", "none"):
         result = convert(model, settings.attention, tokenizer=tokenizer)
         model, record.conversion = result.model, result.report.to_dict()
+        result.report.history[-1]["within"] = record.recipe
     return prepared(model, settings), tokenizer
 
 

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from hf_efficient.conversion.saving import REPORT_NAME, UPCYCLING_NAME, atomic_folder, copy_reports
+from hf_efficient.conversion.saving import atomic_folder
 from hf_efficient.corpus import TextUse
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.patching.exact import converted_layers, exact_attention, substituted
-from hf_efficient.profiling.json_files import write_json
 from hf_efficient.profiling.memory import peak_memory
 from hf_efficient.training.callbacks import (
     FirstStep,
@@ -150,6 +149,7 @@ def _run(trainer: Any, settings: Any, record: RunRecord, before: bool) -> None:
     evaluates = before and not record.metrics
     begin = FirstStep(settings.seed, (lambda: _evaluate_before(trainer, record, is_converted)) if evaluates else None)
     _add_callbacks(trainer, begin)
+    record.begin(trainer.model)
     has_trained = _train(trainer, checkpoint)
     figures = _training_figures(trainer, checkpoint, begin.seconds())  # before another evaluation adds to them
     history = trainer.state.log_history
@@ -158,6 +158,7 @@ def _run(trainer: Any, settings: Any, record: RunRecord, before: bool) -> None:
         record.layer_errors["after"] = _layer_errors(trainer)
     if has_trained or not record.training:
         record.training = figures
+    record.end(trainer.model)
     save_model(trainer, output / "model", record)
     if first:
         losses = {name: figures["loss"] for name, figures in record.metrics.items() if figures.get("loss") is not None}
@@ -300,7 +301,7 @@ def save_model(trainer: Any, path: Path, record: RunRecord) -> None:
         if trainer.is_world_process_zero():
             with atomic_folder(path, overwrite=path.exists()) as folder:
                 shutil.copytree(partial, folder, dirs_exist_ok=True)
-                _write_report(folder, record)
+                record.provenance(trainer.model).write(folder)
             shutil.rmtree(partial)
     elif trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -311,15 +312,5 @@ def save_model(trainer: Any, path: Path, record: RunRecord) -> None:
             model.save_pretrained(folder)
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(folder)
-            _write_report(folder, record)
+            record.provenance(model).write(folder)
     trainer.accelerator.wait_for_everyone()
-
-
-def _write_report(folder: Path, record: RunRecord) -> None:
-    """The reports beside the weights: the conversion's of this run, or those of the checkpoint that it began with."""
-    source = Path(record.settings["model"])
-    if record.conversion is not None:
-        write_json(folder / REPORT_NAME, record.conversion)
-    elif record.settings.get("attention") != "none":
-        copy_reports(source, folder, REPORT_NAME)
-    copy_reports(source, folder, UPCYCLING_NAME)

@@ -8,11 +8,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from hf_efficient.corpus import TextUse
+from hf_efficient.models.provenance import RESULT_NAME, Provenance, run_step
 from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.json_files import finite, write_json
 
-RESULT_NAME = "result.json"
+__all__ = ["RESULT_NAME", "RunRecord"]
+
 logger = logging.getLogger(f"transformers.{__name__}")
 
 
@@ -60,6 +64,21 @@ class RunRecord:
             "versions": versions(),
             "hardware": hardware(),
         }
+
+    def begin(self, model: Any) -> None:
+        """Put the run into the history of `model` (of a wrapped one: of the model inside), unfinished as yet."""
+        self.provenance(model).history.append(run_step(self.to_dict()) | {"finished": False})
+
+    def end(self, model: Any, trained: str = "all") -> Provenance:
+        """Say in the history how the run ended: with the figures of now, and what was `trained`. Returns all of it."""
+        provenance = self.provenance(model)
+        provenance.history[-1] |= run_step(self.to_dict()) | {"finished": True, "trained": trained}
+        return provenance
+
+    def provenance(self, model: Any) -> Provenance:
+        """What `model`, or the model inside of a wrapped one, was made from."""
+        inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+        return Provenance.of(inner, self.settings.get("model"))
 
     def write(self, path: str | Path) -> Path:
         """Write it atomically."""

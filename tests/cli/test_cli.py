@@ -77,6 +77,8 @@ def test_convert_json_holds_the_report(sources, tmp_path):
     saved = json.loads((out / "conversion_report.json").read_text())
     assert given.pop("out") == str(out)
     assert given.pop("counts") == {"copied": len(saved["tensors"]), "extended": 0, "initialised": 0, "random": 0}
+    assert given.pop("training") == {"local": "works without training; training restores long range"}
+    assert "unknown to the tokenizer" in given.pop("verdict")["text"]
     assert given == saved
 
 
@@ -474,7 +476,9 @@ def test_inspect_says_what_an_original_could_take(sources):
     assert {layer["mechanism"] for layer in facts["layers"]} == {"full attention"} and len(facts["layers"]) == 4
     fits = {(fit["side"], fit["mechanism"]): fit for fit in facts["mechanisms"]}
     assert len(fits) == 2 * len(he.list_mechanisms())
-    assert fits["decoder", "local"] == {"mechanism": "local", "side": "decoder", "possible": True, "reasons": []}
+    local = fits["decoder", "local"]
+    assert local.pop("training").startswith("works without training")
+    assert local == {"mechanism": "local", "side": "decoder", "possible": True, "reasons": []}
     assert not fits["decoder", "linformer"]["possible"]
     assert any("can't be causal" in reason for reason in fits["decoder", "linformer"]["reasons"])
     assert not any("causal" in reason for reason in fits["encoder", "linformer"]["reasons"])

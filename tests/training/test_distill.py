@@ -353,12 +353,14 @@ def test_the_recipe_trains_adapters(recipe: ModuleType, source: Path):
 def test_the_report_of_a_conversion_stays_with_the_weights(recipe: ModuleType, source: Path):
     checkpoint = source.parent / "checkpoint"
     he.convert(source, "linformer", rank=8).save(checkpoint)
-    report = (checkpoint / "conversion_report.json").read_bytes()
+    report = json.loads((checkpoint / "conversion_report.json").read_text())
     recipe.main([*arguments(checkpoint, source.parent / "loop")[:-2], "--steps", "1"])
     model = load_converted(checkpoint)
     distill(model, tiny_tokenizer("bert"), TEXTS, output_dir=source.parent / "call", length=48, steps=1, cpu=True)
     for out in ("loop", "call"):
-        assert (source.parent / out / "model" / "conversion_report.json").read_bytes() == report, out
+        kept = json.loads((source.parent / out / "model" / "conversion_report.json").read_text())
+        assert [step["what"] for step in kept["history"]] == ["convert", "distill"]
+        assert kept | {"history": report["history"]} == report, out
         assert str(source) in str(checkpoint_card(source.parent / out / "model")), out
 
 

@@ -74,6 +74,12 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
+def training_words(name: str) -> str:
+    """What a mechanism's facts say of training, in words that stand alone: "needs training: …", "works without …"."""
+    told = get_mechanism(name).facts.training
+    return "needs training" + told.removeprefix("needed") if told.startswith("needed") else told
+
+
 def attention_config(mechanism: str, **options: Any) -> EfficientAttentionConfig:
     """`attention_config("longformer", attention_window=512)`: the validated config of a mechanism by name."""
     return get_mechanism(mechanism).Config.from_dict(options)
