@@ -258,12 +258,10 @@ def _decoding(model: PreTrainedModel, batch: dict[str, Tensor], steps: int = 8) 
         return Check("prefill = decode", "not applicable", {"why": "no language model head on a causal stack"}, rule)
     double: Any = copy.deepcopy(model).double()
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
-    rows = {
-        k: v[:1, : int(batch["attention_mask"][0].sum()) if k in ("input_ids", "attention_mask") else None].to(
-            model.device
-        )
-        for k, v in batch.items()
-    }
+    # the first row without its padding, so that the decoder needs no mask, which would have to grow with the cache
+    masks = {k: batch["decoder_attention_mask" if k.startswith("decoder") else "attention_mask"] for k in batch}
+    rows = {k: v[:1, : int(masks[k][0].sum())].to(model.device) for k, v in batch.items()}
+    rows.pop("decoder_attention_mask", None)
     ids = rows[name]
     n = ids.shape[1]
     steps = min(steps, n - 1)
