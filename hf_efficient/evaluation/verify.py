@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import logging as progress_bars
 
 from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.conversion.loading import load_converted, load_stock, load_tokenizer
@@ -32,6 +32,8 @@ from hf_efficient.models.provenance import Provenance
 from hf_efficient.patching.install import patch_attention
 from hf_efficient.profiling.json_files import finite
 from hf_efficient.profiling.memory import fresh_python
+
+logger = logging.getLogger(f"transformers.{__name__}")
 
 EXACT_TOLERANCE = 1e-5
 DOUBLE_TOLERANCE = 1e-8
@@ -89,10 +91,9 @@ def verify(
     batches = text_batches(tokenizer, texts, length, batch_size, source)
     share = unknown_share(tokenizer, batches)
     if share > MOSTLY_UNKNOWN:
-        warnings.warn(
+        logger.warning(
             f"{share:.0%} of the texts' tokens are unknown to the tokenizer, so the figures say little about this model: "
-            "give --texts (texts=) of the kind that it is for.",
-            stacklevel=2,
+            "give --texts (texts=) of the kind that it is for."
         )
     few = texts[: max(2, batch_size // 2)]
     short = text_batches(tokenizer, few, min(EXACT_LENGTH, length), batch_size, source)[0]
@@ -110,8 +111,8 @@ def verify(
         lambda: _speed(model, source, speed_lengths),
     ]
     try:
-        quiet = logging.get_verbosity() > logging.WARNING if progress is None else not progress
-        outcomes = [check() for check in logging.tqdm(checks, desc="verify", disable=quiet, unit="check")]
+        quiet = progress_bars.get_verbosity() > logging.WARNING if progress is None else not progress
+        outcomes = [check() for check in progress_bars.tqdm(checks, desc="verify", disable=quiet, unit="check")]
     finally:
         model.train(modes[0])
         source.train(modes[1])
