@@ -1,4 +1,7 @@
-"""Tools for tests: tiny models of every family, closeness that names what differs, and recorders of cost."""
+"""Public tools for tests of mechanisms, here and elsewhere: tiny models of every family, inputs, closeness with names.
+
+from hf_efficient.testing import FAMILIES, assert_close, inputs_for, tiny_model
+"""
 
 from __future__ import annotations
 
