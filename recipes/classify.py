@@ -1,8 +1,8 @@
 """Finetune a checkpoint to classify long texts.
 
-    python recipes/classify.py --model sentence-transformers/all-MiniLM-L6-v2 --max_positions 1024 --output_dir out \\
+    python recipes/classify.py --model sentence-transformers/all-MiniLM-L6-v2 --max-positions 1024 --output-dir out \\
         --attention '{"mechanism": "longformer", "attention_window": 128, "global_tokens": "first"}'
-    python recipes/classify.py --model converted-checkpoint --dataset reviews.csv --label_column stars --output_dir out
+    python recipes/classify.py --model converted-checkpoint --dataset reviews.csv --label-column stars --output-dir out
 
 Without a dataset of yours it learns which package of Python's standard library a piece of source code comes from. Labels
 may be names, numbers or a ClassLabel; their names go into the checkpoint. `--baseline` trains the unconverted model too.

@@ -1,8 +1,8 @@
 """Continue pretraining a decoder (GPT-2) by causal language modelling, converted to efficient attention or not.
 
-    python recipes/clm.py --model openai-community/gpt2 --attention local --max_positions 4096 --pack --output_dir clm
-    python recipes/clm.py --model clm/model --dataset corpus.jsonl --pack --bf16 --save_steps 500 --output_dir clm-2
-    python recipes/clm.py --model scratch:gpt2 --block_length 512 --pack --max_steps 1000 --output_dir small-gpt2
+    python recipes/clm.py --model openai-community/gpt2 --attention local --max-positions 4096 --pack --output-dir clm
+    python recipes/clm.py --model clm/model --dataset corpus.jsonl --pack --bf16 --save-steps 500 --output-dir clm-2
+    python recipes/clm.py --model scratch:gpt2 --block-length 512 --pack --max-steps 1000 --output-dir small-gpt2
     python recipes/clm.py --config clm.yaml --resume
 
 Every document ends with the end-of-text token. Rows never mix documents; with --pack short ones share a row and stay apart

@@ -1,9 +1,9 @@
 """Teach the attention of a converted checkpoint what full attention did, as a plain Accelerate loop.
 
-    python recipes/distill.py --model sentence-transformers/all-MiniLM-L6-v2 --attention hedgehog --output_dir distilled
-    python recipes/distill.py --model converted-checkpoint --steps 500 --end_to_end_steps 200 --output_dir distilled
-    python recipes/distill.py --model gpt2 --attention hedgehog --lora_rank 8 --end_to_end_steps 200 \\
-        --end_to_end_losses logits --output_dir distilled
+    python recipes/distill.py --model sentence-transformers/all-MiniLM-L6-v2 --attention hedgehog --output-dir distilled
+    python recipes/distill.py --model converted-checkpoint --steps 500 --end-to-end-steps 200 --output-dir distilled
+    python recipes/distill.py --model gpt2 --attention hedgehog --lora-rank 8 --end-to-end-steps 200 \\
+        --end-to-end-losses logits --output-dir distilled
     accelerate launch recipes/distill.py --config distill.yaml --resume
 
 Two stages: layer by layer on the original model's own states, where only what the mechanism added learns; then, if asked,

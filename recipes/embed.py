@@ -1,9 +1,9 @@
 """Finetune a sentence encoder to embed long documents.
 
-    python recipes/embed.py --model sentence-transformers/all-MiniLM-L6-v2 --max_positions 2048 --output_dir out \\
+    python recipes/embed.py --model sentence-transformers/all-MiniLM-L6-v2 --max-positions 2048 --output-dir out \\
         --attention '{"mechanism": "longformer", "attention_window": 256, "global_tokens": "first"}'
-    python recipes/embed.py --model converted-checkpoint --dataset questions.jsonl --anchor_column query \\
-        --positive_column document --output_dir out
+    python recipes/embed.py --model converted-checkpoint --dataset questions.jsonl --anchor-column query \\
+        --positive-column document --output-dir out
 
 Rows are pairs: a short text, and the document that should be found by it. Without a dataset of yours: a passage of 30 words,
 and the document it was cut from. Loss: multiple negatives ranking. Figures: recall@1 of the documents by their short texts;

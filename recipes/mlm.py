@@ -1,8 +1,8 @@
 """Continue pretraining an encoder (BERT, RoBERTa) by masked language modelling, converted to efficient attention or not.
 
-    python recipes/mlm.py --model google-bert/bert-base-uncased --attention longformer --max_positions 4096 --output_dir mlm
-    python recipes/mlm.py --model mlm/model --dataset corpus.jsonl --pack --bf16 --save_steps 500 --output_dir mlm-2
-    python recipes/mlm.py --model scratch:bert --block_length 512 --max_steps 1000 --output_dir small-bert
+    python recipes/mlm.py --model google-bert/bert-base-uncased --attention longformer --max-positions 4096 --output-dir mlm
+    python recipes/mlm.py --model mlm/model --dataset corpus.jsonl --pack --bf16 --save-steps 500 --output-dir mlm-2
+    python recipes/mlm.py --model scratch:bert --block-length 512 --max-steps 1000 --output-dir small-bert
     python recipes/mlm.py --config mlm.yaml --resume
 
 Rows never mix documents; with --pack short ones share a row and stay apart in attention. Evaluation masks are chosen once.

@@ -1,13 +1,13 @@
 """Finetune a checkpoint to answer questions by spans of long texts.
 
-    python recipes/question_answering.py --model google-bert/bert-base-uncased --attention longformer --max_positions 4096 \\
-        --output_dir out
-    python recipes/question_answering.py --model converted-checkpoint --dataset rajpurkar/squad --output_dir out
+    python recipes/question_answering.py --model google-bert/bert-base-uncased --attention longformer --max-positions 4096 \\
+        --output-dir out
+    python recipes/question_answering.py --model converted-checkpoint --dataset rajpurkar/squad --output-dir out
 
 Rows hold a question, a context, and answers as SQuAD has them (`{"text": [...], "answer_start": [...]}`), or the answer as
 plain text. Without a dataset of yours it learns to find one of several look-alike facts in a text of some 1500 tokens.
-A context longer than `--max_length` is read in overlapping windows. The question's tokens are global in Longformer attention
-unless `--no_question_global`. `--baseline` trains the unconverted model too. Figures: exact match and F1 by the SQuAD rule.
+A context longer than `--max-length` is read in overlapping windows. The question's tokens are global in Longformer attention
+unless `--no-question-global`. `--baseline` trains the unconverted model too. Figures: exact match and F1 by the SQuAD rule.
 """
 
 from __future__ import annotations

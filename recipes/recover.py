@@ -5,7 +5,7 @@ command that a user would type: convert → transfer attention → continue pret
 dense model trained on just as long as ceiling, the mean of values and the window alone as floor. One table, one JSON.
 
     python recipes/recover.py --family gpt2
-    python recipes/recover.py --family t5 --learning_rate 1e-4 --record model_cards/results/perplexity_t5.json
+    python recipes/recover.py --family t5 --learning-rate 1e-4 --record model_cards/results/perplexity_t5.json
 
 Interrupted, it goes on where it was. What is already there is read, and refused where it was made with other settings.
 """

@@ -1,8 +1,8 @@
 """Train a decoder (GPT-2) on long texts a segment at a time, with the memory of Transformer-XL or a compressive one.
 
-    python recipes/segments.py --model openai-community/gpt2 --max_positions 4096 --output_dir xl
-    python recipes/segments.py --model scratch:gpt2 --block_length 512 --max_steps 300 --output_dir small-xl
-    python recipes/segments.py --block_length 512 --per_device_train_batch_size 4 --max_steps 300 --record figures.json
+    python recipes/segments.py --model openai-community/gpt2 --max-positions 4096 --output-dir xl
+    python recipes/segments.py --model scratch:gpt2 --block-length 512 --max-steps 300 --output-dir small-xl
+    python recipes/segments.py --block-length 512 --per-device-train-batch-size 4 --max-steps 300 --record figures.json
 
 Row b of a batch goes on where row b of the batch before ended; what the layers keep of it takes no gradient. Evaluation
 reads held-out texts in the same way. `output_dir` gets what recipes/clm.py leaves there, its checkpoints with the memory in

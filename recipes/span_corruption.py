@@ -1,13 +1,13 @@
 """Continue pretraining T5 by span corruption, converted to efficient attention or not.
 
-    python recipes/span_corruption.py --model google-t5/t5-small --attention longformer --max_positions 1984 --output_dir t5
-    python recipes/span_corruption.py --model t5/model --dataset corpus.jsonl --bf16 --save_steps 500 --output_dir t5-2
-    python recipes/span_corruption.py --model scratch:t5 --block_length 512 --max_steps 1000 --output_dir small-t5
+    python recipes/span_corruption.py --model google-t5/t5-small --attention longformer --max-positions 1984 --output-dir t5
+    python recipes/span_corruption.py --model t5/model --dataset corpus.jsonl --bf16 --save-steps 500 --output-dir t5-2
+    python recipes/span_corruption.py --model scratch:t5 --block-length 512 --max-steps 1000 --output-dir small-t5
     python recipes/span_corruption.py --config t5.yaml --resume
 
 Spans of a row are replaced by sentinels, the decoder writes what stood there; rows never mix documents, and the spans of the
 evaluation rows are chosen once. Every span needs a sentinel of its own: T5's 100 are enough for the length of the first
-command, longer rows need a larger --mean_span. T5 has no position_ids, so rows can't be packed. `output_dir` gets model/
+command, longer rows need a larger --mean-span. T5 has no position_ids, so rows can't be packed. `output_dir` gets model/
 (for the Auto classes), result.json, loss.png, layers.png and complete checkpoints; an interrupted run goes on exactly where
 it was with the same command and --resume.
 """

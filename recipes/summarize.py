@@ -1,8 +1,8 @@
 """Finetune a T5 checkpoint to summarise long texts.
 
-    python recipes/summarize.py --model google-t5/t5-small --attention longformer --max_length 2048 --output_dir out
-    python recipes/summarize.py --model converted-checkpoint --dataset papers.parquet --document_column article \\
-        --summary_column abstract --max_length 4096 --output_dir out
+    python recipes/summarize.py --model google-t5/t5-small --attention longformer --max-length 2048 --output-dir out
+    python recipes/summarize.py --model converted-checkpoint --dataset papers.parquet --document-column article \\
+        --summary-column abstract --max-length 4096 --output-dir out
 
 Without a dataset of yours it learns to say what a definition of Python's standard library does, as its docstring begins.
 `--baseline` trains the unconverted model too. Figures: ROUGE of generated summaries, beside that of the document's first

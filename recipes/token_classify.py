@@ -1,13 +1,13 @@
 """Finetune a checkpoint to label the words of long texts: names, terms, parts of speech.
 
-    python recipes/token_classify.py --model google-bert/bert-base-cased --attention longformer --max_positions 2048 \\
-        --output_dir out
-    python recipes/token_classify.py --model converted-checkpoint --dataset annotated.jsonl --tokens_column words \\
-        --tags_column entities --output_dir out
+    python recipes/token_classify.py --model google-bert/bert-base-cased --attention longformer --max-positions 2048 \\
+        --output-dir out
+    python recipes/token_classify.py --model converted-checkpoint --dataset annotated.jsonl --tokens-column words \\
+        --tags-column entities --output-dir out
 
 Rows hold a list of words and a list of as many tags, names or numbers. Without a dataset of yours it learns what Python's
 language reference sets as code and in italics. A word's tag stands on its first sub-token, the others count for nothing;
-rows longer than `--max_length` are cut into several, so that no word is lost. `--baseline` trains the unconverted model too.
+rows longer than `--max-length` are cut into several, so that no word is lost. `--baseline` trains the unconverted model too.
 Figures: entity-level F1 (seqeval) where tags are O, B-… and I-…, else macro F1 of words; and accuracy of words.
 """
 

@@ -68,14 +68,14 @@ def _tiny(name: str, command: str, sources: dict, datasets_of: dict, output: Pat
     family = "t5" if name == "summarize" else "bert"
     is_converted = values["--model"] == "converted-checkpoint"
     values["--model"] = sources[family + ("-longformer" if is_converted else "")]
-    values["--output_dir"] = str(output)
-    if "--max_positions" in values:
-        values["--max_positions"] = "256"
-    if "--max_length" in values:
-        values["--max_length"] = "200"
+    values["--output-dir"] = str(output)
+    if "--max-positions" in values:
+        values["--max-positions"] = "256"
+    if "--max-length" in values:
+        values["--max-length"] = "200"
     if "--dataset" in values:
         rows = [json.loads(line) for line in Path(datasets_of[name]).read_text().splitlines()]
-        own = {key[2:].removesuffix("_column"): value for key, value in values.items() if key.endswith("_column")}
+        own = {key[2:].removesuffix("-column"): value for key, value in values.items() if key.endswith("-column")}
         rows = [{own.get(key, key): value for key, value in row.items()} for row in rows]
         file = values["--dataset"].replace("rajpurkar/squad", "squad.jsonl")
         values["--dataset"] = _as_file(output.parent / file, rows)
@@ -109,7 +109,7 @@ def test_command(name: str, number: int, command: str, sources, datasets_of, tmp
     record, model = finished(tmp_path / "out", name)
     assert type(model).__name__.startswith("Efficient")
     assert record.training["steps"] == 2
-    assert "--max_positions" not in arguments or model.config.max_position_embeddings == 256
+    assert "--max-positions" not in arguments or model.config.max_position_embeddings == 256
 
 
 def test_what_is_refused_is_one_sentence(sources, tmp_path):

@@ -90,7 +90,7 @@ def test_readme_command(name, folder, tmp_path, monkeypatch, capsys):
     command = next(line for line in COMMANDS if line.startswith(f"python recipes/{name}.py --model"))
     given = shlex.split(command)[2:]
     given[given.index("--model") + 1] = str(folder / JOBS[name][0])
-    given[given.index("--output_dir") + 1] = str(tmp_path / "out")
+    given[given.index("--output-dir") + 1] = str(tmp_path / "out")
     more = [f"--dataset={folder / 'data'}", "--max_steps=2", "--per_device_train_batch_size=2", "--block_length=64"]
     words = [f"recipes/{name}.py", *given, *more]
     if name == "mlm":
@@ -115,7 +115,7 @@ def test_readme_command(name, folder, tmp_path, monkeypatch, capsys):
     assert config.efficient_attention[0]["mechanism"] == given[given.index("--attention") + 1]
     told = AutoTokenizer.from_pretrained(tmp_path / "out/model").model_max_length
     positions = he.families.family_of(config.model_type).max_positions(config)  # T5 has none
-    assert told == (positions or told) == int(given[given.index("--max_positions") + 1])
+    assert told == (positions or told) == int(given[given.index("--max-positions") + 1])
 
 
 def test_refusal_is_one_sentence(folder, tmp_path):

@@ -168,6 +168,25 @@ def test_interrupted_run_says_how_to_go_on_and_does(name, save_steps, at, more, 
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("moment", ["exact", "control", "trained"])
+def test_interrupted_evaluation_is_one_line(moment, runs, tmp_path, monkeypatch, capsys):
+    """Before the first step and after the last one, as in between."""
+    evaluate = Trainer.evaluate
+
+    def stopped(self: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        if metric_key_prefix == moment:
+            raise KeyboardInterrupt
+        return evaluate(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    monkeypatch.setattr(Trainer, "evaluate", stopped)
+    words = command(runs, "clm", tmp_path / "out", max_steps=2, save_steps=1)
+    with pytest.raises(SystemExit) as done:
+        run(lambda: recipe("clm").main(words))
+    assert done.value.code == 130
+    last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("interrupted")]
+    assert len(last) == 1 and ("checkpoint-2 is complete" in last[0]) == (moment == "trained")
+
+
 def test_interrupted_before_any_checkpoint(runs, tmp_path, monkeypatch, logged):
     output = tmp_path / "out"
     words = command(runs, "clm", output, save_steps=100)

@@ -422,7 +422,7 @@ def test_readme_command(runs: Any, tmp_path: Path, monkeypatch: Any):
     lines = (RECIPES / "README.md").read_text().splitlines()
     given = shlex.split(next(line for line in lines if line.startswith("python recipes/segments.py")))[1:]
     given[given.index("--model") + 1] = str(runs["model"])
-    given[given.index("--output_dir") + 1] = str(tmp_path / "out")
+    given[given.index("--output-dir") + 1] = str(tmp_path / "out")
     memory = '{"mechanism": "transformer_xl", "segment_length": 16, "memory_length": 16}'
     more = [
         f"--dataset={runs['data']}",
