@@ -70,7 +70,9 @@ PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     | {
         "combined": dict(mechanism="combined", patterns=[PATTERNS["local"], FIXED]),
         "reformer": dict(mechanism="reformer", num_buckets=8, bucket_size=16, num_hashes=2, attention_window=16),
-        "routing_transformer": dict(mechanism="routing_transformer", cluster_size=16, attention_window=16),
+        "routing_transformer": dict(
+            mechanism="routing_transformer", num_clusters=8, cluster_size=16, attention_window=16
+        ),
         "sinkhorn": dict(mechanism="sinkhorn", block_size=16, num_sorted_blocks=2),
         "transformer_xl": dict(mechanism="transformer_xl", segment_length=16, memory_length=16, relative=True),
         "compressive": dict(mechanism="compressive", segment_length=16, memory_length=16, compressed_memory_length=16),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from hf_efficient.ops.cluster_attention import (
     best_members,
     cluster_attention,
     cluster_sums,
+    coverage,
     nearest,
     spherical_kmeans,
     wide,
@@ -37,9 +39,9 @@ class RoutingTransformerAttentionConfig(EfficientAttentionConfig):
     """Options of routing attention.
 
     Args:
-        num_clusters: k, per head. Encoder: k · w of about the length or more lets every token into some cluster.
-        cluster_size: w. Encoder: queries, and keys, that each cluster takes. Causal: of a query's own cluster the last w
-            tokens are seen, the token itself included.
+        num_clusters: k, per head; `None` = half the square root of the longest input's length.
+        cluster_size: w; `None` = 1.5 times that length / k, which lets most tokens into some cluster. Encoder: queries, and
+            keys, that each cluster takes. Causal: of a query's cluster the last w tokens are seen, itself included.
         attention_window: even; encoder: half of it on each side is seen as well as the clusters; causal: the last so many
             keys; 0 = none, and then a token that no cluster takes gets 0.
         ema_decay: λ of the centroids' moving average while training, below 1; 0 = they stay. Moved by
@@ -49,19 +51,27 @@ class RoutingTransformerAttentionConfig(EfficientAttentionConfig):
 
     mechanism: ClassVar[str] = "routing_transformer"
 
-    num_clusters: int = 8
-    cluster_size: int = 128
+    num_clusters: int | None = None
+    cluster_size: int | None = None
     attention_window: int = 64
     ema_decay: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("num_clusters", "cluster_size")
+        sizes = ("num_clusters", "cluster_size")
+        self._require_positive(*(name for name in sizes if getattr(self, name) is not None))
         decay = self.ema_decay
         self._require_even("attention_window")
         self._require("ema_decay", isinstance(decay, (int, float)) and 0 <= decay < 1, "a number from 0 to below 1")
         self._require_at_least(0, "seed")
+
+    def for_length(self, length: int | None) -> RoutingTransformerAttentionConfig:
+        if length is None:
+            return self
+        count = self.num_clusters or math.ceil(math.sqrt(length) / 2)
+        size = self.cluster_size or math.ceil(1.5 * length / count)
+        return dataclasses.replace(self, num_clusters=count, cluster_size=size)
 
 
 @register_mechanism
@@ -99,8 +109,11 @@ class RoutingTransformerAttention(EfficientAttention):
     )
 
     def __init__(self, config: RoutingTransformerAttentionConfig, geometry: AttentionGeometry):
+        config = config.for_length(geometry.max_positions)
         super().__init__(config, geometry)
+        assert config.num_clusters and config.cluster_size  # unsupported() refuses
         self.centroids: Tensor
+        self.size = config.cluster_size
         shape = (geometry.num_heads, config.num_clusters, geometry.head_dim)
         self.register_buffer("centroids", torch.empty(shape, dtype=torch.float32))
         # not a buffer: data-parallel training would overwrite it with that of the first process
@@ -118,6 +131,12 @@ class RoutingTransformerAttention(EfficientAttention):
         return {"centroids": f"{start}: needs calibration, give texts"}
 
     @classmethod
+    def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
+        lacks = geometry.max_positions is None and not (config.num_clusters and config.cluster_size)
+        what = "num_clusters and cluster_size follow max_positions, of which this model has none: give it, or both of them"
+        return super().unsupported(config, geometry) + [what] * lacks
+
+    @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
         return dataclasses.replace(config, num_clusters=1, cluster_size=2 * length)
 
@@ -132,7 +151,7 @@ class RoutingTransformerAttention(EfficientAttention):
         return BucketLayer() if self.geometry.is_causal else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        size, near, token_mask = self.config.cluster_size, self.config.attention_window, context.key_padding_mask
+        size, near, token_mask = self.size, self.config.attention_window, context.key_padding_mask
         if self.geometry.is_causal:
             routed = self._routed(query, key[:, :, key.shape[2] - query.shape[2] :])
             labels = labels_of_all(nearest(routed, self.centroids)[:, :, None], key.shape[2], context)
@@ -160,9 +179,13 @@ class RoutingTransformerAttention(EfficientAttention):
     def calibrate(self, query: Tensor, key: Tensor) -> dict[str, str]:
         """Put the centroids where the (H, T, D) heads of T tokens crowd. Returns {buffer: where its values came from}."""
         routed = self._routed(query, key)
-        self.centroids.copy_(spherical_kmeans(routed, self.config.num_clusters, seed=self.config.seed))
+        self.centroids.copy_(spherical_kmeans(routed, self.centroids.shape[1], seed=self.config.seed))
         what = "query-key sums" if self.geometry.is_causal else "queries"
         return {"centroids": f"spherical k-means of the {what} of {routed.shape[1]} tokens"}
+
+    def coverage(self, query: Tensor, length: int) -> tuple[float, int] | None:
+        """Of (H, T, D) queries in texts of `length`: see `ops`; `None` where every query is in a cluster."""
+        return None if self.geometry.is_causal else coverage(query, self.centroids, self.size, length)
 
     @torch.no_grad()
     def occupancy(self, query: Tensor, key: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,12 @@ from hf_efficient.ops.dense import dense_attention
 from hf_efficient.patching.exact import converted_layers, eval_mode, mechanism_of, substituted
 from hf_efficient.patching.names import MODULE_NAME
 
+logger = logging.getLogger(f"transformers.{__name__}")
 # enough for dozens of clusters per head; bounds memory to 2 · TOKENS · H · D numbers per layer
 TOKENS = 8192
 LENGTH = 512
+# share of the queries that some cluster should take
+COVERAGE = 0.8
 Batches = Iterable[Mapping[str, Tensor]]
 
 
@@ -74,7 +78,7 @@ def _heads(model: Any, batches: Batches) -> dict[str, tuple[Any, Tensor, Tensor]
     return {name: (mechanism, *found[id(mechanism)].collected()) for name, mechanism in wanted.items()}
 
 
-def calibrate(model: Any, batches: Batches) -> dict[str, str]:
+def calibrate(model: Any, batches: Batches, length: int | None = None) -> dict[str, str]:
     """Let every mechanism that starts from data set its constants, from the model as it is before conversion.
 
     The unconverted model (`exact_attention`) runs once over the batches, in eval mode; mechanisms with a
@@ -83,6 +87,8 @@ def calibrate(model: Any, batches: Batches) -> dict[str, str]:
 
     Args:
         batches: keyword arguments of forward passes, e.g. `{"input_ids": …, "attention_mask": …}`; 2 to 16 of them.
+        length: longest input, in tokens; `None` = that of the position table. Where clusters take fewer than 0.8 of the
+            queries of such an input, a warning says so.
 
     Returns:
         {name of a tensor: where its values came from}, for the conversion report.
@@ -91,11 +97,36 @@ def calibrate(model: Any, batches: Batches) -> dict[str, str]:
         ValueError: no such mechanism, no batch, or too little text for the mechanism.
     """
     origins: dict[str, str] = {}
+    shares: dict[str, tuple[float, int]] = {}
     for name, (mechanism, query, key) in _heads(model, batches).items():
         origins |= {
             f"{name}.{MODULE_NAME}.{tensor}": origin for tensor, origin in mechanism.calibrate(query, key).items()
         }
+        longest = length or mechanism.geometry.max_positions
+        if longest and hasattr(mechanism, "coverage") and (found := mechanism.coverage(query, longest)):
+            shares[name] = found
+    _warn_of_coverage(shares, "clusters take")
     return origins
+
+
+def bound_coverage(model: Any, length: int | None) -> None:
+    """Warn where clusters can't take 0.8 of the queries of an input of `length` tokens, whatever their centroids."""
+    shares: dict[str, tuple[float, int]] = {}
+    for name, layer in converted_layers(model).items():
+        mechanism = mechanism_of(layer)
+        if length and hasattr(mechanism, "coverage") and not mechanism.geometry.is_causal:
+            count, size = mechanism.centroids.shape[1], mechanism.size
+            shares[name] = min(1.0, count * size / length), -(-4 * length // (5 * count))
+    _warn_of_coverage(shares, "clusters can take at most")
+
+
+def _warn_of_coverage(shares: dict[str, tuple[float, int]], what: str) -> None:
+    share, name = min(((share, name) for name, (share, _) in shares.items()), default=(1.0, ""))
+    if share < COVERAGE:
+        logger.warning(
+            f"{what} {share:.2f} of the queries of the longest input in {name}, and the others see their window alone: "
+            f"cluster_size={max(size for _, size in shares.values())} reaches {COVERAGE} in every layer."
+        )
 
 
 def occupancy(model: Any, batches: Batches) -> dict[str, Tensor]:

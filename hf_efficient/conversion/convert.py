@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
-from hf_efficient.conversion.calibrate import calibrate, calibration_batches, calibration_use
+from hf_efficient.conversion.calibrate import bound_coverage, calibrate, calibration_batches, calibration_use
 from hf_efficient.conversion.loading import Source, load_stock, open_source, refuse_converted
 from hf_efficient.conversion.saving import Report, Result
 from hf_efficient.conversion.sentence_transformers import max_seq_length
@@ -115,6 +115,8 @@ def convert(
     refuse_converted(opened.name, opened.model.config)
     earlier = earlier_steps(opened.model, opened.folder)
     host = HostModel.of(opened.model)
+    length = max_positions or host.max_positions or _length_of(opened.tokenizer)
+    configs = [config.for_length(length) for config in configs]
     batches = read = None
     if calibration is not None:
         batches = calibration_batches(calibration, opened.tokenizer, opened.model, host.max_positions)
@@ -126,7 +128,9 @@ def convert(
     provenance = Provenance.of(opened.model)
     provenance.history[:0], provenance.is_loaded = earlier, provenance.is_loaded or bool(earlier)
     if batches is not None:
-        origins |= _calibrated(opened.model, batches)
+        origins |= _calibrated(opened.model, batches, length)
+    else:
+        bound_coverage(opened.model, length)
     _tell_tokenizer(opened, max_positions)
     report = ConversionReport(
         source=opened.name,
@@ -146,9 +150,15 @@ def convert(
     return ConversionResult(opened.model, opened.tokenizer, report, opened.folder)
 
 
-def _calibrated(model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> dict[str, str]:
+def _length_of(tokenizer: Any) -> int | None:
+    length = getattr(tokenizer, "model_max_length", None)
+    # transformers' number for "any length" is larger than any
+    return length if length and length < 10**6 else None
+
+
+def _calibrated(model: PreTrainedModel, batches: list[Mapping[str, Tensor]], length: int | None) -> dict[str, str]:
     try:
-        return calibrate(model, batches)
+        return calibrate(model, batches, length)
     except BaseException:
         revert(model)
         raise

@@ -104,7 +104,8 @@ def convert_in_place(
     before = host.max_positions
     _check_positions(before, max_positions, positions)
     sides = [stack.side for stack in host.stacks]
-    configs = [replace(config, side=_stored_side(config, sides)) for config in configs]
+    length = max_positions or before
+    configs = [replace(config, side=_stored_side(config, sides)).for_length(length) for config in configs]
     chosen = plan(host, configs, max_positions if before is not None else None)
     tables = host.family.position_tables(host.stacks)
     resized = []

@@ -151,6 +151,27 @@ def best_members(x: Tensor, centroids: Tensor, size: int, token_mask: Tensor | N
         return Members(index, visible.gather(-1, index), torch.where(visible, entry, size))
 
 
+def coverage(x: Tensor, centroids: Tensor, size: int, length: int, wanted: float = 0.8) -> tuple[float, int]:
+    """Share of tokens that some cluster of `size` takes in texts of `length` tokens, and the least size with `wanted`.
+
+    Args:
+        x: (H, T, D) tokens, cut into texts of that length; of fewer tokens clusters take as small a share.
+    """
+    count = max(1, x.shape[1] // length)
+    n = min(length, x.shape[1] // count)
+    texts = x[:, : count * n].unflatten(1, (count, n)).transpose(0, 1)
+
+    def share(size: int) -> float:
+        here = max(1, min(n, round(size * n / length)))
+        taken = best_members(texts, centroids, here, None).entry < here
+        return float(taken.any(2).double().mean())
+
+    found = needed = size
+    while share(needed) < wanted and needed < length:
+        needed = min(length, needed + max(1, needed // 8))
+    return share(found), needed
+
+
 def cluster_attention(
     query: Tensor,
     key: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,3 +248,33 @@ def test_command_line(tmp_path: Path, texts: str):
     read = document["calibration"]
     assert 0 < read["tokens_used"] <= min(read["tokens"], 8192) and 0 < read["texts_used"] <= read["texts"]
     assert (read["tokens_used"] < read["tokens"]) == (texts == "corpus")
+
+
+# ---- sizes that follow the length --------------------------------------------------------------------------------
+
+
+def test_clusters_follow_the_length_and_take_most_queries(logged: list[str]):
+    """By default at every length, in a model with a position table and in one without; few and small ones are told of."""
+    told: Any = SimpleNamespace(model_max_length=10**30)
+    batches = [{"input_ids": torch.randint(5, 99, (8, 128), generator=torch.Generator().manual_seed(0))}]
+
+    def said(family: str, length: int | None, **options: Any) -> tuple[str, Any]:
+        logged.clear()
+        result = he.convert(tiny_model(family), "routing_transformer", max_positions=length, tokenizer=told, **options)
+        return "\n".join(logged), result.report
+
+    for family, length in (("bert", None), ("bert", 1024), ("bert", 4096), ("t5", 512)):
+        text, report = said(family, length, **({} if family == "t5" else {"calibration": batches}))
+        assert "of the queries" not in text
+        stored, longest = report.efficient_attention[0], report.max_positions
+        assert abs(stored["num_clusters"] - longest**0.5 / 2) <= 1
+        assert stored["num_clusters"] * stored["cluster_size"] >= 1.5 * longest
+    few = dict(num_clusters=8, cluster_size=8)
+    assert "take at most 0.12 of the queries" in (text := said("bert", 512, **few)[0])
+    assert "cluster_size=52 reaches 0.8" in text
+    text = said("bert", 512, calibration=batches, **few)[0]
+    assert text.count("clusters take 0.1") == 1
+    few["cluster_size"] = int(text.partition("cluster_size=")[2].partition(" ")[0])
+    assert "of the queries" not in said("bert", 512, calibration=batches, **few)[0]
+    with pytest.raises(ValueError, match="follow max_positions, of which this model has none"):
+        he.convert(tiny_model("t5"), "routing_transformer", tokenizer=SimpleNamespace(model_max_length=10**30))

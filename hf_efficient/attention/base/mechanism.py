@@ -90,6 +90,10 @@ class EfficientAttentionConfig:
             raise ValueError(f"{cls.mechanism} has no option {named}; its options are {', '.join(known)}.")
         return cls(**options)
 
+    def for_length(self, length: int | None) -> EfficientAttentionConfig:
+        """With the options that follow the longest input of a model, in tokens; `None` = it is not known."""
+        return self
+
     @classmethod
     def from_stored(cls, options: Mapping[str, Any]) -> EfficientAttentionConfig:
         """The config that a checkpoint holds: as `from_dict`, but options that it does not name keep its outputs."""
