@@ -25,7 +25,9 @@ print(json.dumps({f"{name} {stock}": [table[stock], table.get(config.model_type)
                   for name, table in tables.items() for stock, config in CONFIGS.items() if stock in table}))
 """
 IMPORTS = {
-    "after": "import sys, hf_efficient\nassert 'peft' not in sys.modules\nimport peft",
+    # the server of fresh processes has imported it with the Trainer
+    "after": "import sys\nfor name in [name for name in sys.modules if name.partition('.')[0] == 'peft']:\n"
+    "    del sys.modules[name]\nimport hf_efficient\nassert 'peft' not in sys.modules\nimport peft",
     "before": "import peft, hf_efficient",
     "its tables first": "import hf_efficient, peft.utils.constants",
 }
