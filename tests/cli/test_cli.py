@@ -570,3 +570,9 @@ def test_a_narrow_window_breaks_no_words():
     assert max(map(len, shown.splitlines())) <= 80
     for card in document("list"):
         assert all(word in shown.split() or f"{word};" in shown.split() for word in card["exact_when"].split())
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "synthesizer"], ["inspect", "bert"]], ids=" ".join)
+def test_tables_fit_a_window_of_80_columns(arguments, sources):
+    lines = run(*(sources.get(word, word) for word in arguments), columns=80).stdout.splitlines()
+    assert len(lines) > 10 and max(map(len, lines)) <= 80

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from hf_efficient.cli.app import app
 
 
-def run(*arguments: Any, code: int = 0) -> Any:
+def run(*arguments: Any, code: int = 0, columns: int = 400) -> Any:
     # wide enough that no table folds what the tests look for
-    result = CliRunner(env={"COLUMNS": "400"}).invoke(app, [str(a) for a in arguments])
+    result = CliRunner(env={"COLUMNS": str(columns)}).invoke(app, [str(a) for a in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, f"exit code {result.exit_code}\n{result.stdout}\n{result.stderr}"
