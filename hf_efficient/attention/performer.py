@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
 from hf_efficient.attention.base.kernel import KernelAttention
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.random_features import orthogonal_features
 
 KERNELS = ("softmax", "relu")
@@ -107,6 +108,10 @@ class PerformerAttention(KernelAttention):
     def _draw(self, redraws: int) -> None:
         generator = self.geometry.generator(self.config.seed, redraws)
         self.features.copy_(orthogonal_features(len(self.features), self.geometry.head_dim, generator))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        self.expect_steps(self.config.redraw_interval)
+        return super().forward(query, key, value, context)
 
     def log_features(self, x: Tensor, name: str) -> Tensor:
         x = x * x.shape[-1] ** -0.25

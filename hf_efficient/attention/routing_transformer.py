@@ -164,6 +164,7 @@ class RoutingTransformerAttention(EfficientAttention):
             members = (best_members(x, centroids, size, token_mask) for x in (query, key))
             out = cluster_attention(query, key, value, *members, near=near, context=context)
         if self.config.ema_decay and self.training and out.requires_grad:
+            self.expect_steps(1)
             self._count(query, key, token_mask, out)
         return out
 

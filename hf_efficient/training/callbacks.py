@@ -31,7 +31,12 @@ class MechanismCallback(TrainerCallback):
     def step(model: nn.Module, step: int) -> None:
         """After optimiser step `step`, counted from 1."""
         for mechanism in mechanisms_of(model):
+            mechanism.is_told_of_steps = True
             mechanism.after_optimizer_step(step)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for mechanism in mechanisms_of(model):
+            mechanism.is_told_of_steps = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.step(model, state.global_step)

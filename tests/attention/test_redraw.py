@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import pytest
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
@@ -89,3 +91,24 @@ def test_a_redrawn_model_reloads_as_it_is(tmp_path):
     MechanismCallback.step(model, 2)
     MechanismCallback.step(loaded, 2)
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("callbacks", [[], [MechanismCallback()]])
+@pytest.mark.parametrize(
+    "options",
+    [dict(mechanism="performer", redraw_interval=2), dict(mechanism="routing_transformer", ema_decay=0.5)],
+)
+def test_training_without_the_callback_says_that_nothing_moves(
+    options: dict[str, Any], callbacks: list[Any], logged: list[str]
+):
+    """Once per layer; with it nothing is said, however many calls make a step."""
+    model = tiny_model("bert").train()
+    inputs = inputs_for(model)
+    he.patch_attention(model, options)
+    for callback in callbacks:
+        callback.on_train_begin(None, None, None, model=model)
+    for _ in range(5):
+        model(**inputs)
+    found = [text for text in logged if "nothing has moved" in text]
+    assert len(found) == (0 if callbacks else model.config.num_hidden_layers)
+    assert all("MechanismCallback" in text for text in found)

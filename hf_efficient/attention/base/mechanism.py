@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from hf_efficient.cache.bounded import BoundedLayer
     from hf_efficient.ops.pooling import Pooling
 
+logger = logging.getLogger(f"transformers.{__name__}")
 SIDES = ("encoder", "decoder", "both")
 
 
@@ -140,6 +142,10 @@ class EfficientAttention(nn.Module):
     host_projection: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
     """Set at installation where `needs_project`: (attention module, hidden states) to keys and values."""
 
+    is_told_of_steps: bool = False
+    """Whether somebody calls `after_optimizer_step`."""
+    _training_calls: int = 0
+
     def __init__(self, config: EfficientAttentionConfig, geometry: AttentionGeometry):
         super().__init__()
         self.config = config
@@ -178,6 +184,21 @@ class EfficientAttention(nn.Module):
 
         `hf_efficient.training.MechanismCallback` calls it in every process after optimiser step `step`, counted from 1.
         """
+
+    def expect_steps(self, interval: int) -> None:
+        """Called in every forward by what moves after each `interval` optimiser steps (0 = never): warns once, in the first
+        training call after that number of calls, where nobody told it of a step."""
+        if not interval or self.is_told_of_steps or not (self.training and torch.is_grad_enabled()):
+            return
+        if torch.compiler.is_compiling():
+            return
+        self._training_calls += 1
+        if self._training_calls == interval + 1:
+            logger.warning(
+                f"{self.config.mechanism}, {self.geometry.side} layer {self.geometry.layer}: {interval} training calls, and "
+                "nothing has moved: add hf_efficient.training.MechanismCallback() to the Trainer, or call its "
+                "step(model, step) after every optimiser step."
+            )
 
     def training_logs(self) -> dict[str, Tensor]:
         """Scalars of the last training step for the Trainer's log, by name; those of several layers are summed."""
