@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from hf_efficient.conversion.saving import atomic_folder
+from hf_efficient.conversion.folders import OutputFolder
 from hf_efficient.corpus import TextUse
 from hf_efficient.evaluation.fidelity import compare
 from hf_efficient.patching.exact import Teacher, converted_layers, eval_mode, mechanism_of
@@ -90,6 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not converted_layers(model):
         raise ValueError(f"{settings.model} is not converted: say to what with --attention.")
     output = Path(settings.output_dir)
+    result = OutputFolder(output / "model", settings.resume, [settings.model])
     model.to(accelerator_of(settings).device)
     data = distillation_data(
         model,
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     learns_host = settings.lora_rank or (final is not None and settings.train != "mechanism")
     record.end(model, "all" if learns_host else "mechanism")
     if accelerator_of(settings).is_main_process:
-        save(model, tokenizer, output / "model")
+        save(model, tokenizer, result)
         record.write(output / RESULT_NAME)
         for name, read in record.data.items():
             print(f"{name:>12}: {TextUse(**read)}")
@@ -245,9 +246,9 @@ def measure(model: Any, teacher: Any, data: DistillationData, record: RunRecord,
     record.layer_errors[errors] = layer_errors(model, data.batches)
 
 
-def save(model: Any, tokenizer: Any, path: Path) -> None:
+def save(model: Any, tokenizer: Any, target: OutputFolder) -> None:
     model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    with atomic_folder(path, overwrite=path.exists()) as folder:
+    with target.written() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -91,8 +91,10 @@ def write_card(
     path = Path(checkpoint) / README if out is None else out
     if path.exists() and not overwrite and not is_first_card(path):
         raise FileExistsError(f"{path} exists; choose another file with --out, or replace it with --overwrite.")
+    if path.exists() and (path.suffix != ".md" or path.is_dir()):
+        raise FileExistsError(f"{path} is no Markdown file, so it is not overwritten; choose another with --out.")
     card = checkpoint_card(checkpoint, results)
-    with whole_file(path) as file:
+    with whole_file(path, overwrite) as file:
         file.write_text(str(card), encoding="utf-8")
     return {"checkpoint": str(checkpoint), "out": str(path), "metadata": card.data.to_dict(), "text": card.text}
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_efficient.cli.options import as_text
+from hf_efficient.profiling.ending import terminable, write_errors
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT, if there is one.")]
@@ -44,7 +45,7 @@ def running() -> Iterator[None]:
         with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
             warnings.showwarning = show
             stream = nowhere if is_quiet.get() else sys.stderr
-            with redirect_stdout(stream), redirect_stderr(stream), _logged():
+            with redirect_stdout(stream), redirect_stderr(stream), _logged(), terminable(), write_errors("the result"):
                 yield
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
@@ -106,12 +107,3 @@ def require_source(name: str) -> None:
     """A mistyped folder is refused before the Hub is asked for a repository of that name."""
     if (name.startswith((".", "~", os.sep)) or name.count("/") > 1) and not Path(name).exists():
         raise FileNotFoundError(f"{name} does not exist.")
-
-
-def require_free(out: Path, overwrite: bool, source: str) -> None:
-    """Refuse what saving would refuse, before minutes of work; and never replace the source itself."""
-    from hf_efficient.conversion.saving import require_free
-
-    require_free(out, overwrite)
-    if out.exists() and out.resolve() == Path(source).resolve():
-        raise ValueError(f"{out} is the source itself; choose another folder.")

@@ -16,7 +16,6 @@ from hf_efficient.cli.common import (
     Overwrite,
     Revision,
     emit,
-    require_free,
     require_source,
     running,
 )
@@ -67,17 +66,18 @@ def convert(
             attention, config, {"layers": layers, "side": side} | context.meta[GIVEN], option or []
         )
         require_source(source)
-        require_free(out, overwrite, source)
         from hf_efficient.attention.base.registry import training_words
         from hf_efficient.conversion.convert import convert as convert_checkpoint
+        from hf_efficient.conversion.folders import OutputFolder
         from hf_efficient.corpus import sample_texts
         from hf_efficient.evaluation.verdict import quick_verdict
 
+        target = OutputFolder(out, overwrite, [source, config, calibration])
         places: dict[str, Any] = dict(max_positions=max_positions, positions=positions, revision=revision)
         result = convert_checkpoint(source, configs, **places, calibration=_calibration_texts(calibration))
         report = result.report
         report.history[-1]["settings"]["calibration"] = calibration
-        result.save(out, overwrite)
+        result.write(target)
         verdict = quick_verdict(result.model, result.tokenizer, sample_texts())
         names = dict.fromkeys(config["mechanism"] for config in report.efficient_attention)
         training = {name: training_words(name) for name in names}
@@ -129,7 +129,6 @@ def revert(
     """Write the original checkpoint back: bit for bit, unless it was trained since."""
     with running():
         require_source(converted)
-        require_free(out, overwrite, converted)
         from hf_efficient.conversion.revert import revert_checkpoint
 
         document = revert_checkpoint(converted, out, overwrite)

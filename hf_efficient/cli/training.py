@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +66,7 @@ def distill(
             raise ValueError("--resume goes on with the run in OUT and --overwrite replaces it; give one of them.")
         if not resume and not overwrite and out.exists() and any(out.iterdir()):
             raise FileExistsError(f"{out} is not empty: choose another folder, or give --resume or --overwrite.")
-        with _room_for_a_run(checkpoint, out, overwrite):
+        with _room_for_a_run(out, overwrite, checkpoint, texts):
             document = _distill(checkpoint, out, texts, resume, settings)
     emit(document, as_json, f"{checkpoint} → {out / 'model'}: relative error by layer", *_layer_rows(document))
     if not as_json:
@@ -109,32 +107,24 @@ def _distill(
 
 
 @contextmanager
-def _room_for_a_run(checkpoint: Path, out: Path, overwrite: bool) -> Iterator[None]:
+def _room_for_a_run(out: Path, overwrite: bool, *sources: Path | None) -> Iterator[None]:
     """Put the run in `out` aside while another takes its place; it comes back if that fails.
 
     Raises:
-        FileExistsError: there is something that no run wrote, or the checkpoint itself.
+        FileExistsError: there is something that no run wrote. ValueError: there is something that is read.
     """
-    if not overwrite or not out.exists():
+    from hf_efficient.conversion.folders import OutputFolder
+
+    if not overwrite:
         yield
         return
-    written = ("model", "result.json", "end_to_end")
-    strange = [
-        path.name for path in out.iterdir() if path.name not in written and not path.name.startswith("transfer")
-    ]
-    if strange or checkpoint.resolve().is_relative_to(out.resolve()):
-        what = f"also holds {', '.join(sorted(strange))}" if strange else f"holds {checkpoint} itself"
-        raise FileExistsError(f"{out} {what}, so it is not overwritten; choose another folder.")
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.resolve().parent))
-    out.rename(aside / out.name)
-    try:
+    with OutputFolder(out, overwrite, sources, _strangers_of_a_run).cleared():
         yield
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        (aside / out.name).rename(out)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside)
+
+
+def _strangers_of_a_run(out: Path) -> list[str]:
+    written = ("model", "result.json", "end_to_end")
+    return sorted(p.name for p in out.iterdir() if p.name not in written and not p.name.startswith("transfer"))
 
 
 def _layer_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hf_efficient.cli.common import Json, Out, Overwrite, Revision, emit, require_free, require_source, running
+from hf_efficient.cli.common import Json, Out, Overwrite, Revision, emit, require_source, running
 from hf_efficient.cli.options import parse_layers
 
 
@@ -39,9 +39,10 @@ def upcycle(
     """Turn feed-forward layers into sparse experts, each a copy, and write the checkpoint with a report to OUT."""
     with running():
         require_source(source)
-        require_free(out, overwrite, source)
+        from hf_efficient.conversion.folders import OutputFolder
         from hf_efficient.conversion.upcycle import upcycle as upcycle_checkpoint
 
+        target = OutputFolder(out, overwrite, [source])
         result = upcycle_checkpoint(
             source,
             num_experts,
@@ -53,7 +54,7 @@ def upcycle(
             seed=seed,
             revision=revision,
         )
-        result.save(out, overwrite)
+        result.write(target)
         report = result.report
     rows = [
         ["sparse layers", "\n".join(report.layers)],

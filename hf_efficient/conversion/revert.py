@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from hf_efficient.conversion.folders import OutputFolder
 from hf_efficient.conversion.loading import load_converted, load_tokenizer
-from hf_efficient.conversion.saving import atomic_folder
 from hf_efficient.conversion.sentence_transformers import copy_side_files
 from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import revert
@@ -23,8 +23,9 @@ def revert_checkpoint(converted: str, out: str | Path, overwrite: bool = False) 
         `checkpoint`, `out`, `model_class`, `max_positions` and the number of `tensors`.
 
     Raises:
-        FileExistsError: `out` exists and `overwrite` is False. ValueError: the checkpoint is not converted.
+        FileExistsError, OSError: see `OutputFolder`. ValueError: the checkpoint is not converted, or `out` holds it.
     """
+    target = OutputFolder(out, overwrite, [converted])
     model = load_converted(converted)
     before = getattr(model.config, "efficient_source", {})
     model = revert(model)
@@ -33,7 +34,7 @@ def revert_checkpoint(converted: str, out: str | Path, overwrite: bool = False) 
         logger.warning(f"{converted} has no tokenizer: only the model is reverted.")
     elif "model_max_length" in before:
         tokenizer.model_max_length = before["model_max_length"]
-    with atomic_folder(out, overwrite) as folder:
+    with target.written() as folder:
         model.save_pretrained(folder)
         Provenance.of(model).write(folder)
         if tokenizer is not None:

@@ -11,12 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+WORDS = {dict: "an object", list: "a list"}
+
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
     """A new file beside `path` to write to; it takes the place of `path` at the end, and goes if that is not reached.
 
     So whoever reads `path` finds the former file or the new one, never half of it. The folder is made if it is missing.
+
+    Raises:
+        FileExistsError: without `overwrite`, something is at `path` by the end.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +32,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         with open(name, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
-        os.replace(name, path)
+        if overwrite:
+            os.replace(name, path)
+        else:
+            os.link(name, path)  # unlike a renaming, this never replaces
+            os.unlink(name)
     except BaseException:
         os.unlink(name)
         raise
@@ -52,3 +61,18 @@ def write_json(path: str | Path, value: Any) -> Path:
     with whole_file(path) as file:
         file.write_text(json_text(value) + "\n", encoding="utf-8")
     return Path(path)
+
+
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        ValueError: the file is damaged, or its value is not of `kind`; one line that names the file.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read as JSON: {error}.") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} holds {json.dumps(value):.40}, where {WORDS[kind]} is needed.")
+    return value

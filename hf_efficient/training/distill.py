@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from hf_efficient.conversion.saving import atomic_folder
+from hf_efficient.conversion.folders import OutputFolder
 from hf_efficient.conversion.sentence_transformers import copy_side_files
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.evaluation.fidelity import compare
@@ -195,6 +195,7 @@ class _Distillation:
         self.record = start("distill", settings)
         for name, use in self.data.use.items():
             self.record.note_texts(name, use)
+        self.result = OutputFolder(self.folder / "model", self.resume, [settings.model])
 
     def run(self) -> dict[str, Any]:
         settings, record = self.settings, self.record
@@ -340,8 +341,7 @@ class _Distillation:
     def _save(self) -> None:
         if not is_first_process():
             return
-        path = self.folder / "model"
-        with atomic_folder(path, overwrite=path.exists()) as folder:
+        with self.result.written() as folder:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             source = Path(self.model.config._name_or_path or "")

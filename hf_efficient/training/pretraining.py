@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from hf_efficient.conversion.convert import convert
-from hf_efficient.conversion.saving import atomic_folder
+from hf_efficient.conversion.folders import atomic_folder
 from hf_efficient.families import PREFIX, HostModel
 from hf_efficient.training.data.collators import IGNORED
 from hf_efficient.training.data.texts import load_texts

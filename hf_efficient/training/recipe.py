@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from hf_efficient.conversion.saving import atomic_folder
+from hf_efficient.conversion.folders import OutputFolder
 from hf_efficient.corpus import TextUse
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.patching.exact import converted_layers, exact_attention, substituted
+from hf_efficient.profiling.ending import terminable, write_errors
 from hf_efficient.profiling.memory import peak_memory
 from hf_efficient.training.callbacks import (
     FirstStep,
@@ -53,7 +54,8 @@ def run(main: Callable[[], Any]) -> None:
     Interrupted by Ctrl-C, it says how to go on and exits with code 130.
     """
     try:
-        main()
+        with terminable(), write_errors("the run"):
+            main()
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted.", file=sys.stderr)
         sys.exit(130)
@@ -136,6 +138,7 @@ def _run(trainer: Any, settings: Any, record: RunRecord, before: bool) -> None:
     output, first = Path(settings.output_dir), trainer.is_world_process_zero()
     trainer.accelerator.wait_for_everyone()  # nobody may still be looking whether the folder is free
     _refuse_impossible(trainer, settings)
+    result = OutputFolder(output / "model", settings.resume, [record.settings.get("model")])
     checkpoint = last_complete_checkpoint(output, trainer.model) if settings.resume else None
     if settings.resume and first:
         logger.warning(
@@ -159,7 +162,7 @@ def _run(trainer: Any, settings: Any, record: RunRecord, before: bool) -> None:
     if has_trained or not record.training:
         record.training = figures
     record.end(trainer.model)
-    save_model(trainer, output / "model", record)
+    save_model(trainer, result, record)
     if first:
         losses = {name: figures["loss"] for name, figures in record.metrics.items() if figures.get("loss") is not None}
         loss_curve(history, output / "loss.png", {k: v for k, v in losses.items() if k != "trained"})
@@ -291,15 +294,15 @@ def summary(record: RunRecord, output: Path) -> str:
 # ---- the result ------------------------------------------------------------------------------------------------------
 
 
-def save_model(trainer: Any, path: Path, record: RunRecord) -> None:
-    """Write the final model and its tokenizer to `path`, all of it or nothing; every process calls it."""
+def save_model(trainer: Any, target: OutputFolder, record: RunRecord) -> None:
+    """Write the final model and its tokenizer to `target`, all of it or nothing; every process calls it."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         # all processes together write the gathered weights, so the folder's name must be known to all
-        partial = path.with_name(f".{path.name}.partial")
+        partial = target.path.with_name(f".{target.path.name}.partial")
         trainer.save_model(str(partial))
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
-            with atomic_folder(path, overwrite=path.exists()) as folder:
+            with target.written() as folder:
                 shutil.copytree(partial, folder, dirs_exist_ok=True)
                 record.provenance(trainer.model).write(folder)
             shutil.rmtree(partial)
@@ -308,7 +311,7 @@ def save_model(trainer: Any, path: Path, record: RunRecord) -> None:
         model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         # the Trainer switched the cache off, which would make the saved model generate slowly
         model.config.use_cache = getattr(type(model.config)(), "use_cache", True)
-        with atomic_folder(path, overwrite=path.exists()) as folder:
+        with target.written() as folder:
             model.save_pretrained(folder)
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(folder)

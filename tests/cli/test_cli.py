@@ -341,7 +341,7 @@ def test_revert_prints_a_table_and_keeps_what_exists(sources, tmp_path):
 
 def test_sentence_transformers_settings_go_there_and_back(sources, tmp_path):
     source = save_source(tmp_path / "source", "bert")
-    (source / "modules.json").write_text("[]")
+    (source / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
     (source / "sentence_bert_config.json").write_text('{"max_seq_length": 32}')
     (source / "1_Pooling").mkdir()
     (source / "1_Pooling" / "config.json").write_text("{}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from tiny import save_source
 
 import hf_efficient as he
-from hf_efficient.conversion import saving
+from hf_efficient.conversion import folders
+from hf_efficient.conversion.sentence_transformers import SETTINGS
 from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import convert_in_place
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
@@ -151,7 +153,7 @@ def test_a_folder_that_can_not_be_put_back_is_kept(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="former content is in"), saving.atomic_folder(out, overwrite=True) as folder:
+    with pytest.raises(OSError, match="former content is in"), folders.atomic_folder(out, overwrite=True) as folder:
         (folder / "config.json").write_text("new")
     (kept,) = tmp_path.rglob("config.json")
     assert kept.read_text() == "old"
@@ -159,10 +161,31 @@ def test_a_folder_that_can_not_be_put_back_is_kept(tmp_path, monkeypatch):
 
 def test_every_module_folder_of_a_sentence_transformer_comes_along(tmp_path):
     source = save_source(tmp_path / "source", "bert")
-    for name in ("1_Pooling", "2_Dense", "3_Normalize"):
-        (source / name).mkdir()
+    names = ("1_Pooling", "2_Dense", "own/module")
+    for name in (*names, "4_private"):
+        (source / name).mkdir(parents=True)
         (source / name / "config.json").write_text("{}")
-    (source / "modules.json").write_text("[]")
+    (source / "modules.json").write_text(json.dumps([{"path": name} for name in ("", *names)]))
     out = he.convert(source, "local").save(tmp_path / "out")
-    assert {p.name for p in out.iterdir() if p.is_dir()} == {"1_Pooling", "2_Dense", "3_Normalize"}
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"1_Pooling", "2_Dense", "own"}
+
+
+def test_side_files_out_of_the_checkpoint_are_refused(tmp_path):
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "key").write_text("secret")
+    source = save_source(tmp_path / "source", "bert")
+    (source / "1_Pooling").mkdir()
+    (source / "modules.json").write_text('[{"path": "1_Pooling"}]')
+    links = {"1_Pooling/config.json": private / "key", "1_Pooling/more": private, SETTINGS: private / "key"}
+    for link, target in links.items():
+        (source / link).symlink_to(target)
+        with pytest.raises(ValueError, match="link out of the checkpoint"):
+            he.convert(source, "local").save(tmp_path / "out")
+        (source / link).unlink()
+    for path in ("../private", str(private), 3):
+        (source / "modules.json").write_text(json.dumps([{"path": path}]))
+        with pytest.raises(ValueError, match=r"modules\.json names"):
+            he.convert(source, "local").save(tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["private", "source"]
     shutil.rmtree(out)
