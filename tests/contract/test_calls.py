@@ -168,6 +168,7 @@ def test_every_module_folder_of_a_sentence_transformer_comes_along(tmp_path):
     (source / "modules.json").write_text(json.dumps([{"path": name} for name in ("", *names)]))
     out = he.convert(source, "local").save(tmp_path / "out")
     assert {p.name for p in out.iterdir() if p.is_dir()} == {"1_Pooling", "2_Dense", "own"}
+    shutil.rmtree(out)
 
 
 def test_side_files_out_of_the_checkpoint_are_refused(tmp_path):
@@ -188,4 +189,3 @@ def test_side_files_out_of_the_checkpoint_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"modules\.json names"):
             he.convert(source, "local").save(tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["private", "source"]
-    shutil.rmtree(out)
