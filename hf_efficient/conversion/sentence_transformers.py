@@ -45,7 +45,7 @@ def module_folders(folder: Path) -> list[str]:
     """
     if not (folder / MODULES).is_file():
         return []
-    names = []
+    names: list[str] = []
     for entry in read_json(folder / MODULES, list):
         path = entry.get("path", "") if isinstance(entry, dict) else None
         if not isinstance(path, str) or os.path.isabs(path) or ".." in Path(path).parts:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-WORDS = {dict: "an object", list: "a list"}
+WORDS: dict[Any, str] = {dict: "an object", list: "a list"}
 
 
 @contextmanager
