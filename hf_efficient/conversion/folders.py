@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import shutil
 import stat
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ from hf_efficient.conversion.sentence_transformers import module_folders
 from hf_efficient.profiling.ending import write_errors
 
 Identity = tuple[int, int]
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
 def strangers_of_a_checkpoint(path: Path) -> list[str]:
@@ -120,9 +121,8 @@ class OutputFolder:
         pattern = f".{glob.escape(self.path.name)}.*"
         for end, what in ((".old", f"the former content of {self.given}"), (".tmp", "a half-written folder")):
             for left in sorted(self.path.parent.glob(pattern + end)):
-                warnings.warn(
-                    f"{left} holds {what}: a run was interrupted, or goes on now. Delete it, or rename it, by hand.",
-                    stacklevel=4,
+                logger.warning(
+                    f"{left} holds {what}: a run was interrupted, or goes on now. Delete it, or rename it, by hand."
                 )
 
     # ---- writing -------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ class OutputFolder:
             raise
         shutil.rmtree(aside, ignore_errors=True)
         if aside.exists():
-            warnings.warn(f"the former content of {self.given} could not be deleted: {aside}.", stacklevel=4)
+            logger.warning(f"the former content of {self.given} could not be deleted: {aside}.")
 
     def _require_unchanged(self, old: Path) -> None:
         now, seen = _listing(old), self.seen or {}
