@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -19,6 +19,7 @@ from hf_efficient.attention.base import (
     register_mechanism,
 )
 from hf_efficient.attention.base.pattern import SHARED_OPTIONS, PatternAttention, PatternAttentionConfig
+from hf_efficient.attention.base.registry import stored_attention
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead
 
@@ -56,6 +57,10 @@ class CombinedAttentionConfig(PatternAttentionConfig):
         given = self.heads if isinstance(self.heads, tuple) else ()
         fits = len(given) == len(parts) and all(type(count) is int and count > 0 for count in given)
         self._require("heads", fits or self.heads is None, f"None, or {len(parts)} integers ≥ 1, one per pattern")
+
+    @classmethod
+    def from_stored(cls, options: Mapping[str, Any]) -> EfficientAttentionConfig:
+        return super().from_stored({**options, "patterns": stored_attention(list(options["patterns"]))})
 
     def to_dict(self) -> dict[str, Any]:
         plain = [{k: v for k, v in part.to_dict().items() if k not in SHARED_OPTIONS} for part in self.patterns]

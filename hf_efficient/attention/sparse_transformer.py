@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from hf_efficient.patterns.kinds import BlockWindow, Strided, Summary, Window
 from hf_efficient.patterns.pattern import Pattern
 
 PATTERNS = ("strided", "fixed")
+SUMMARY = 8
 HEAD_POLICIES = ("merged", "split", "interleaved")
 
 
@@ -27,7 +29,8 @@ class SparseTransformerAttentionConfig(PatternAttentionConfig):
     Args:
         pattern: `"strided"` (for data with rows, whose length is the stride) or `"fixed"` (for text).
         stride: l, in tokens; about √n makes cost lowest.
-        summary_size: c, tokens at the end of every block of l that all later blocks see; only with `"fixed"`.
+        summary_size: c, tokens at the end of every block of l that all later blocks see, with `"fixed"`; `None` = 8 there,
+            or l where that is less. With `"strided"` there is none.
         head_policy: `"merged"` (every head sees both parts), `"split"` (the first half of the heads sees the near part, the
             others the far one), or `"interleaved"` (even layers the near part, odd layers the far one).
     """
@@ -36,23 +39,29 @@ class SparseTransformerAttentionConfig(PatternAttentionConfig):
 
     pattern: str = "strided"
     stride: int = 128
-    summary_size: int = 8
+    summary_size: int | None = None
     head_policy: str = "merged"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("pattern", self.pattern in PATTERNS, f"one of {', '.join(PATTERNS)}")
         self._require("head_policy", self.head_policy in HEAD_POLICIES, f"one of {', '.join(HEAD_POLICIES)}")
-        self._require_positive("stride", "summary_size")
-        fits = self.pattern == "strided" or self.summary_size <= self.stride
-        self._require("summary_size", fits, f"at most stride={self.stride}")
+        self._require_positive("stride")
+        if self.summary_size is not None:
+            self._require("summary_size", self.pattern == "fixed", "None with pattern='strided', which has no summary")
+            self._require_positive("summary_size")
+            self._require("summary_size", self.summary_size <= self.stride, f"at most stride={self.stride}")
+
+    @classmethod
+    def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("summary_size",) if options.get("pattern", cls.pattern) == "strided" else ()
 
     def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
         size, itself = self.stride, Window(left=0, right=0)
         if self.pattern == "strided":
             near = Window(left=size - 1, right=0 if geometry.is_causal else size - 1)
             return two_part_pattern(self.head_policy, near, Strided(stride=size), geometry)
-        far: Pattern = Summary(stride=size, size=self.summary_size)
+        far: Pattern = Summary(stride=size, size=self.summary_size or min(SUMMARY, size))
         if self.head_policy != "merged":
             far = far | itself  # nobody may be left without a key
         return two_part_pattern(self.head_policy, BlockWindow(block_size=size), far, geometry)
@@ -83,7 +92,7 @@ class SparseTransformerAttention(PatternAttention):
     facts = MechanismFacts(
         title="Sparse Transformer",
         paper="arXiv 1904.10509, §4",
-        time="n·(l + n/l)",
+        time="n·(l + n/l); fixed: n·(l + c·n/l)",
         memory="n·(l + n/l)",
         exact_when="head_policy = merged and stride ≥ n",
         training="works without training; training restores long range",
@@ -96,5 +105,5 @@ class SparseTransformerAttention(PatternAttention):
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
-        summary_size = min(config.summary_size, length)
+        summary_size = config.summary_size and min(config.summary_size, length)
         return dataclasses.replace(config, stride=length, summary_size=summary_size, head_policy="merged")

@@ -11,7 +11,7 @@ import torch
 
 import hf_efficient as he
 from hf_efficient.attention.base.geometry import AttentionGeometry
-from hf_efficient.attention.base.registry import attention_configs
+from hf_efficient.attention.base.registry import attention_configs, stored_attention
 from hf_efficient.cli.options import chosen_configs
 from hf_efficient.patterns.kinds import BlockWindow, GlobalColumns, GlobalRows, ShiftedBlock, Strided, Window
 from hf_efficient.patterns.sets import PerHead
@@ -202,3 +202,17 @@ def test_an_input_longer_than_its_grid_continues_with_further_rows():
             outputs.append(model(**inputs).logits)
     assert torch.equal(outputs[0], outputs[1])
     assert (outputs[2] - outputs[0]).abs().max() > 1e-3
+
+
+def test_a_summary_that_nobody_sees_is_refused_and_dropped_from_stored_configs():
+    with pytest.raises(ValueError, match=r"summary_size=4 .* None with pattern='strided'"):
+        he.attention_config("sparse_transformer", stride=16, summary_size=4)
+    config = he.attention_config("sparse_transformer", stride=16)
+    assert stored_attention([config.to_dict() | {"summary_size": 8}]) == [config.to_dict()]
+    fixed = he.attention_config("sparse_transformer", pattern="fixed", stride=16, summary_size=8)
+    assert stored_attention([fixed.to_dict()]) == [fixed.to_dict()]
+    parts = he.attention_config(
+        "combined", patterns=("local", dict(mechanism="sparse_transformer", stride=16))
+    ).to_dict()
+    old = [one | ({"summary_size": 8} if "summary_size" in one else {}) for one in parts["patterns"]]
+    assert stored_attention([parts | {"patterns": old}]) == [parts]

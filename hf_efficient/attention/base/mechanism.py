@@ -99,7 +99,12 @@ class EfficientAttentionConfig:
     @classmethod
     def from_stored(cls, options: Mapping[str, Any]) -> EfficientAttentionConfig:
         """The config that a checkpoint holds: as `from_dict`, but options that it does not name keep its outputs."""
-        return cls.from_dict({**cls.stored_defaults, **options})
+        return cls.from_dict({**cls.stored_defaults, **options} | dict.fromkeys(cls.without_effect(options)))
+
+    @classmethod
+    def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Options that can't matter beside the others of a stored config; `None` is their default."""
+        return ()
 
 
 class MechanismFacts(NamedTuple):
