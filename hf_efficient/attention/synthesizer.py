@@ -88,7 +88,7 @@ class SynthesizerAttention(EfficientAttention):
     W₂ = s [k̄_j, -k̄_j] would give s · q_i·k̄_j. Logits and softmax are computed in fp32 at least. A pure form has no use for
     the host's keys, nor the random ones for its queries: those projections get a gradient of 0.
 
-    O(N²) time and memory; pure forms save the products with keys and nothing else. Source: Tay et al. 2020 (arXiv
+    O(N²) time and memory, as full attention. Source: Tay et al. 2020 (arXiv
     2005.00743), §3. Departures: dense logits read the head's own query, as in tensorflow/mesh, not the layer's input; a
     mixture adds its parts in place of a convex combination, which would change the host's logits from the start.
 
