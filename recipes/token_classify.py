@@ -27,7 +27,6 @@ from hf_efficient.training.finetuning import (
     FinetuningSettings,
     ensure_padding,
     first_rows,
-    head_labels,
     input_length,
     label_options,
     require_filled,
@@ -40,8 +39,6 @@ from hf_efficient.training.metrics import metric
 from hf_efficient.training.recipe import run, start, train
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
-
-HEAD = "ForTokenClassification"
 
 
 @dataclass(kw_only=True)
@@ -62,7 +59,7 @@ def load_data(settings: Settings) -> tuple[Any, list[str]]:
         seed=settings.seed,
     )
     require_filled(rows, "tokens", "tags")
-    rows, names = with_label_ids(rows, "tags", listed=True, head=head_labels(settings.model, HEAD))
+    rows, names = with_label_ids(rows, "tags", listed=True)
     rows = first_rows(rows, settings)
     for split in rows:
         for index, row in enumerate(rows[split]):
@@ -122,7 +119,7 @@ def _ids(*rows: list[str]) -> list[list[int]]:
 def finetune(settings: Settings) -> RunRecord:
     record = start("token_classify", settings)
     rows, names = load_data(settings)
-    options = label_options(names, settings.model, HEAD)
+    options = label_options(names, settings.model, "ForTokenClassification")
     # efficient attention: converted on the way, or as the checkpoint has it
     model, tokenizer = load_model(settings, AutoModelForTokenClassification, record=record, **options)
     ensure_padding(model, tokenizer)

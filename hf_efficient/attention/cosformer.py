@@ -66,6 +66,8 @@ class CosformerAttention(KernelAttention):
         training="needed: without it most of the model is lost",
     )
 
+    by_position = True
+
     def __init__(self, config: CosformerAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
         self.max_length = config.max_length or geometry.max_positions or 0

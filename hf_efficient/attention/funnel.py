@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.attention.base import (
@@ -19,6 +18,7 @@ from hf_efficient.attention.base import (
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.pooled_keys import log_count
 from hf_efficient.ops.pooling import Pooling, PoolingWindow, pooled_bias
+from hf_efficient.ops.softmax import masked_attention
 
 NUM_BLOCKS = 3
 DECODER_SHARE = 6
@@ -128,6 +128,8 @@ class FunnelAttention(EfficientAttention):
                 f"funnel: blocks={config.blocks} are {sum(config.blocks or ())} layers, but the {geometry.side} has "
                 f"{geometry.num_layers}: give fewer, or None"
             )
+        if geometry.chunk_size_feed_forward and config.pooling(geometry.layer, geometry.num_layers).queries.size > 1:
+            reasons.append(f"funnel {geometry.chunking_refusal}")
         chosen = range(geometry.num_layers) if config.layers is None else config.layers
         sizes = [config.pooling(layer, geometry.num_layers).queries.size for layer in chosen]
         if config.pool_size > 1 and max(sizes) == 1:
@@ -162,10 +164,8 @@ class FunnelAttention(EfficientAttention):
         queries, keys = self.pooling
         counts = keys.counts(n, token_mask, key.device)
         wide = torch.promote_types(query.dtype, torch.float32)
-        logits = None if counts is None else log_count(counts, wide).to(query.dtype)[:, None, None]
+        logits = None if counts is None else log_count(counts.to(wide)).to(query.dtype)[:, None, None]
         if context.relative_bias is not None:
             bias = pooled_bias(context.relative_bias, queries, keys, n, query.device).to(query.dtype)
             logits = bias if logits is None else bias + logits
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=logits, dropout_p=context.dropout, scale=context.scaling
-        )
+        return masked_attention(query, key, value, attn_mask=logits, dropout_p=context.dropout, scale=context.scaling)

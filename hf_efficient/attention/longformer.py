@@ -229,7 +229,7 @@ class LongformerAttention(PatternAttention):
         """The call's mask if there is one, else what the config's rule says."""
         given, separator_id = context.global_attention_mask, self.config.separator_token_id
         if given is None and self.needs_input_ids and context.input_ids is not None and separator_id is not None:
-            given = up_to_separator(context.input_ids, separator_id)
+            given = up_to_separator(context.input_ids, separator_id, context.key_padding_mask)
         return chosen_tokens(given, self.config.columns, key, context.key_padding_mask, context.is_causal)
 
     def _global_rows(self, index: Tensor, context: AttentionContext) -> Tensor:

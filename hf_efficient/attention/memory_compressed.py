@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_efficient.attention.base import (
@@ -24,6 +23,7 @@ from hf_efficient.ops.context import AttentionContext, ExtraKeys
 from hf_efficient.ops.padding import first_real_token, real_tokens, shift_rows
 from hf_efficient.ops.pooled_keys import in_groups, log_count, strided_convolution
 from hf_efficient.ops.relative_bias import RelativeBias, mean_group_bias
+from hf_efficient.ops.softmax import masked_attention
 from hf_efficient.patterns.kinds import BlockWindow
 
 # new tokens that are computed at once while decoding
@@ -135,7 +135,7 @@ class MemoryCompressedAttention(EfficientAttention):
         own = torch.arange(n, device=key.device)[:, None] // block
         other = memory.number[:1] // (block // self.config.compression_rate)
         visible = other < own if context.is_causal else other != own
-        bias = log_count(memory.token_mask.sum(-1), key.dtype)[:, :, None]
+        bias = log_count(memory.token_mask.sum(-1))[:, :, None]
         if context.relative_bias is not None:
             bias = bias + mean_group_bias(context.relative_bias, memory.token_mask[:, 0], n)
         extra = ExtraKeys(memory.keys, memory.values, visible & memory.token_mask.any(-1), bias)
@@ -181,7 +181,7 @@ class MemoryCompressedAttention(EfficientAttention):
         for part, row in zip(query.split(CHUNK, dim=2), rows.split(CHUNK, dim=1), strict=True):
             logits = self._logits(row, tokens, token_mask, memory, context.relative_bias).to(query.dtype)
             outputs.append(
-                F.scaled_dot_product_attention(
+                masked_attention(
                     part, keys, values, attn_mask=logits, dropout_p=context.dropout, scale=context.scaling
                 )
             )
@@ -196,7 +196,7 @@ class MemoryCompressedAttention(EfficientAttention):
         far = memory.token_mask.any(-1) & (
             memory.number[:, None] // (block // self.config.compression_rate) < row // block
         )
-        counts = log_count(memory.token_mask.sum(-1), memory.keys.dtype).expand_as(far)
+        counts = log_count(memory.token_mask.sum(-1)).expand_as(far)
         logits = torch.cat([counts, torch.zeros_like(near)], dim=-1)[:, None]
         if bias is not None:
             logits = logits + torch.cat([mean_bias(bias, memory, rows), bias.at(token - row).transpose(0, 1)], dim=-1)

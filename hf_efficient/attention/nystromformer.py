@@ -20,7 +20,7 @@ from hf_efficient.attention.base import (
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.padding import real_length, real_tokens
 from hf_efficient.ops.pooled_keys import groups_of_rows
-from hf_efficient.ops.softmax import additive_mask
+from hf_efficient.ops.softmax import additive_mask, masked_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +118,7 @@ class NystromformerAttention(EfficientAttention):
         self, query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None, context: AttentionContext
     ) -> Tensor:
         mask = None if token_mask is None else additive_mask(token_mask, query.dtype)[:, None, None]
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=context.dropout, scale=context.scaling
-        )
+        return masked_attention(query, key, value, attn_mask=mask, dropout_p=context.dropout, scale=context.scaling)
 
     def _nystrom(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)

@@ -112,8 +112,8 @@ class RoutingTransformerAttention(EfficientAttention):
         config = config.for_length(geometry.max_positions)
         super().__init__(config, geometry)
         assert config.num_clusters and config.cluster_size  # unsupported() refuses
+        self.size, self.by_position = config.cluster_size, config.attention_window > 0
         self.centroids: Tensor
-        self.size = config.cluster_size
         shape = (geometry.num_heads, config.num_clusters, geometry.head_dim)
         self.register_buffer("centroids", torch.empty(shape, dtype=torch.float32))
         # not a buffer: data-parallel training would overwrite it with that of the first process

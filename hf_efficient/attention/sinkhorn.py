@@ -207,7 +207,8 @@ class SinkhornAttention(EfficientAttention):
         if not isinstance(layer, BlockStartLayer) or layer.state is None:
             raise ValueError(
                 "sinkhorn: the cache lacks the queries that choose blocks, as it was not filled by this mechanism or filled "
-                "under torch.compile: give past_key_values=None with the first call, or use_cache=False."
+                "under torch.compile: give past_key_values=None with the first call, or use_cache=False; "
+                "prefix tuning fills a cache by itself: use LoRA or prompt tuning instead."
             )
         start = key.new_zeros(key.shape[0], dtype=torch.long) if context.row_start is None else context.row_start
         shifted = shift_rows(token_mask, start, 1)

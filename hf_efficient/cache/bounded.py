@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from hf_efficient.ops.decoding import entries_at
+from hf_efficient.ops.graph import is_captured
 from hf_efficient.patterns.pattern import Pattern
 
 SLACK = 64
@@ -78,7 +79,7 @@ class BoundedLayer(DynamicLayer):
             self.positions = torch.cat([self.positions, index.expand(batch, -1)], dim=-1)
         self.seen += new
         self.key_positions, self.dropped = self.positions, None
-        if keys.shape[2] > self._kept + SLACK and not torch.compiler.is_compiling():
+        if keys.shape[2] > self._kept + SLACK and not is_captured():
             self._prune(keys, values)
         return keys, values
 

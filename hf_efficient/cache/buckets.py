@@ -58,6 +58,7 @@ def labels_of_all(labels: Tensor, length: int, context: AttentionContext) -> Ten
     if labels.shape[-1] != length:
         raise ValueError(
             f"{length} keys, but labels of {labels.shape[-1]} tokens: attention by content decodes with the cache that the "
-            "model makes itself, outside torch.compile; give past_key_values=None with the first call, or use_cache=False."
+            "model makes itself, outside torch.compile: give past_key_values=None with the first call, or use_cache=False; "
+            "prefix tuning fills a cache by itself: use LoRA or prompt tuning instead."
         )
     return labels

@@ -30,7 +30,6 @@ Texts = Annotated[
         help=".txt with one text per line, or .jsonl.", show_default="sample text from Python's documentation"
     ),
 ]
-TRAINING_PACKAGES = ("accelerate", "datasets", "evaluate", "peft")
 is_quiet = ContextVar("is_quiet", default=False)
 
 
@@ -49,8 +48,6 @@ def running() -> Iterator[None]:
                 yield
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
-        if isinstance(error, ImportError) and any(name in str(error) for name in TRAINING_PACKAGES):
-            typer.echo("training needs further packages: pip install 'hf-efficient[train]'", err=True)
         raise typer.Exit(1) from None
 
 

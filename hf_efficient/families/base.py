@@ -146,10 +146,13 @@ class ModelFamily:
             projection_bias=self.projection_bias,
             max_positions=max_positions or self.positions(stack),
             num_relative_buckets=getattr(config, "relative_attention_num_buckets", 0) if self.has_relative_bias else 0,
+            chunk_size_feed_forward=getattr(stack.block_around(layer), "chunk_size_feed_forward", 0),
             relative_bias_reach=0 if bias is None else bias.reach(is_causal=stack.side == "decoder"),
         )
 
     has_relative_bias = False
+    positions_skip_padding = False
+    """Without `position_ids` the host counts its tokens, without padding, instead of their indices."""
 
     def heads(self, module: Any) -> tuple[int, int]:
         """Number of heads and their width."""

@@ -12,6 +12,8 @@ class RobertaFamily(BertFamily):
     The embeddings take `padding_idx` from `config.pad_token_id` when they are made, and keep it.
     """
 
+    positions_skip_padding = True
+
     def position_offset(self, config: PreTrainedConfig) -> int:
         if config.pad_token_id is None:
             raise ValueError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.ops.context import AttentionCall
+from hf_efficient.ops.softmax import masked_attention
 
 
 def rows_attention(
@@ -54,11 +54,7 @@ def rows_attention(
         if call.relative_bias is not None:
             bias = call.relative_bias.at(offset).transpose(0, 1).to(query.dtype)
             mask = torch.where(mask, bias, float("-inf"))
-        outputs.append(
-            F.scaled_dot_product_attention(
-                part, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scaling
-            )
-        )
+        outputs.append(masked_attention(part, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scaling))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.softmax import masked_attention
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
@@ -20,6 +20,6 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, context: Attentio
     if context.relative_bias is not None:
         bias = context.relative_bias.dense(n, s, context.query_offset, query.device).to(query.dtype)
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    return F.scaled_dot_product_attention(
+    return masked_attention(
         query, key, value, attn_mask=mask, dropout_p=context.dropout, is_causal=is_causal, scale=context.scaling
     )

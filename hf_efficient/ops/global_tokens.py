@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from hf_efficient.ops.context import ExtraKeys
 from hf_efficient.ops.decoding import entries_at
+from hf_efficient.ops.graph import is_captured, leaves_torch
 from hf_efficient.ops.padding import first_real_token, real_tokens
 from hf_efficient.ops.plain import is_plain_linear
 from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.ops.softmax import masked_attention
 
 
 class GlobalTokens(NamedTuple):
@@ -22,14 +24,32 @@ class GlobalTokens(NamedTuple):
     exists: Tensor
 
 
-def up_to_separator(input_ids: Tensor, separator_id: int) -> Tensor:
-    """(B, N) bool: all tokens up to and including the first separator; none in a row without a separator."""
-    separator = input_ids == separator_id
-    return (separator.cumsum(-1) - separator.int() == 0) & separator.any(-1, keepdim=True)
+def up_to_separator(input_ids: Tensor, separator_id: int, token_mask: Tensor | None = None) -> Tensor:
+    """(B, N) bool: all real tokens up to and including the first real separator.
+
+    Args:
+        token_mask: (B, N) bool, True = real token; `None` = all real. Padding may hold the separator's id, too.
+
+    Raises:
+        ValueError: a row of real tokens has no separator.
+    """
+    real = torch.ones_like(input_ids, dtype=torch.bool) if token_mask is None else token_mask
+    separator = (input_ids == separator_id) & real
+    if not is_captured() and bool((real.any(-1) & ~separator.any(-1)).any()):
+        raise ValueError(
+            f"global_tokens='question': a row has no separator (separator_token_id={separator_id}), so that its question "
+            "ends nowhere: give question and context as a pair, or global_attention_mask."
+        )
+    return (separator.cumsum(-1) - separator.int() == 0) & separator.any(-1, keepdim=True) & real
 
 
 def masked_tokens(mask: Tensor) -> GlobalTokens | None:
     """The True positions of a (B, N) mask, in order; `None` if there are none. Reads the mask's values."""
+    if leaves_torch():
+        raise ValueError(
+            "which tokens are global is decided by the values of this call, which a traced or exported graph can't follow: "
+            "convert with a rule that names positions, such as global_tokens='first', or run the model itself."
+        )
     count = int(mask.sum(-1).max())
     if count == 0:
         return None
@@ -147,7 +167,7 @@ def projected_rows(
     options: dict[str, Any] = dict(attn_mask=mask, dropout_p=dropout, scale=scaling)
     q = heads(query(rows))  # (B, H, G, D)
     if rows.shape[1] > q.shape[-1] or not (is_plain_linear(key) and is_plain_linear(value)):
-        return F.scaled_dot_product_attention(q, heads(key(hidden)), heads(value(hidden)), **options)
+        return masked_attention(q, heads(key(hidden)), heads(value(hidden)), **options)
     return _through_weights(q, hidden, key, value, options)
 
 
@@ -160,9 +180,7 @@ def _through_weights(query: Tensor, hidden: Tensor, key: Any, value: Any, option
     if (mask := options["attn_mask"]) is not None:
         mask = mask.expand(query.shape[0], num_heads, query.shape[2], -1).flatten(1, 2)[:, None]
     shared = hidden[:, None]
-    mixed = F.scaled_dot_product_attention(
-        probe.flatten(1, 2)[:, None], shared, shared, **options | {"attn_mask": mask}
-    )[:, 0]
+    mixed = masked_attention(probe.flatten(1, 2)[:, None], shared, shared, **options | {"attn_mask": mask})[:, 0]
     mixed = mixed.unflatten(1, (num_heads, -1))
     out = torch.einsum("bhgc,hdc->bhgd", mixed, value_weight.to(mixed.dtype))
     return out if value.bias is None else out + value.bias.view(num_heads, 1, -1).to(out.dtype)

@@ -181,7 +181,7 @@ def _states(
 ) -> tuple[FeatureState | None, FeatureState | None]:
     """The state before each chunk of (…, T, C, M) keys, (…, T, M, D + 1) and (…, T, 1, M), `None` = nothing before any;
     and the state after all of them, `None` if they are the last."""
-    count = log_key.shape[-3] - is_last
+    count = log_key.shape[-3] - int(is_last)
     if count == 0:
         return (None if state is None else FeatureState(*(x.unsqueeze(-3) for x in state))), None
     log_key, values = log_key[..., :count, :, :], values[..., :count, :, :]

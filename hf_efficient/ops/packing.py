@@ -20,12 +20,15 @@ class Steps(NamedTuple):
         first: (B, N) bool, the first real token of its row.
         restart: (B, N) bool, the position is not above the one before: another sequence starts here.
         jump: (B, N) bool, the position went up, but by more than the tokens in between.
+        apart: (B, N) bool, no other sequence starts here, but the token is not as far from the one before by position as it
+            is by index.
         last: (B, N) index of the last real token up to here, -1 = none yet.
     """
 
     first: Tensor
     restart: Tensor
     jump: Tensor
+    apart: Tensor
     last: Tensor
 
 
@@ -47,7 +50,8 @@ def position_steps(position_ids: Tensor, token_mask: Tensor | None = None, first
     follows = real & (before >= 0)
     jump = follows & (step > 1) & (step != token - before)
     restart = follows & (step <= 0) & ((token - before == 1) | (position_ids == first))
-    return Steps(real & (before < 0), restart, jump, last)
+    apart = follows & ~restart & (step != token - before)
+    return Steps(real & (before < 0), restart, jump, apart, last)
 
 
 class Group(NamedTuple):

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hf_efficient.ops.choice import first_largest, rounding
-from hf_efficient.ops.softmax import additive_mask
+from hf_efficient.ops.softmax import additive_mask, masked_attention
 
 if TYPE_CHECKING:
     from hf_efficient.ops.context import AttentionContext
@@ -21,7 +19,7 @@ def cluster_queries(query: Tensor, token_mask: Tensor, count: int, iterations: i
 
     Of a row's L real tokens those of rank `⌊c L / count⌋` are the first centres; then `iterations` times
 
-        label_i = argmin_c ‖q_i - μ_c‖², of equal ones the first,   μ_c = mean of its queries,   where it has none: as before
+        label_i = argmin_c ‖q_i - μ_c‖²,   μ_c = mean of its queries,   where it has none: as before
 
     and the labels of the last centres. So neither padding nor the rest of the batch matters, and nothing is drawn. In fp32
     at least. Rows of at most `count` tokens get a group for every token, unless tokens are equal.
@@ -52,11 +50,8 @@ def cluster_queries(query: Tensor, token_mask: Tensor, count: int, iterations: i
 
 
 def _nearest(x: Tensor, centres: Tensor, token_mask: Tensor) -> Tensor:
-    square = centres.square().sum(-1)
-    closeness = x @ centres.transpose(-1, -2) - square[:, :, None] / 2
-    longest = square.amax(-1).sqrt()[:, :, None, None]
-    close = rounding(longest * (x.norm(dim=-1, keepdim=True) + longest))
-    return torch.where(token_mask[:, None], first_largest(closeness, close), centres.shape[2])
+    closeness = x @ centres.transpose(-1, -2) - centres.square().sum(-1)[:, :, None] / 2
+    return torch.where(token_mask[:, None], closeness.argmax(-1), centres.shape[2])
 
 
 def memberships(labels: Tensor, count: int) -> Tensor:
@@ -129,9 +124,7 @@ def tile_attention(
         offset = index[..., None, :] - tiles.member[..., None]
         logits = logits + context.relative_bias.per_head(offset, 1).to(query.dtype)
     q, k, v = (rows_at(x, at).flatten(0, 1) for x, at in ((query, tiles.member), (key, index), (value, index)))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=logits.flatten(0, 1), dropout_p=context.dropout, scale=context.scaling
-    )
+    out = masked_attention(q, k, v, attn_mask=logits.flatten(0, 1), dropout_p=context.dropout, scale=context.scaling)
     return out.unflatten(0, (batch, heads))
 
 

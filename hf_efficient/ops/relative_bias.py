@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_efficient.ops.graph import is_captured
+
 
 class RelativeBias:
     """Lazy additive bias `b_h(o)` over offsets `o = key position - query position` (T5: Raffel et al. 2020, §2.1).
@@ -125,7 +127,7 @@ def mean_group_bias(bias: RelativeBias, token_mask: Tensor, n: int) -> Tensor:
     steps = means.unflatten(-1, (-1, size)).transpose(-1, -2).unfold(-1, count, 1)
     whole = steps.transpose(1, 2).flatten(1, 2)[:, :n].flip(1)[None]
     in_part = (real > 0) & (real < size)
-    most = count if torch.compiler.is_compiling() else int(in_part.sum(-1).max())
+    most = count if is_captured() else int(in_part.sum(-1).max())
     if not most:
         return whole
     group = in_part.int().argsort(dim=-1, descending=True, stable=True)[:, :most]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_efficient.ops.graph import is_captured, leaves_torch
+
 Partial = tuple[Tensor, Tensor]
 Result = tuple[Tensor, Tensor | None]
 
@@ -28,8 +30,24 @@ def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def bool_all(mask: Tensor) -> bool:
-    """Everything visible; not asked while compiling, where values are unknown."""
-    return not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.all())
+    """Everything visible; not asked where a graph is made, for which values are unknown."""
+    return not is_captured() and mask.device.type == "cpu" and bool(mask.all())
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, in which a query without any visible key gives 0, in every graph too.
+
+    PyTorch promises that for its own operator alone: other runtimes compute what the formula says, which is 0 / 0.
+    """
+    if attn_mask is not None and leaves_torch():
+        visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask > float("-inf")
+        lowest = torch.finfo(query.dtype).min / 2
+        logits = torch.where(visible, 0.0 if attn_mask.dtype == torch.bool else attn_mask, lowest).to(query.dtype)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=logits, **options)
+        return torch.where(visible.any(-1, keepdim=True), out, 0.0)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
 
 
 def attend(
@@ -52,9 +70,7 @@ def attend(
         (out, lse or `None`); a row that sees nothing gives out 0, lse -inf and gradient 0.
     """
     if not return_lse:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=logits, dropout_p=dropout, scale=scaling
-        ), None
+        return masked_attention(query, key, value, attn_mask=logits, dropout_p=dropout, scale=scaling), None
     takes_gradient = logits is not None and logits.requires_grad and torch.is_grad_enabled()
     if (
         query.device.type == "cpu"
@@ -62,6 +78,7 @@ def attend(
         and key.shape[-2] > FEW_KEYS
         and not dropout
         and not takes_gradient
+        and not leaves_torch()
     ):
         return _fused(query, key, value, logits, scaling)
     batch = query.shape[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_efficient.families import ModelFamily, Stack
-from hf_efficient.ops.graph import is_captured
+from hf_efficient.ops.graph import is_captured, leaves_torch
 from hf_efficient.ops.packing import PackedSequences, Steps, position_steps
 from hf_efficient.patching.caches import bounded_cache, prepare_layers
 from hf_efficient.patching.call_inputs import CallShape, checked_inputs, shape_of
@@ -31,6 +31,11 @@ KNOWN_KEYWORDS = {
 # what the caller of an encoder-decoder model calls the inputs of its decoder
 OTHER_NAMES = {"attention_mask": "decoder_attention_mask", "encoder_attention_mask": "attention_mask"}
 
+HOLES = (
+    "attention_mask has zeros between real tokens (before token {token} of row {row}), which position_ids do not count, but "
+    "this mechanism would take for distance: pad on one side."
+)
+
 PART = "calls"
 
 
@@ -49,6 +54,8 @@ class StackInfo:
         self.uses_global_attention_mask = any(getattr(m, "uses_global_attention_mask", False) for m in mechanisms)
         self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
         self.has_extra_tokens = any(m.num_extra_tokens(m.config) for m in mechanisms)
+        self.by_position = any(m.by_position for m in mechanisms)
+        self.positions_skip_padding = family.positions_skip_padding
         # the decoder of a model with an encoder of its own
         config: Any = stack.module.config
         self.is_other_decoder = bool(config.is_encoder_decoder and config.is_decoder)
@@ -60,7 +67,7 @@ class StackInfo:
 
     def without_mechanism(self) -> StackInfo:
         plain = copy.copy(self)
-        plain.bounded, plain.needs_input_ids = {}, False
+        plain.bounded, plain.needs_input_ids, plain.by_position = {}, False, False
         return plain
 
 
@@ -82,6 +89,8 @@ def check_call(
         if unknown:
             info.warned.update(unknown)
             logger.warning(f"keywords {unknown} are known neither to the model nor to efficient attention.")
+    if info.by_position and not is_captured():
+        _check_distances(call, shape, info)
     segments = _find_sequences(call, shape, info)
     if segments is None:
         _check_length(shape, info)
@@ -169,13 +178,15 @@ def _find_sequences(call: dict[str, Any], shape: CallShape, info: StackInfo) -> 
         _refuse_without_table(positions, mask)
         return None
     if is_captured():
-        _refuse_compiled(positions, mask, info.first_position, call.get("past_key_values") is not None)
+        _refuse_compiled(positions, mask, info, call.get("past_key_values") is not None)
         return None
     positions = positions.expand(shape.rows, -1)
     token_mask = None if mask is None else mask[:, shape.seen :].bool()
     steps = position_steps(positions, token_mask, info.first_position)
-    if not bool((steps.restart | steps.jump).any()):
+    if not bool((steps.restart | steps.jump | steps.apart).any()):
         return None
+    if info.by_position and bool(steps.apart.any()):
+        raise ValueError(_apart(positions, steps))
     if not bool(steps.restart.any()):
         if mask is None and info.is_causal and shape.seen == 0:
             raise ValueError(_jump(positions, steps))
@@ -239,7 +250,7 @@ def _packed(call: dict[str, Any], segments: PackedSequences, info: StackInfo) ->
 
 
 def _jump(positions: Tensor, steps: Steps) -> str:
-    row, token = steps.jump.nonzero()[0].tolist()
+    row, token = (steps.jump | steps.apart).nonzero()[0].tolist()
     return (
         f"position_ids jump ahead to {int(positions[row, token])} at token {token} of row {row}: neither one sequence nor "
         "the start of another. Packed sequences must start again at the first position."
@@ -254,7 +265,13 @@ def _refuse_without_table(positions: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def _refuse_compiled(positions: Tensor, mask: Tensor | None, first: int, has_cache: bool) -> None:
+def _apart(positions: Tensor, steps: Steps) -> str:
+    row, token = steps.apart.nonzero()[0].tolist()
+    follows_padding = bool(steps.last[row, token - 1] < token - 1)
+    return HOLES.format(token=token, row=row) if follows_padding else _jump(positions, steps)
+
+
+def _refuse_compiled(positions: Tensor, mask: Tensor | None, info: StackInfo, has_cache: bool) -> None:
     """A compiled call can't look at positions and split its rows; where it must run on, packing stops it while it runs."""
     advice = (
         "run packed rows (position_ids that start again) without torch.compile, or put one sequence into each row."
@@ -268,7 +285,49 @@ def _refuse_compiled(positions: Tensor, mask: Tensor | None, first: int, has_cac
     token_mask = None if mask is None else mask[:, -length:].bool()
     if token_mask is None or token_mask.shape[-1] == length:
         positions = positions if token_mask is None else positions.expand(token_mask.shape[0], -1)
-        torch._assert_async(~position_steps(positions, token_mask, first).restart.any(), f"torch.compile: {advice}")
+        if leaves_torch():
+            return  # what runs the graph can't stop
+        steps = position_steps(positions, token_mask, info.first_position)
+        torch._assert_async(~steps.restart.any(), f"torch.compile: {advice}")
+        if info.by_position:
+            torch._assert_async(~steps.apart.any(), "attention_mask has zeros between real tokens: pad on one side.")
+
+
+# ---- distances ---------------------------------------------------------------------------------------------------
+
+
+def _check_distances(call: dict[str, Any], shape: CallShape, info: StackInfo) -> None:
+    """Refuse padding between real tokens that the host's positions do not count: mechanisms would count it as distance.
+
+    `_find_sequences` compares positions that are given among the tokens of this call; here are those before them, in the
+    cache, whose positions only the mask tells, and the positions that the host makes itself.
+    """
+    positions, mask, ids = (call.get(name) for name in ("position_ids", "attention_mask", "input_ids"))
+    if (
+        mask is None
+        or "position_ids" not in info.parameters
+        or not (positions is not None if shape.seen else info.positions_skip_padding)
+    ):
+        return
+    real = mask.bool()
+    index = torch.arange(shape.tokens, device=mask.device)
+    last = torch.where(real, index, -1).cummax(-1).values
+    start = (last < 0).sum(-1, keepdim=True)
+    holes = last - start + 1 != real.cumsum(-1)  # (B, S): some lie between the row's first token and this one
+    if shape.seen and positions is not None:
+        index, holes, real = (x[..., shape.seen :] for x in (index, holes, real))
+        offset = positions - info.first_position
+        wrong = holes & real & (offset != index) & (offset != index - start)
+    elif positions is None and ids is not None:
+        # tokens of the padding's id are not counted, others are
+        counted = ids.reshape(shape.rows, -1) != info.first_position - 1
+        ahead = counted.cumsum(-1) - index
+        wrong = holes & real & counted & (ahead != ahead.gather(1, start.clamp(max=shape.new - 1)))
+    else:
+        return
+    if bool(wrong.any()):
+        row, token = wrong.nonzero()[0].tolist()
+        raise ValueError(HOLES.format(row=row, token=shape.seen + token))
 
 
 # ---- caches ------------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def aligned_call(
     if context.query_offset and not context.is_causal:
         raise ValueError(
             f"an encoder layer got {key.shape[2]} keys for {n} tokens (prefix tuning?); efficient attention needs as many "
-            "keys as tokens. Use LoRA instead of prefixes."
+            "keys as tokens. Use LoRA or prompt tuning instead of prefixes."
         )
     if keep is None or not mechanism.left_aligned or context.key_positions is not None:
         return mechanism(query, key, value, context)

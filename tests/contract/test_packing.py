@@ -245,9 +245,9 @@ def test_global_attention_mask_goes_with_its_tokens(model_type: str) -> None:
 def test_separators_are_looked_for_in_each_segment() -> None:
     model = converted("bert", **LONGFORMER | {"global_tokens": "question"}, separator_token_id=3)
     inputs = packed_inputs(model)
-    inputs["input_ids"][0, [4, 9]] = 3
+    inputs["input_ids"][0, [4, 9, 40, 80]] = 3
     inputs["input_ids"][0, 41] = 3  # the first token of a shorter segment than others of its group
-    inputs["input_ids"][1, 63] = 3
+    inputs["input_ids"][1, [5, 63]] = 3
     assert_same(model, model(**inputs).logits, separate(model, inputs))
 
 

@@ -27,6 +27,7 @@ class AttentionGeometry:
         projection_bias: the host's q, k, v projections have a bias vector.
         max_positions: rows of the position table that tokens can use, or `None` where there is no table.
         num_relative_buckets: rows of the host's table of relative biases; 0 = it has none.
+        chunk_size_feed_forward: tokens that the host's feed-forward part takes at once, in equal parts; 0 = all of them.
         relative_bias_reach: offset from which on, in each direction, the relative bias is constant; 0 = there is none.
     """
 
@@ -42,6 +43,15 @@ class AttentionGeometry:
     max_positions: int | None
     num_relative_buckets: int = 0
     relative_bias_reach: int = 0
+    chunk_size_feed_forward: int = 0
+
+    @property
+    def chunking_refusal(self) -> str:
+        """Why a layer that takes its tokens in equal parts can't have more or fewer of them than the call."""
+        return (
+            f"changes how many tokens a layer has, of which chunk_size_feed_forward={self.chunk_size_feed_forward} would "
+            "take equal parts: set chunk_size_feed_forward=0 in the model's config"
+        )
 
     def generator(self, seed: int, redraws: int = 0) -> torch.Generator:
         """Random numbers that seed, stack, layer and the number of redraws alone decide: the same in every process."""

@@ -70,6 +70,7 @@ class HybridAttention(KernelAttention):
 
     def __init__(self, config: HybridAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
+        self.by_position = bool(config.attention_window or config.sink_tokens)
         shape = (geometry.num_heads, config.feature_dim or geometry.head_dim, geometry.head_dim)
         self.query_map, self.key_map = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
         if config.attention_window:

@@ -32,6 +32,7 @@ class KernelAttention(EfficientAttention):
     """
 
     relative_bias_refusal: ClassVar[str | None] = RELATIVE_BIAS_REFUSAL
+    by_position = False
 
     def log_features(self, x: Tensor, name: str) -> Tensor:
         """(B, H, N, M) logarithms of φ of (B, H, N, D) heads times √(s √D); `name` is "query" or "key"."""

@@ -135,6 +135,8 @@ class EfficientAttention(nn.Module):
     """Why a T5 relative bias is refused and what to use instead; `None` = honoured."""
     left_aligned: bool = False
     """Blocks or position-indexed parameters count from a row's first real token: the dispatcher shifts padded rows."""
+    by_position: bool = True
+    """Which keys a query sees, or with which weight, depends on where tokens stand: padding in between would count."""
     uses_global_attention_mask: ClassVar[bool] = False
     needs_hidden_states: bool = False
     needs_input_ids: bool = False
@@ -239,6 +241,8 @@ class EfficientAttention(nn.Module):
             reasons.append(f"{cls.Config.mechanism} can't be causal: {cls.causal_refusal}")
         if geometry.has_relative_bias and cls.relative_bias_refusal:
             reasons.append(f"{cls.Config.mechanism} can't carry a T5 relative bias: {cls.relative_bias_refusal}")
+        if geometry.chunk_size_feed_forward and cls.num_extra_tokens(config):
+            reasons.append(f"{cls.Config.mechanism} {geometry.chunking_refusal}")
         return reasons
 
     @classmethod

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_efficient.ops.softmax import masked_attention
+
 
 class PoolingByMultiheadAttention(nn.Module):
     """k vectors from a sequence, in place of the mean of its tokens: learned seeds attend to all of them (PMA).
@@ -55,6 +57,6 @@ class PoolingByMultiheadAttention(nn.Module):
             for x in (self.key(hidden_states), self.value(hidden_states), self.seeds.expand(batch, -1, -1))
         )
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        read = F.scaled_dot_product_attention(seeds.to(key.dtype), key, value, attn_mask=mask)
+        read = masked_attention(seeds.to(key.dtype), key, value, attn_mask=mask)
         pooled = self.seeds + self.output(read.transpose(1, 2).reshape(batch, -1, width))
         return pooled + self.expand(F.relu(self.hidden(pooled)))

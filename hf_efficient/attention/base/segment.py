@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
 from hf_efficient.cache.segments import SegmentLayer
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.softmax import additive_mask
+from hf_efficient.ops.graph import is_captured
+from hf_efficient.ops.softmax import additive_mask, masked_attention
 from hf_efficient.patterns.kinds import BlockWindow
 
 # new tokens that are computed at once while decoding
@@ -180,7 +180,7 @@ class SegmentAttention(EfficientAttention):
             key, value = torch.cat([far.keys, key], dim=2), torch.cat([far.values, value], dim=2)
             shape = torch.broadcast_shapes(far.logits.shape[:3], logits.shape[:3])
             logits = torch.cat([far.logits.expand(*shape, -1), logits.expand(*shape, -1)], dim=-1)
-        return F.scaled_dot_product_attention(
+        return masked_attention(
             query, key, value, attn_mask=logits.to(query.dtype), dropout_p=context.dropout, scale=context.scaling
         )
 
@@ -188,9 +188,7 @@ class SegmentAttention(EfficientAttention):
 def _starts_a_segment(rows: Tensor, size: int) -> bool:
     """Whether the (B or 1, N) new tokens of every row are the first of one segment; rows without any yet are negative."""
     first = rows[:, 0]
-    return (
-        not torch.compiler.is_compiling() and rows.shape[1] <= size and bool(((first % size == 0) | (first < 0)).all())
-    )
+    return not is_captured() and rows.shape[1] <= size and bool(((first % size == 0) | (first < 0)).all())
 
 
 def _tile(n: int, before: int, query: Tensor, context: AttentionContext) -> Tensor:

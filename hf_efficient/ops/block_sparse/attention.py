@@ -81,6 +81,9 @@ def block_sparse_attention(
         ValueError: shapes, devices, dtypes or options that do not fit together, or that `implementation` can't take.
     """
     call = dataclasses.replace(call, return_lse=return_lse)
+    if pattern.num_heads == 1:
+        # one pattern for each of one head
+        pattern = pattern.head(0)
     _check(query, key, value, pattern, call)
     if query.shape[2] < key.shape[2] or call.key_positions is not None:
         require_torch(implementation, DECODING)

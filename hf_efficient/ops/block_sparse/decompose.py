@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_efficient.ops.block_sparse.windows import extra_attention, fold, unfold
 from hf_efficient.ops.context import AttentionCall, ExtraKeys
+from hf_efficient.ops.graph import is_captured
 from hf_efficient.ops.padding import real_length
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.softmax import Result, merge_attention
@@ -81,7 +82,7 @@ def by_length(
     n = query.shape[2]
     if call.key_padding_mask is None:
         return backend(query, key, value, pattern.at_length(n), call)
-    if torch.compiler.is_compiling():
+    if is_captured():
         raise ValueError(
             "this pattern depends on each row's number of tokens, which compiled code does not know: give batches without "
             "padding, or run it uncompiled."

@@ -25,6 +25,7 @@ from hf_efficient.ops.block_sparse.decompose import (
 from hf_efficient.ops.block_sparse.gather import BlockPlan, block_list_attention, pattern_block, table_attention
 from hf_efficient.ops.block_sparse.windows import is_one_tile, window_attention
 from hf_efficient.ops.context import AttentionCall
+from hf_efficient.ops.graph import is_captured
 from hf_efficient.ops.padding import real_length
 from hf_efficient.ops.softmax import Result, additive_mask, attend, bool_all, merge_attention
 from hf_efficient.patterns.kinds import BlockList, GlobalRows, Strided, Summary, Window
@@ -177,7 +178,7 @@ _kept_mask = lru_cache(maxsize=8)(_mask)
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: AttentionCall) -> Result:
     n = query.shape[2]
-    mask_of = _kept_mask if n <= KEPT_LENGTH and not torch.compiler.is_compiling() else _mask
+    mask_of = _kept_mask if n <= KEPT_LENGTH and not is_captured() else _mask
     logits = mask_of(pattern, n, call.is_causal, query.device, query.dtype)
     if call.key_padding_mask is not None:
         logits = torch.where(call.key_padding_mask[:, None, None], logits, float("-inf"))
@@ -271,7 +272,7 @@ def _block_list(query: Tensor, key: Tensor, value: Tensor, pattern: BlockList, c
     n, size = query.shape[2], pattern.block_size
     rows = -(-n // size)
     if call.key_padding_mask is None:
-        lists_of = _lists if torch.compiler.is_compiling() else _kept_lists
+        lists_of = _lists if is_captured() else _kept_lists
         lists = lists_of(pattern, n, call.is_causal, key.device)
     else:
         lists = _lists(pattern, n, call.is_causal, key.device, real_length(call.key_padding_mask))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.ops.context import AttentionCall, ExtraKeys
+from hf_efficient.ops.graph import is_captured
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.softmax import Partial, Result, additive_mask, attend, bool_all, merge_attention
 from hf_efficient.patterns.kinds import Window
@@ -124,7 +125,7 @@ def _one_tile(
     logits = None
     everything = before >= query_offset + n - 1 - low and after >= high - 1 - query_offset
     if not (everything and dilation == 1 and skip is None and keep is None):
-        is_kept = n * (high - low) <= KEPT_MASK and not torch.compiler.is_compiling()
+        is_kept = n * (high - low) <= KEPT_MASK and not is_captured()
         mask_of = _kept_tile_mask if is_kept else _tile_mask
         logits = mask_of(query_offset, n, low, high, sight._replace(bias=None), device, dtype)
         if keep is not None:
