@@ -23,6 +23,16 @@ Checkpoint = Annotated[str, typer.Argument(help="Hub id or folder of a checkpoin
 Converted = Annotated[str, typer.Argument(help="Folder or Hub id of a converted checkpoint.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
+Subfolder = Annotated[str | None, typer.Option(help="Folder of the checkpoint inside the repository or SOURCE.")]
+ModelClass = Annotated[
+    str | None,
+    typer.Option(
+        help="Class of the checkpoint, e.g. BertForMaskedLM.", show_default="what its config or its tensors say"
+    ),
+]
+Dtype = Annotated[str | None, typer.Option(help="Data type to load weights in.", show_default="the checkpoint's")]
+CacheDir = Annotated[str | None, typer.Option(help="Folder of downloads.", show_default="the Hub's own")]
+Token = Annotated[str | None, typer.Option(help="Access token of the Hub.", show_default="the one that is stored")]
 Option = Annotated[list[str] | None, typer.Option(help="NAME=VALUE, for any option of the mechanism.")]
 Texts = Annotated[
     Path | None,
@@ -102,5 +112,10 @@ def emit(document: Any, as_json: bool, title: str, columns: list[str], rows: lis
 
 def require_source(name: str) -> None:
     """A mistyped folder is refused before the Hub is asked for a repository of that name."""
-    if (name.startswith((".", "~", os.sep)) or name.count("/") > 1) and not Path(name).exists():
+    if Path(name).exists():
+        return
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith("/"):
         raise FileNotFoundError(f"{name} does not exist.")
+    parent = Path(name).parent
+    if parent != Path(".") and parent.is_dir():
+        raise FileNotFoundError(f"{name} does not exist, but the folder {parent} does.")

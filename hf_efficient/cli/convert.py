@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_efficient.cli.common import (
+    CacheDir,
     Checkpoint,
     Converted,
+    Dtype,
     Json,
+    ModelClass,
     Option,
     Out,
     Overwrite,
     Revision,
+    Subfolder,
+    Token,
     emit,
     require_source,
     running,
@@ -47,6 +52,11 @@ def convert(
         str | None, typer.Option(help="encoder, decoder or both.", show_default="the encoder, if there is one")
     ] = None,
     revision: Revision = None,
+    subfolder: Subfolder = None,
+    model_class: ModelClass = None,
+    dtype: Dtype = None,
+    cache_dir: CacheDir = None,
+    token: Token = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -74,6 +84,7 @@ def convert(
 
         target = OutputFolder(out, overwrite, [source, config, calibration])
         places: dict[str, Any] = dict(max_positions=max_positions, positions=positions, revision=revision)
+        places |= dict(subfolder=subfolder, model_class=model_class, dtype=dtype, cache_dir=cache_dir, token=token)
         result = convert_checkpoint(source, configs, **places, calibration=_calibration_texts(calibration))
         report = result.report
         report.history[-1]["settings"]["calibration"] = calibration

@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from hf_efficient.cli.common import Json, Out, Overwrite, Revision, emit, require_source, running
+from hf_efficient.cli.common import (
+    CacheDir,
+    Dtype,
+    Json,
+    ModelClass,
+    Out,
+    Overwrite,
+    Revision,
+    Subfolder,
+    Token,
+    emit,
+    require_source,
+    running,
+)
 from hf_efficient.cli.options import parse_layers
 
 
@@ -33,6 +46,11 @@ def upcycle(
     router_z_loss_coef: Annotated[float, typer.Option(help="Weight of the z-loss in the training loss.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Seed of the router initialisation.")] = 0,
     revision: Revision = None,
+    subfolder: Subfolder = None,
+    model_class: ModelClass = None,
+    dtype: Dtype = None,
+    cache_dir: CacheDir = None,
+    token: Token = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -53,6 +71,11 @@ def upcycle(
             router_z_loss_coef=router_z_loss_coef,
             seed=seed,
             revision=revision,
+            subfolder=subfolder,
+            model_class=model_class,
+            dtype=dtype,
+            cache_dir=cache_dir,
+            token=token,
         )
         result.write(target)
         report = result.report

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.conversion.calibrate import bound_coverage, calibrate, calibration_batches, calibration_use
-from hf_efficient.conversion.loading import Source, load_stock, open_source, refuse_converted
+from hf_efficient.conversion.loading import Source, load_stock, open_source, refuse_converted, split_options
 from hf_efficient.conversion.saving import Report, Result
 from hf_efficient.conversion.sentence_transformers import max_seq_length
 from hf_efficient.corpus import TextUse
 from hf_efficient.families import HostModel
 from hf_efficient.families.readable import require_model
 from hf_efficient.models.in_place import convert_in_place, revert, stock_class
-from hf_efficient.models.provenance import REPORT_NAME, Provenance, earlier_steps
+from hf_efficient.models.provenance import ABSENT, REPORT_NAME, Provenance, earlier_steps
 from hf_efficient.profiling.environment import versions
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -40,6 +40,7 @@ class ConversionReport(Report):
             are tensors that the source checkpoint lacks, e.g. a fresh classification head.
         ignored: tensors of the source checkpoint that its class does not use.
         calibration: how much of the calibration texts or rows was read, see `TextUse`; `None` = there were none.
+        recast: {tensor: "dtype in the source checkpoint → dtype here"}, where they differ unasked.
         fidelity: filled by `verify`, if it was run.
         history: every step that led to the model, see `Provenance`; later ones are added.
     """
@@ -53,6 +54,7 @@ class ConversionReport(Report):
     tensors: dict[str, dict[str, Any]]
     ignored: list[str] = field(default_factory=list)
     calibration: dict[str, int] | None = None
+    recast: dict[str, str] = field(default_factory=dict)
     fidelity: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=versions)
@@ -101,6 +103,9 @@ def convert(
         revision: of the Hub repository.
         calibration: texts, or batches of inputs, from which mechanisms set constants such as centroids; see `calibrate`.
             Without it they start without data, and the report says so.
+        options: of the mechanism; and for a checkpoint as in `from_pretrained`: `subfolder`, `token`, `dtype`, `cache_dir`,
+            `force_download`, `local_files_only`, `proxies`. `model_class`, a stock class or its name, says which head
+            the checkpoint has; by default its config does, or its tensors do.
 
     Returns:
         `.model` (an Efficient class), `.tokenizer`, `.report`; `.save(path)` writes a checkpoint for the Auto classes.
@@ -110,8 +115,9 @@ def convert(
         OSError: the source can't be found.
     """
     require_model(source, "convert")
+    loading, options = split_options(options)
     configs = attention_configs(attention, **options)
-    opened = open_source(source, tokenizer, revision, load_stock)
+    opened = open_source(source, tokenizer, load_stock, revision=revision, **loading)
     refuse_converted(opened.name, opened.model.config)
     earlier = earlier_steps(opened.model, opened.folder)
     host = HostModel.of(opened.model)
@@ -143,6 +149,7 @@ def convert(
         ignored=opened.ignored,
         calibration=None if read is None else asdict(read),
         history=provenance.history,
+        recast=opened.recast,
     )
     given = None if batches is None else len(batches)
     provenance.history[-1] |= {"source": opened.name, "revision": revision, "calibration_batches": given}
@@ -193,7 +200,7 @@ def _account(
         elif name in resized:
             status, origin = "extended", f"{name}, {before[name][1][0]} rows"
         elif name in missing:
-            status, origin = "random", "absent from the source checkpoint"
+            status, origin = "random", ABSENT
         elif before.get(name) == (tensor.data_ptr(), tensor.shape):
             status, origin = "copied", name
         else:

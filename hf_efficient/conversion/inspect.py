@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms, training_words
 from hf_efficient.families import AttentionLayer, ModelFamily, Stack, family_of
+from hf_efficient.models.loading import read_config
 from hf_efficient.models.provenance import REPORT_NAME
 from hf_efficient.models.registry import named_class
 from hf_efficient.patching.names import MODULE_NAME
+from hf_efficient.profiling.json_files import read_json
 
 EXACT = "full attention"
 
@@ -31,7 +32,7 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
     Raises:
         ValueError: an architecture without a family. OSError: no such checkpoint.
     """
-    config = AutoConfig.from_pretrained(name)
+    config = read_config(name)
     family = family_of(config.model_type)
     converted = config.model_type != family.model_type
     cls = named_class(config)
@@ -45,7 +46,7 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
         "model_type": config.model_type,
         "family": family.model_type,
         "converted": converted,
-        "source": json.loads(report.read_text())["source"] if converted and report.is_file() else None,
+        "source": read_json(report).get("source") if converted and report.is_file() else None,
         "max_positions": family.max_positions(config),
         "experts": getattr(config, "efficient_experts", None),
         "layers": [_layer(stack, layer) for stack in stacks for layer in stack.layers],

@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from hf_efficient.conversion.sentence_transformers import checkpoint_folder
-from hf_efficient.families import family_of
+from hf_efficient.models.loading import (
+    LOCATION_KEYWORDS,
+    SHOWN,
+    Weights,
+    class_named,
+    find_weights,
+    guessed_class,
+    one_line,
+    read_config,
+    require_host_tensors,
+)
+from hf_efficient.models.provenance import ABSENT, REPORT_NAME, UPCYCLING_NAME
 from hf_efficient.models.registry import is_efficient, named_class
+from hf_efficient.profiling.json_files import read_json
 
 Loaded = tuple[PreTrainedModel, dict[str, Any]]
+LOADING_KEYWORDS = (*LOCATION_KEYWORDS, "dtype", "model_class")
+# those of from_pretrained that would give another model than the checkpoint's, or one that can't be read
+NOT_TAKEN = (
+    "adapter_kwargs", "adapter_name", "attn_implementation", "config", "device_map", "device_mesh",
+    "distributed_config", "experts_implementation", "fusion_config", "generation_config", "gguf_file",
+    "ignore_mismatched_sizes", "kernel_config", "key_mapping", "load_in_4bit", "load_in_8bit", "max_memory",
+    "offload_buffers", "offload_folder", "output_loading_info", "quantization_config", "state_dict", "torch_dtype",
+    "tp_plan", "tp_size", "trust_remote_code", "use_kernels", "use_safetensors", "weights_only",
+)  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tokenizer.model",
+)  # fmt: skip
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
 @dataclass
@@ -25,6 +53,7 @@ class Source:
         name: of the checkpoint, or of a loaded model. tokenizer: `None` = it has none.
         folder: of the checkpoint; `None` for a loaded model.
         missing, ignored: tensors that the checkpoint lacks, and those that its class does not use.
+        recast: {tensor: "dtype in the checkpoint → dtype here"}, where they differ.
     """
 
     name: str
@@ -33,33 +62,55 @@ class Source:
     folder: Path | None = None
     missing: set[str] = field(default_factory=set)
     ignored: list[str] = field(default_factory=list)
+    recast: dict[str, str] = field(default_factory=dict)
 
 
 def open_source(
     source: str | Path | PreTrainedModel,
     tokenizer: Any,
-    revision: str | None,
-    load: Callable[[str, str | None], Loaded],
+    load: Callable[..., Loaded],
+    **loading: Any,
 ) -> Source:
-    """A loaded model as it is, or a checkpoint by way of `load`, with its own tokenizer unless one is given."""
+    """A loaded model as it is, or a checkpoint by way of `load`, with its own tokenizer unless one is given.
+
+    Args:
+        loading: see `LOADING_KEYWORDS`; `None` = not given.
+    """
     if isinstance(source, PreTrainedModel):
         return Source(source.config._name_or_path or type(source).__name__, source, tokenizer)
     name = str(source)
-    model, info = load(name, revision)
-    folder = checkpoint_folder(name, revision)
-    tokenizer = tokenizer or load_tokenizer(name, revision)
-    return Source(name, model, tokenizer, folder, set(info["missing_keys"]), sorted(info["unexpected_keys"]))
+    loading = {key: value for key, value in loading.items() if value is not None}
+    location = {key: loading[key] for key in LOCATION_KEYWORDS if key in loading}
+    model, info = load(name, **loading)
+    folder = checkpoint_folder(name, **{k: v for k, v in location.items() if k != "proxies"})
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name, config=model.config, **location)
+    recast = {} if "dtype" in loading else _recast(model, info["weights"])
+    _warn_of_values(name, model, recast)
+    return Source(name, model, tokenizer, folder, set(info["missing_keys"]), sorted(info["unexpected_keys"]), recast)
 
 
-def load_stock(name: str, revision: str | None = None) -> Loaded:
-    """A checkpoint in the class its config names, and transformers' loading info.
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(for loading, for the mechanism); raises ValueError for what transformers' `from_pretrained` takes alone."""
+    for name in NOT_TAKEN:
+        if name in options:
+            raise ValueError(
+                f"{name} is no option here: load the model with from_pretrained(…, {name}=…) and convert the loaded model."
+            )
+    loading = {name: options[name] for name in options if name in LOADING_KEYWORDS}
+    return loading, {name: value for name, value in options.items() if name not in loading}
+
+
+def load_stock(name: str, revision: str | None = None, **loading: Any) -> Loaded:
+    """An original checkpoint in its class, and transformers' loading info, with "weights", the files.
+
+    Args:
+        loading: see `LOADING_KEYWORDS`; `model_class`, by default what the config names, else what the tensors fit.
 
     Raises:
-        ValueError: unsupported architecture, or weights that can't be read.
+        ValueError: unsupported architecture, weights that can't be read, or tensors of the model itself missing.
     """
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    refuse_converted(name, config)
-    return load_as_it_is(name, revision)
+    return load_as_it_is(name, revision, check=refuse_converted, **loading)
 
 
 def refuse_converted(name: str, config: PreTrainedConfig) -> None:
@@ -68,54 +119,124 @@ def refuse_converted(name: str, config: PreTrainedConfig) -> None:
         raise ValueError(f"{name} already has efficient attention; revert it before converting it to something else.")
 
 
-def load_as_it_is(name: str, revision: str | None = None) -> Loaded:
-    """A checkpoint, original or not, in the class its config names, and transformers' loading info; raises as above."""
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    cls = named_class(config)
-    if cls is None:
-        family_of(config.model_type)  # an unsupported architecture is refused before its weights are loaded
-        cls = AutoModel
+def load_as_it_is(
+    name: str,
+    revision: str | None = None,
+    *,
+    model_class: Any = None,
+    dtype: Any = None,
+    variant: str | None = None,
+    check: Callable[[str, PreTrainedConfig], None] | None = None,
+    **location: Any,
+) -> Loaded:
+    """A checkpoint, original or not, and transformers' loading info; otherwise as `load_stock`."""
+    location |= {"revision": revision} if revision is not None else {}
+    given = None if model_class is None else class_named(model_class)
+    config = read_config(name, given, **location)
+    if check is not None:
+        check(name, config)
+    weights = find_weights(name, config, variant, **location)
     with _readable(name):
-        model, info = cls.from_pretrained(name, revision=revision, output_loading_info=True, use_safetensors=True)
+        tensors = weights.tensors
+    cls = given or named_class(config) or guessed_class(config, {key: shape for key, (_, shape) in tensors.items()})
+    if cls.config_class.model_type != config.model_type:
+        wanted = cls.config_class.model_type
+        raise ValueError(f"{cls.__name__} loads {wanted} checkpoints, but {name} is {config.model_type}.")
+    more = {"dtype": dtype} if dtype is not None else {}
+    with _readable(name):
+        model, info = cls.from_pretrained(
+            name, config=config, output_loading_info=True, use_safetensors=weights.is_safe, trust_remote_code=False,
+            variant=variant, **more, **location,
+        )  # fmt: skip
+    require_host_tensors(name, model, info["missing_keys"])
     model.eval()
-    return model, info
+    return model, info | {"weights": weights}
 
 
 def load_converted(name: str | Path) -> PreTrainedModel:
     """A converted checkpoint in the Efficient class that its config names.
 
     Raises:
-        ValueError: the checkpoint is not converted, or its weights can't be read.
+        ValueError: the checkpoint is not converted, its weights can't be read, or it lacks tensors that its source had.
     """
-    config = AutoConfig.from_pretrained(name)
+    config = read_config(name)
     cls = named_class(config)
     if cls is None or not is_efficient(cls):
         raise ValueError(
             f"{name} is a {config.model_type!r} checkpoint without efficient attention; convert it first."
         )
     with _readable(name):
-        model = cls.from_pretrained(name)
+        model, info = cls.from_pretrained(name, output_loading_info=True)
+    lost = sorted(set(info["missing_keys"]) - _absent_in_the_source(Path(name)))
+    if lost:
+        raise ValueError(f"{name} lacks {len(lost)} tensors: {', '.join(lost[:SHOWN])}. The checkpoint is incomplete.")
     model.eval()
     return model
 
 
-@contextmanager
-def _readable(name: str | Path) -> Iterator[None]:
+def _absent_in_the_source(folder: Path) -> set[str]:
+    """The tensors that started anew, as the checkpoint's reports say."""
+    reports = [read_json(folder / file) for file in (REPORT_NAME, UPCYCLING_NAME) if (folder / file).is_file()]
+    return {
+        name
+        for report in reports
+        for name, tensor in (report.get("tensors") or {}).items()
+        if isinstance(tensor, dict) and tensor.get("from") == ABSENT
+    }
+
+
+def _readable(name: str | Path) -> Any:
     """Say which checkpoint it is that can't be read, whatever the reader's own message."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"the weights of {name} can't be read: {error}. Is a file truncated or of another format?"
-        ) from error
+    return one_line(f"the weights of {name}")
 
 
-def load_tokenizer(name: str, revision: str | None) -> Any:
+def _recast(model: PreTrainedModel, weights: Weights) -> dict[str, str]:
+    short = {name: str(dtype).removeprefix("torch.") for name, (dtype, _) in weights.tensors.items()}
+    here = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in model.state_dict().items()}
+    return {name: f"{short[name]} → {here[name]}" for name in here if name in short and short[name] != here[name]}
+
+
+def _warn_of_values(name: str, model: PreTrainedModel, recast: dict[str, str]) -> None:
+    if recast:
+        changes = ", ".join(f"{tensor} {change}" for tensor, change in list(recast.items())[:SHOWN])
+        logger.warning(
+            f"{len(recast)} tensors of {name} do not keep their dtype, so they don't come back bit for bit: {changes}."
+        )
+    values = {tensor: value for tensor, value in model.state_dict().items() if not value.is_meta}
+    damaged = [tensor for tensor, value in values.items() if not bool(torch.isfinite(value).all())]
+    if damaged:
+        logger.warning(f"{name} has NaN or infinity in {len(damaged)} tensors: {', '.join(damaged[:SHOWN])}.")
+
+
+def load_tokenizer(name: str, revision: str | None = None, config: Any = None, **location: Any) -> Any:
+    """The tokenizer of a checkpoint; `None` means that no file of one is there.
+
+    Raises:
+        ValueError: there are files of one, but they can't be read.
+    """
+    location |= {"revision": revision} if revision is not None else {}
+    error = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_with_config(config), **location)
+        # without tokenizer files transformers makes one up, which knows a few special tokens and nothing else
+        if len(tokenizer) - len(tokenizer.get_added_vocab()) > 16:
+            return tokenizer
+    except Exception as caught:  # the parsers raise classes of their own
+        error = caught
+    there = next((file for file in TOKENIZER_FILES if _has_file(name, file, location)), None)
+    if there is None:
         return None
-    # without tokenizer files transformers makes one up, which knows a few special tokens and nothing else
-    return tokenizer if len(tokenizer) - len(tokenizer.get_added_vocab()) > 16 else None
+    why = " ".join(str(error).split()) if error else "it knows special tokens and no others; are files missing?"
+    raise ValueError(
+        f"the tokenizer of {name} ({there}) can't be read: {why} Mend it, or remove its files to go on without one."
+    ) from error
+
+
+def _with_config(config: Any) -> dict[str, Any]:
+    """Stock configs tell the tokenizer's class where no file does."""
+    return {} if config is None or hasattr(config, "efficient_attention") else {"config": config}
+
+
+def _has_file(name: str, file: str, location: dict[str, Any]) -> bool:
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    return cached_file(str(name), file, **quiet, **location) is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_efficient.conversion.loading import load_as_it_is, open_source
+from hf_efficient.conversion.loading import load_as_it_is, open_source, split_options
 from hf_efficient.conversion.saving import Report, Result
 from hf_efficient.experts.install import install_experts, mark_experts, unchanged_on_error
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
@@ -26,7 +26,7 @@ from hf_efficient.models.in_place import (
     require_convertible,
     stock_class,
 )
-from hf_efficient.models.provenance import UPCYCLING_NAME, Provenance, earlier_steps
+from hf_efficient.models.provenance import ABSENT, UPCYCLING_NAME, Provenance, earlier_steps
 from hf_efficient.models.registry import MODELS
 from hf_efficient.patching.exact import eval_mode
 from hf_efficient.profiling.environment import versions
@@ -86,6 +86,7 @@ def upcycle(
     seed: int = 0,
     tokenizer: Any = None,
     revision: str | None = None,
+    **loading: Any,
 ) -> UpcyclingResult:
     """Turn feed-forward layers of a trained checkpoint into experts: E copies of each, and a router from N(0, 0.02²).
 
@@ -98,7 +99,7 @@ def upcycle(
         source: Hub id or folder of a BERT, RoBERTa, GPT-2 or T5 checkpoint (or a relative), converted or not, or a loaded
             model, which is then changed in place. Optimiser states are not taken over.
         tokenizer: for a loaded model, or to use another than the source's.
-        revision: of the Hub repository.
+        revision: of the Hub repository. loading: as for `convert`: `subfolder`, `token`, `dtype`, `model_class`, …
 
     Returns:
         `.model` (an Efficient class), `.tokenizer`, `.report`; `.save(path)` writes a checkpoint for the Auto classes.
@@ -120,7 +121,10 @@ def upcycle(
         seed=seed,
     )
     require_model(source, "upcycle")
-    opened = open_source(source, tokenizer, revision, load_as_it_is)
+    loading, unknown = split_options(loading)
+    if unknown:
+        raise ValueError(f"upcycle has no option {', '.join(map(repr, unknown))}.")
+    opened = open_source(source, tokenizer, load_as_it_is, revision=revision, **loading)
     earlier = earlier_steps(opened.model, opened.folder)
     host, model = HostModel.of(opened.model), opened.model
     before = model.num_parameters()
@@ -216,6 +220,6 @@ def _account(model: PreTrainedModel, config: ExpertsConfig, missing: set[str]) -
             status = "initialised"
             origin = router if ".router." in name else f"{config.num_experts} copies of the dense weights"
         elif name in missing:
-            status, origin = "initialised", "absent from the source checkpoint"
+            status, origin = "initialised", ABSENT
         tensors[name] = {"status": status, "from": origin, "shape": list(tensor.shape)}
     return tensors

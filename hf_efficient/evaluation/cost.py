@@ -77,7 +77,7 @@ def peak_memory(points: Sequence[tuple[str | Path, int]], progress: str | None =
 
 
 def _checkpoint_peak(path: str, length: int) -> float:
-    converted = AutoConfig.from_pretrained(path).model_type.startswith(PREFIX)
+    converted = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type.startswith(PREFIX)
     model: Any = load_converted(path) if converted else load_stock(path)[0]
     return _forward_peak(model, random_inputs(model.config, length))
 

@@ -80,7 +80,8 @@ def verify(
         raise ValueError("no texts to verify with; hf_efficient.corpus.offline_texts() has some.")
     fresh = fresh_tensors(model)
     if not isinstance(source, PreTrainedModel):
-        source, info = load_stock(str(source))
+        # read as what was converted, whatever its own config leaves out
+        source, info = load_stock(str(source), model_class=type(model).stock_class)
         fresh |= set(info["missing_keys"])
         fill(source, model, fresh)
     modes = model.training, source.training

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs, get_mechanism
@@ -18,12 +18,11 @@ from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import PREFIX, HostModel, family_of
 from hf_efficient.models.config import names_of
 from hf_efficient.models.in_place import convert_in_place, shared_parameters
+from hf_efficient.models.loading import LOCATION_KEYWORDS, Refused, find_weights, read_config, require_host_tensors
 from hf_efficient.models.provenance import Provenance, reports_folder, watch
 from hf_efficient.patching.call_inputs import GLOBAL
 from hf_efficient.patching.install import install, plan
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
-
-LOCATION_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class EfficientModelMixin:
@@ -134,11 +133,15 @@ class EfficientModelMixin:
                 another architecture, or converted weights with mechanism tensors missing.
         """
         name = pretrained_model_name_or_path
-        kwargs.setdefault("use_safetensors", True)  # weights of unknown origin are never unpickled
+        kwargs.setdefault("trust_remote_code", False)
         location = {k: kwargs[k] for k in LOCATION_KEYWORDS if k in kwargs}
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
-            config = AutoConfig.from_pretrained(name, **location)
+            config = read_config(name, cls, **location)
+        if name is not None and "use_safetensors" not in kwargs and "gguf_file" not in kwargs:
+            weights = find_weights(name, config, kwargs.get("variant"), **location)
+            weights.require_tensors_alone()
+            kwargs["use_safetensors"] = weights.is_safe
         stock_type = cls.stock_class.config_class.model_type
         if config.model_type.removeprefix(PREFIX) != stock_type:
             raise ValueError(
@@ -147,11 +150,12 @@ class EfficientModelMixin:
             )
         if config.model_type == stock_type:
             configs = _configs_for(name, config, efficient_attention, kwargs)
-            loaded = cls.stock_class.from_pretrained(name, *model_args, **kwargs)
-            model = loaded[0] if kwargs.get("output_loading_info") else loaded
+            wants_info = kwargs.pop("output_loading_info", False)
+            model, info = cls.stock_class.from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+            require_host_tensors(name, model, info["missing_keys"])
             Provenance.of(model, reports_folder(name, **location))
             convert_in_place(HostModel.of(model), configs, max_positions, positions)
-            return loaded
+            return (model, info) if wants_info else model
         if efficient_attention is not None or max_positions is not None:
             raise ValueError(_already(name, config))
         wants_info = kwargs.pop("output_loading_info", False)
@@ -204,10 +208,11 @@ def _check_complete(name: Any, model: Any, missing_keys: list[str]) -> None:
     experts = tuple(f"{layer}." for layer in expert_layers(model))
     missing = sorted(k for k in missing_keys if f".{MODULE_NAME}." in k or (experts and k.startswith(experts)))
     if missing:
-        raise ValueError(
+        raise Refused(
             f"{name} lacks {len(missing)} tensors of its efficient attention or experts, e.g. {missing[0]}: the "
             "checkpoint is incomplete; convert the original again."
         )
+    require_host_tensors(name, model, missing_keys)
 
 
 def stock_heads(model_type: str) -> list[Any]:

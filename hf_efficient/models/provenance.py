@@ -30,6 +30,7 @@ from hf_efficient.profiling.json_files import write_json
 
 REPORT_NAME = "conversion_report.json"
 UPCYCLING_NAME = "upcycling_report.json"
+ABSENT = "absent from the source checkpoint"
 HISTORY_NAME = "history.json"
 """Holds the steps of a checkpoint that has neither report."""
 RESULT_NAME = "result.json"

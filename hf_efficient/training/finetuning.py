@@ -198,7 +198,7 @@ def with_baseline(finetune: Callable[[Any], RunRecord], settings: FinetuningSett
     """
     if not settings.baseline:
         return finetune(settings)
-    config = AutoConfig.from_pretrained(settings.model)
+    config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
     is_converted = bool(getattr(config, "efficient_attention", None))
     if settings.attention == "none" or not (settings.attention or is_converted):
         raise ValueError(

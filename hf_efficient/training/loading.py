@@ -7,13 +7,14 @@ import logging
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.conversion.convert import convert
 from hf_efficient.conversion.loading import load_tokenizer
 from hf_efficient.families import PREFIX, family_of
 from hf_efficient.models.in_place import revert
+from hf_efficient.models.loading import find_weights, read_config, require_host_tensors
 from hf_efficient.models.mixin import honours_loss_kwargs
 from hf_efficient.models.provenance import Provenance
 from hf_efficient.patching.exact import converted_layers, mechanism_of
@@ -46,15 +47,23 @@ def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = Non
     """
     name, attention = settings.model, getattr(settings, "attention", "")
     max_positions = getattr(settings, "max_positions", 0)
-    config = AutoConfig.from_pretrained(name)
+    config = read_config(name)
     installed = getattr(config, "efficient_attention", None)
     tokenizer = load_tokenizer(name, None)
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer; put one into the checkpoint's folder.")
     _check_attention(name, config, attention, max_positions, tokenizer.model_max_length)
+    weights = find_weights(name, config)
+    weights.require_tensors_alone()
     model, info = auto_class.from_pretrained(
-        name, output_loading_info=True, dtype=torch.float32, use_safetensors=True, **kwargs
+        name,
+        output_loading_info=True,
+        dtype=torch.float32,
+        use_safetensors=weights.is_safe,
+        trust_remote_code=False,
+        **kwargs,
     )
+    require_host_tensors(name, model, info["missing_keys"])
     fresh = sorted(info["missing_keys"])
     if fresh and is_first_process():
         logger.warning(f"not in {name}, so they start fresh and must be trained: {', '.join(fresh)}.")
