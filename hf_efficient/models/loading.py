@@ -146,7 +146,7 @@ class Weights:
             others = [n for n in names if Path(n).name != n or not n.endswith(ending)]
             if others:
                 raise ValueError(f"it names {others[0]}, which is no {ending} file of the checkpoint.")
-        return [Path(cached_file(self.name, name, **self.location)) for name in names]
+        return [Path(str(cached_file(self.name, name, **self.location))) for name in names]
 
 
 def find_weights(name: Any, config: Any = None, variant: str | None = None, **location: Any) -> Weights:
