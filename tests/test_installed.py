@@ -7,13 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from paths import ROOT
-from tiny import save_source, words
+from tiny import converted, save_source, words
 
 import hf_efficient as he
 
@@ -25,7 +27,7 @@ import atexit, json, sys
 
 def written():
     files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
-    strange = [file for file in files if file.startswith({root!r}) and not file.startswith({libraries!r})]
+    strange = [file for file in files if file.startswith({root!r})]
     with open({log!r}, "a") as log:
         print(json.dumps([sys.argv[1:], strange]), file=log)
 
@@ -52,19 +54,51 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
+def requirements(name: str) -> set[str]:
+    """The distributions that an installation without extras needs, of those that are installed here."""
+    found, waiting = set(), [name]
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        try:
+            needed = distribution(name).requires or []
+        except PackageNotFoundError:
+            continue
+        if name not in found:
+            found.add(name)
+            parsed = map(Requirement, needed)
+            waiting += [one.name for one in parsed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return found
+
+
+def lend(folder: Path, distributions: set[str]) -> None:
+    """Links to the packages of distributions that are installed here, and to nothing else."""
+    folder.mkdir()
+    for name in distributions:
+        files = distribution(name).files or []
+        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+            if not (folder / top).exists():  # some packages share a folder
+                (folder / top).symlink_to(Path(str(distribution(name).locate_file(top))).resolve())
+
+
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory) -> Path:
-    """A fresh environment with the wheel installed, and the dependencies of this one within its reach."""
+    """A fresh environment with the wheel installed, and what it requires without extras within its reach."""
     folder = tmp_path_factory.mktemp("environment")
     python("-m", "venv", "--without-pip", folder)
     options = ("--no-deps", "--no-index", "--disable-pip-version-check")
     python("-m", "pip", "--python", folder / "bin" / "python", "install", *options, wheel)
     (site,) = folder.glob("lib/python*/site-packages")
-    libraries = sysconfig.get_path("purelib")
+    with zipfile.ZipFile(wheel) as content:
+        (metadata,) = (content.read(name).decode() for name in content.namelist() if name.endswith("/METADATA"))
+    lines = [
+        line.removeprefix("Requires-Dist: ") for line in metadata.splitlines() if line.startswith("Requires-Dist")
+    ]
+    needed = [one.name for one in map(Requirement, lines) if one.marker is None or one.marker.evaluate({"extra": ""})]
+    lend(folder / "libraries", set().union(*map(requirements, needed)))
     # a path named in a .pth file lends its packages, but not what its own .pth files point to: no editable installation
-    (site / "dependencies.pth").write_text(libraries + "\n")
+    (site / "dependencies.pth").write_text(f"{folder / 'libraries'}\n")
     log = str(folder / "processes.jsonl")
-    (site / "sitecustomize.py").write_text(WITNESS.format(root=str(ROOT), libraries=libraries, log=log))
+    (site / "sitecustomize.py").write_text(WITNESS.format(root=str(ROOT), log=log))
     return folder
 
 
@@ -73,6 +107,26 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     files = [path for path in (ROOT / "hf_efficient").rglob("*") if path.suffix == ".py" or path.name == "py.typed"]
     assert names == {str(path.relative_to(ROOT)) for path in files} | {"hf_efficient_command.py"}
     assert "hf_efficient/py.typed" in names
+
+
+def test_a_checkpoint_loads_without_what_training_needs(environment, tmp_path):
+    path = converted(tmp_path / "converted", "gpt2")
+    program = """
+import sys, importlib.util, hf_efficient, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+print(tokenizer.decode(model.generate(**tokenizer("w10 w11", return_tensors="pt"), max_new_tokens=4)[0]))
+print(type(model).__name__, [name for name in sys.argv[2:] if importlib.util.find_spec(name)])
+"""
+    training = ("accelerate", "datasets", "evaluate", "peft", "sklearn", "matplotlib", "sentence_transformers")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [environment / "bin" / "python", "-c", program, path, *training]
+    done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "EfficientGPT2LMHeadModel []"
+    command = [environment / "bin" / "hf-efficient", "distill", path, tmp_path / "out", "--steps", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True)
+    assert done.returncode == 1 and "hf-efficient[train]" in done.stderr, done.stderr
 
 
 def test_installed_program_works_outside_the_repository(environment, tmp_path):

@@ -40,6 +40,7 @@ Texts = Annotated[
         help=".txt with one text per line, or .jsonl.", show_default="sample text from Python's documentation"
     ),
 ]
+TRAINING_PACKAGES = ("accelerate", "datasets", "evaluate", "peft")
 is_quiet = ContextVar("is_quiet", default=False)
 
 
@@ -57,7 +58,9 @@ def running() -> Iterator[None]:
             with redirect_stdout(stream), redirect_stderr(stream), _logged(), terminable(), write_errors("the result"):
                 yield
     except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
+        missing = isinstance(error, ModuleNotFoundError) and error.name in TRAINING_PACKAGES
+        remedy = "; training needs pip install 'hf-efficient[train]'." if missing else ""
+        typer.echo(f"error: {error}{remedy}", err=True)
         raise typer.Exit(1) from None
 
 
