@@ -124,7 +124,8 @@ print(type(model).__name__, [name for name in sys.argv[2:] if importlib.util.fin
     done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "EfficientGPT2LMHeadModel []"
-    command = [environment / "bin" / "hf-efficient", "distill", path, tmp_path / "out", "--steps", "1"]
+    steps = ("--steps", "0", "--end-to-end-steps", "1")
+    command = [environment / "bin" / "hf-efficient", "distill", path, tmp_path / "out", *steps]
     done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True)
     assert done.returncode == 1 and "hf-efficient[train]" in done.stderr, done.stderr
 

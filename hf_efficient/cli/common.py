@@ -58,9 +58,9 @@ def running() -> Iterator[None]:
             with redirect_stdout(stream), redirect_stderr(stream), _logged(), terminable(), write_errors("the result"):
                 yield
     except (ValueError, OSError, ImportError) as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name in TRAINING_PACKAGES
-        remedy = "; training needs pip install 'hf-efficient[train]'." if missing else ""
-        typer.echo(f"error: {error}{remedy}", err=True)
+        typer.echo(f"error: {error}", err=True)
+        if isinstance(error, ImportError) and any(name in str(error) for name in TRAINING_PACKAGES):
+            typer.echo("training needs further packages: pip install 'hf-efficient[train]'", err=True)
         raise typer.Exit(1) from None
 
 
