@@ -24,7 +24,7 @@ LAYERS = {
     "attention": "attention.base cache ops patterns",
     "families": "attention.base ops",
     "patching": "families attention.base cache ops",
-    "experts": "patching families",
+    "experts": "patching families ops",
     "models": "experts patching families attention.base profiling",
     "conversion": "models experts patching families attention.base ops profiling corpus",
     "evaluation": "conversion models experts patching families attention.base ops profiling corpus",

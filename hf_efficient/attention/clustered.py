@@ -17,6 +17,7 @@ from hf_efficient.attention.base import (
     MechanismFacts,
     register_mechanism,
 )
+from hf_efficient.ops.choice import indices, largest, rounding
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.padding import real_tokens
 from hf_efficient.ops.query_clusters import cluster_queries, memberships, rows_at, tile_attention, tiles_of_groups
@@ -100,7 +101,7 @@ class ClusteredAttention(EfficientAttention):
         with torch.autocast(query.device.type, enabled=False):
             q, k, v = (x.to(wide) for x in (query, key, value))
             logits = self._logits(q, k, token_mask, labels, context)
-            top = logits.detach().topk(min(self.config.top_k, key.shape[2]), dim=-1).indices
+            top = self._top(logits, q, k, token_mask, context)
             # of a row without any real key all logits are equal; no query reads it
             weights = logits.softmax(-1).masked_fill(~token_mask[:, None, None], 0.0)
             mass = weights.gather(-1, top).sum(-1)
@@ -113,12 +114,23 @@ class ClusteredAttention(EfficientAttention):
         mass, rest = (rows_at(x, tiles.group)[..., None, :] for x in (mass[..., None], rest))
         return rows_at(F.pad((mass * own + rest).flatten(2, 3), (0, 0, 0, 1)), tiles.entry)
 
+    @torch.no_grad()
+    def _top(
+        self, logits: Tensor, query: Tensor, key: Tensor, token_mask: Tensor, context: AttentionContext
+    ) -> Tensor:
+        """(B, H, C, K) keys with the largest logits; of equal ones the first."""
+        real = token_mask[:, None, None]
+        norms = [x.norm(dim=-1)[:, :, None].masked_fill(~real, 0.0).amax(-1, keepdim=True) for x in (query, key)]
+        scale = context.scaling * norms[0] * norms[1] + logits.masked_fill(~real, 0.0).abs().amax(-1, keepdim=True)
+        count = min(self.config.top_k, key.shape[2])
+        return indices(largest(logits, count, rounding(scale)), count)
+
     def _logits(
         self, query: Tensor, key: Tensor, token_mask: Tensor, labels: Tensor, context: AttentionContext
     ) -> Tensor:
         """(B, H, C, S) means of the members' logits; the lowest number at padding."""
         members = memberships(labels, self.config.num_clusters)
-        shares = members / members.sum(-1, keepdim=True).clamp(min=1).to(query.dtype)
+        shares = members.to(query.dtype) / members.sum(-1, keepdim=True).clamp(min=1)
         means = shares @ query
         logits = context.scaling * means @ key.transpose(-1, -2)
         if (bias := context.relative_bias) is not None:

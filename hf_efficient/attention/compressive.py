@@ -165,7 +165,9 @@ class CompressiveAttention(SegmentAttention):
         number = memory.number[:, None, None]
         visible = memory.token_mask.any(-1)[:, :, None] & (number < limit)
         visible = visible & (number >= limit - self.config.compressed_memory_length)
-        logits = log_count(memory.token_mask.sum(-1))[:, :, None].masked_fill(~visible, float("-inf"))
+        logits = log_count(memory.token_mask.sum(-1), memory.keys.dtype)[:, :, None].masked_fill(
+            ~visible, float("-inf")
+        )
         if context.relative_bias is not None:
             logits = logits + ops.mean_bias(context.relative_bias, memory, rows)
         return Far(memory.keys, memory.values, logits.to(memory.keys.dtype))

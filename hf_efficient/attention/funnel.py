@@ -164,7 +164,7 @@ class FunnelAttention(EfficientAttention):
         queries, keys = self.pooling
         counts = keys.counts(n, token_mask, key.device)
         wide = torch.promote_types(query.dtype, torch.float32)
-        logits = None if counts is None else log_count(counts.to(wide)).to(query.dtype)[:, None, None]
+        logits = None if counts is None else log_count(counts, wide).to(query.dtype)[:, None, None]
         if context.relative_bias is not None:
             bias = pooled_bias(context.relative_bias, queries, keys, n, query.device).to(query.dtype)
             logits = bias if logits is None else bias + logits

@@ -143,7 +143,7 @@ class LinformerAttention(EfficientAttention):
                 if self.config.projection == "conv":
                     parameter.fill_(1 / parameter.shape[1])
                 else:
-                    parameter.copy_(self._group_means(parameter.device))
+                    parameter.copy_(self._group_means(parameter))
 
     @torch.no_grad()
     def initialise_from(self, source: object) -> dict[str, str]:
@@ -205,7 +205,8 @@ class LinformerAttention(EfficientAttention):
             values = projected(other, pooling_mass(other, token_mask), value, token_mask)
         counts = mass.to(torch.promote_types(mass.dtype, torch.float32)) * self._group_sizes(device)
         if n > self.max_length:
-            counts = counts * (real_length(token_mask).clamp(min=self.max_length) / self.max_length)[:, None, None]
+            length = real_length(token_mask).clamp(min=self.max_length).to(counts.dtype)
+            counts = counts * (length / self.max_length)[:, None, None]
         real = weights[..., :n] * token_mask[:, None, None] if with_weights else None
         return PooledKeys(
             keys, values, counts, None if real is None else real / torch.where(mass > 0, mass, 1.0)[..., None]
@@ -215,13 +216,13 @@ class LinformerAttention(EfficientAttention):
         kernels = self.key_projection, getattr(self, "value_projection", self.key_projection)
         keys, values = (strided_convolution(x, token_mask, w) for x, w in zip((key, value), kernels, strict=True))
         size = self.key_projection.shape[1]
-        pooling_weights = mean_weights(token_mask, size).to(key.dtype)[:, None] if with_weights else None
+        pooling_weights = mean_weights(token_mask, size, key.dtype)[:, None] if with_weights else None
         return PooledKeys(keys, values, in_groups(token_mask, size).sum(-1)[:, None], pooling_weights)
 
     def _weights(self, name: str, like: Tensor, token_mask: Tensor) -> Tensor:
         """(H or 1, R, max_length) projection, of longer inputs (B, H or 1, R, n); E serves for F where they are shared."""
         if self.config.projection != "linear":
-            weights = self._group_means(like.device).to(like.dtype)
+            weights = self._group_means(like)
         else:
             weights = getattr(self, name, self.key_projection).to(like.dtype)
             if self.config.head_ranks is not None:
@@ -235,8 +236,8 @@ class LinformerAttention(EfficientAttention):
     def _group_sizes(self, device: torch.device) -> Tensor:
         return group_sizes(self._ranks(device), self.rank, self.max_length)
 
-    def _group_means(self, device: torch.device) -> Tensor:
-        return group_means(self._ranks(device), self.rank, self.max_length)
+    def _group_means(self, like: Tensor) -> Tensor:
+        return group_means(self._ranks(like.device), self.rank, self.max_length, like.dtype)
 
 
 def _are_counts(value: Any) -> bool:

@@ -135,7 +135,7 @@ class MemoryCompressedAttention(EfficientAttention):
         own = torch.arange(n, device=key.device)[:, None] // block
         other = memory.number[:1] // (block // self.config.compression_rate)
         visible = other < own if context.is_causal else other != own
-        bias = log_count(memory.token_mask.sum(-1))[:, :, None]
+        bias = log_count(memory.token_mask.sum(-1), key.dtype)[:, :, None]
         if context.relative_bias is not None:
             bias = bias + mean_group_bias(context.relative_bias, memory.token_mask[:, 0], n)
         extra = ExtraKeys(memory.keys, memory.values, visible & memory.token_mask.any(-1), bias)
@@ -196,7 +196,7 @@ class MemoryCompressedAttention(EfficientAttention):
         far = memory.token_mask.any(-1) & (
             memory.number[:, None] // (block // self.config.compression_rate) < row // block
         )
-        counts = log_count(memory.token_mask.sum(-1)).expand_as(far)
+        counts = log_count(memory.token_mask.sum(-1), memory.keys.dtype).expand_as(far)
         logits = torch.cat([counts, torch.zeros_like(near)], dim=-1)[:, None]
         if bias is not None:
             logits = logits + torch.cat([mean_bias(bias, memory, rows), bias.at(token - row).transpose(0, 1)], dim=-1)

@@ -21,6 +21,7 @@ from hf_efficient.attention.base import (
 )
 from hf_efficient.cache.buckets import BucketLayer, labels_of_all
 from hf_efficient.ops.bucket_attention import bucket_attention, paired_attention
+from hf_efficient.ops.choice import first_largest, rounding
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.random_features import orthogonal_features
 
@@ -156,7 +157,7 @@ class ReformerAttention(EfficientAttention):
         both = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key)]
         if context.is_causal:
             return both[1:] if self.config.shared_qk else [_unit(both[0]) + _unit(both[1])]
-        return both if self.config.shared_qk else [x - _mean(x, context.key_padding_mask) for x in both]
+        return both if self.config.shared_qk else [_centred(x, context.key_padding_mask) for x in both]
 
     @torch.no_grad()
     def hashes(self, x: Tensor) -> Tensor:
@@ -165,12 +166,21 @@ class ReformerAttention(EfficientAttention):
             return x.new_zeros(*x.shape[:2], len(self.rotations), x.shape[2], dtype=torch.long)
         with torch.autocast(x.device.type, enabled=False):
             turned = torch.einsum("bhnd,rcd->bhrnc", x, self.rotations.to(x.dtype))
-            return torch.cat([turned, -turned], dim=-1).argmax(-1)
+            both = torch.cat([turned, -turned], dim=-1)
+            return first_largest(both, rounding(turned.abs().amax(-1, keepdim=True)))
 
 
 def _unit(x: Tensor) -> Tensor:
     """x / ‖x‖ in fp32 at least: in half precision 0 would become NaN."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def _centred(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """What (B, H, N, D) differ by from their mean; 0 where that is rounding alone, as in a row of equal tokens."""
+    mean = _mean(x, token_mask)
+    apart = x - mean
+    is_apart = apart.norm(dim=-1, keepdim=True) > rounding(mean.norm(dim=-1, keepdim=True))
+    return torch.where(is_apart, apart, 0.0)
 
 
 def _mean(x: Tensor, token_mask: Tensor | None) -> Tensor:

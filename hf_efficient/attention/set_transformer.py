@@ -110,7 +110,7 @@ class SetTransformerAttention(EfficientAttention):
         wide = torch.promote_types(key.dtype, torch.float32)
         with torch.autocast(key.device.type, enabled=False):
             tokens = key.to(wide).masked_fill(~token_mask[:, None, :, None], 0.0)
-            means = (own / size.clamp(min=1)[..., None]).to(wide)[:, None] @ tokens
+            means = (own.to(wide) / size.clamp(min=1)[..., None])[:, None] @ tokens
             points = self.inducing_points.to(wide) + self.key_weight.to(wide)[:, None, None] * means
             logits = context.scaling * points @ tokens.transpose(-1, -2)
             logits = logits + self.segment_bias.to(wide)[:, None, None] * own[:, None]

@@ -80,7 +80,8 @@ class TransformerXLAttention(SegmentAttention):
             return None
         width = self.geometry.hidden_size
         distance = torch.arange(length - 1, -1, -1, device=like.device)[:, None]
-        angle = distance * 10000.0 ** (-torch.arange(0, width, 2, device=like.device) / width)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        angle = distance * 10000.0 ** (-torch.arange(0, width, 2, device=like.device, dtype=wide) / width)
         waves = torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width].to(like.dtype)
         return (
             (waves @ self.relative_projection.to(like.dtype))

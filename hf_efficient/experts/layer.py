@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_mm
 
 from hf_efficient.families.feed_forward import Dense
+from hf_efficient.ops.choice import first_largest, rounding
 
 ROUTER_STD = 0.02
 
@@ -170,7 +171,8 @@ class ExpertLayer(nn.Module):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits = self.router(rows)
         probs = logits.softmax(-1)
-        best, chosen = probs.topk(self.config.top_k, dim=-1)
+        chosen = self._chosen(probs)
+        best = probs.gather(-1, chosen)
         # one expert: 1 with the gradient of log p
         weights = best / (best.detach() if self.config.top_k == 1 else best.sum(-1, keepdim=True))
         if self.training:
@@ -186,6 +188,14 @@ class ExpertLayer(nn.Module):
                 require_router_loss(logits, routing)
         out = self.run_experts(rows, chosen, weights)
         return F.dropout(out, self.dropout, self.training).reshape(hidden_states.shape)
+
+    def _chosen(self, probs: Tensor) -> Tensor:
+        """(T, k) the experts of largest (T, E) probability, best first; of equal ones the first."""
+        left, chosen = probs.detach().to(torch.promote_types(probs.dtype, torch.float32)), []
+        for _ in range(self.config.top_k):
+            chosen.append(first_largest(left, rounding(left.new_ones(())))[..., None])
+            left = left.scatter(-1, chosen[-1], -1.0)
+        return torch.cat(chosen, dim=-1)
 
     def _real(self, hidden_states: Tensor) -> Tensor:
         """(T,) bool, True = real token."""

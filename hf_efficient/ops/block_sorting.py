@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.ops.block_sparse.gather import BlockPlan, block_list_attention
+from hf_efficient.ops.choice import indices, largest, rounding
 from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.pooled_keys import in_groups
 from hf_efficient.ops.softmax import Result, merge_attention
@@ -64,11 +65,11 @@ def _divided(logs: Tensor, dim: int) -> Tensor:
 
 
 def best_blocks(shares: Tensor, count: int) -> Tensor:
-    """(…, T, c) indices of the `count` largest of (…, T, U), best first, of equal ones the earlier, -1 = none left; a
-    constant."""
-    # `topk` picks among equal ones by their number, which later blocks change
-    best, index = (x[..., :count] for x in shares.detach().sort(dim=-1, descending=True, stable=True))
-    return torch.where(best == float("-inf"), -1, index)
+    """(…, T, c) indices, in order, of the `count` largest of (…, T, U), of equal ones the first; -1 = none. A constant."""
+    shares, count = shares.detach(), min(count, shares.shape[-1])
+    scale = 1 + shares.masked_fill(shares == float("-inf"), 0.0).abs().amax(-1, keepdim=True)
+    index = indices(largest(shares, count, rounding(scale)), count)
+    return torch.where(shares.gather(-1, index) == float("-inf"), -1, index)
 
 
 def near_and_sorted_attention(

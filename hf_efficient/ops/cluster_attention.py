@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.windows import window_sides
+from hf_efficient.ops.choice import first_largest, indices, largest, rounding
 from hf_efficient.ops.graph import leaves_torch
 from hf_efficient.ops.query_clusters import rows_at
 from hf_efficient.ops.softmax import additive_mask, attend
@@ -17,9 +18,6 @@ from hf_efficient.patterns.kinds import Window
 
 if TYPE_CHECKING:
     from hf_efficient.ops.context import AttentionContext
-
-# cosines that differ by less count as equal in `best_members`
-CLOSE = 2.0**-14
 
 # ---- finding clusters --------------------------------------------------------------------------------------------
 
@@ -49,7 +47,8 @@ def spherical_kmeans(points: Tensor, count: int, *, seed: int = 0, steps: int = 
     centroids = _spread_points(points, count, torch.Generator().manual_seed(seed))
     for _ in range(steps):
         similarity = points @ centroids.transpose(-1, -2)
-        near, own = similarity.max(-1)
+        own = first_largest(similarity, rounding(similarity.new_ones(())))
+        near = similarity.gather(-1, own[..., None])[..., 0]
         member = F.one_hot(own, count).to(points.dtype)
         centroids = torch.where(
             member.sum(1)[..., None] > 0, F.normalize(member.transpose(-1, -2) @ points, dim=-1), centroids
@@ -66,7 +65,9 @@ def _spread_points(points: Tensor, count: int, generator: torch.Generator) -> Te
     chosen = points[row, (draws[0] * total).long().clamp(max=total - 1)][:, None]
     distance = torch.full(points.shape[:2], 2.0, dtype=points.dtype, device=points.device)
     for draw in draws[1:]:
-        distance = torch.minimum(distance, (1 - (points @ chosen[:, -1:].transpose(-1, -2)).squeeze(-1)).clamp(min=0))
+        new = 1 - (points @ chosen[:, -1:].transpose(-1, -2)).squeeze(-1)
+        # a point that is taken is not taken again
+        distance = torch.minimum(distance, torch.where(new > rounding(new.new_ones(())), new, 0.0))
         mass = distance.cumsum(-1)
         following = torch.searchsorted(mass, draw[:, None] * mass[:, -1:], right=True).clamp(max=total - 1)
         chosen = torch.cat([chosen, points[row[:, None], following]], dim=1)
@@ -78,7 +79,8 @@ def _fill_empty(centroids: Tensor, points: Tensor, near: Tensor, own: Tensor) ->
     counts = F.one_hot(own, centroids.shape[1]).sum(1)
     for head, cluster in (counts == 0).nonzero().tolist():
         inside = own[head] == counts[head].argmax()
-        farthest = near[head].masked_fill(~inside, float("inf")).argmin()
+        distance = -near[head].masked_fill(~inside, float("inf"))
+        farthest = first_largest(distance, rounding(near.new_ones(())))
         centroids[head, cluster] = points[head, farthest]
         # the next one must not move there, too
         near[head, farthest] = float("inf")
@@ -90,9 +92,12 @@ def wide(x: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor, centroids: Tensor) -> Tensor:
-    """(B, H, N) index of the (H, k, D) centroid with the largest product with each of (B, H, N, D). No gradient."""
+    """(B, H, N) index of the (H, k, D) centroid with the largest product with each of (B, H, N, D), of equal ones the
+    first. No gradient."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return (wide(x) @ wide(centroids).transpose(-1, -2)).argmax(-1)
+        x, centroids = wide(x), wide(centroids)
+        close = rounding(x.norm(dim=-1, keepdim=True) * centroids.norm(dim=-1).amax(-1)[:, None, None])
+        return first_largest(x @ centroids.transpose(-1, -2), close)
 
 
 def cluster_sums(x: Tensor, centroids: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -129,9 +134,7 @@ class Members(NamedTuple):
 def best_members(x: Tensor, centroids: Tensor, size: int, token_mask: Tensor | None) -> Members:
     """The `size` real tokens whose directions are closest to each centroid; the earlier one of two that are as close.
 
-    Cosines are rounded to multiples of `CLOSE`: where a model has no position table, repeats of a token are equal up to
-    rounding, which differs with the batch and the processor and would choose among them. It still does where a cosine lies
-    at the border of two multiples, in fp32 one in several hundred.
+    Where a model has no position table, repeats of a token are equal up to rounding: see `ops.choice`.
 
     Args:
         x: (B, H, N, D). centroids: (H, k, D). token_mask: (B, N) bool; `None` = all real.
@@ -140,19 +143,12 @@ def best_members(x: Tensor, centroids: Tensor, size: int, token_mask: Tensor | N
     """
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         cosine = (F.normalize(wide(x), dim=-1) @ wide(centroids).transpose(-1, -2)).transpose(-1, -2)
-        score = (cosine / CLOSE).round()
         if token_mask is None:
-            token_mask = torch.ones_like(score[:, 0, 0], dtype=torch.bool)
-        visible = token_mask[:, None, None].expand(score.shape)
-        score, size = score.masked_fill(~visible, float("-inf")), min(size, score.shape[-1])
-        # a sort of whole rows would take several times as long
-        least = score.topk(size, dim=-1).values[..., -1:]
-        above, level = score > least, score == least
-        taken = above | (level & (level.cumsum(-1) <= size - above.sum(-1, keepdim=True)))
-        entry = torch.where(taken, taken.cumsum(-1) - 1, size)
-        token = torch.arange(score.shape[-1], device=score.device).expand(entry.shape)
-        # entry `size` takes in all tokens that were not taken
-        index = entry.new_zeros(*entry.shape[:-1], size + 1).scatter(-1, entry, token)[..., :size]
+            token_mask = torch.ones_like(cosine[:, 0, 0], dtype=torch.bool)
+        visible = token_mask[:, None, None].expand(cosine.shape)
+        size = min(size, cosine.shape[-1])
+        taken = largest(cosine.masked_fill(~visible, float("-inf")), size, rounding(cosine.new_ones(())))
+        entry, index = torch.where(taken, taken.cumsum(-1) - 1, size), indices(taken, size)
         return Members(index, visible.gather(-1, index), torch.where(visible, entry, size))
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_efficient.ops.choice import indices, largest, rounding
 from hf_efficient.ops.padding import first_real_token, real_tokens, shift_rows
 from hf_efficient.ops.pooled_keys import in_groups, log_count, strided_convolution
 from hf_efficient.ops.relative_bias import RelativeBias, _mean_weights
@@ -152,8 +153,6 @@ def attention_received(
         # a finite lowest logit: a block without real tokens must not become NaN
         logits = (scaling * q @ k.transpose(-1, -2)).masked_fill(~real[..., None, :], torch.finfo(wide).min)
         received = (logits.softmax(-1) * reads[..., None]).sum(-2)
-    # equal tokens differ by rounding alone, which must not choose between them
-    received = (received * 2**20).round() / 2**20
     return received.masked_fill(~real, -1.0).flatten(2)
 
 
@@ -165,9 +164,8 @@ def most_used(
     Returns:
         keys and values (B, H, G, D), (B, H, G, 1) whether they are real, and (B, H, G, 1) the index of their tokens.
     """
-    best = (
-        used.unflatten(2, (-1, block)).sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
-    )
+    used = used.unflatten(2, (-1, block))
+    best = indices(largest(used, count, rounding(used.abs().amax(-1, keepdim=True))), count)
     first = block * torch.arange(best.shape[2], device=key.device)
     index = (best + first[:, None]).flatten(2)
     keys, values = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (key, value))
@@ -190,7 +188,7 @@ def reconstruction_error(span: Span, pooled: tuple[Tensor, Tensor, Tensor], bloc
     q, k, v = (_blocks(x.detach(), block).to(wide) for x in (span.query, span.key, span.value))
     far_k, far_v = (_blocks(x, count).to(wide) for x in pooled[:2])
     real, reads = (x.unflatten(1, (-1, block)).flatten(0, 1) for x in (span.token_mask, span.read))
-    counts = log_count(pooled[2].sum(-1)).unflatten(2, (-1, count)).transpose(1, 2).flatten(0, 1).to(wide)
+    counts = log_count(pooled[2].sum(-1), wide).unflatten(2, (-1, count)).transpose(1, 2).flatten(0, 1).to(wide)
     near = torch.zeros_like(real, dtype=wide).masked_fill(~real, float("-inf"))[:, None, None]
     with torch.autocast(span.key.device.type, enabled=False):
         with torch.no_grad():

@@ -30,9 +30,9 @@ class PooledKeys(NamedTuple):
     pooling_weights: Tensor | None
 
 
-def log_count(counts: Tensor) -> Tensor:
-    """`log c` in fp32 at least; -inf where c = 0, without the NaN gradient that the logarithm itself has there."""
-    counts = counts.to(torch.promote_types(counts.dtype, torch.float32))
+def log_count(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """`log c` in `dtype`, fp32 at least; -inf where c = 0, without the NaN gradient that the logarithm itself has there."""
+    counts = counts.to(torch.promote_types(dtype, torch.float32))
     return torch.where(counts > 0, torch.where(counts > 0, counts, 1.0).log(), float("-inf"))
 
 
@@ -48,7 +48,7 @@ def pooled_attention(query: Tensor, pooled: PooledKeys, context: AttentionContex
     Returns:
         (B, H, N, D). O(N · R) time and memory.
     """
-    logits = log_count(pooled.counts).to(query.dtype)[:, :, None]
+    logits = log_count(pooled.counts, query.dtype).to(query.dtype)[:, :, None]
     if context.relative_bias is not None:
         assert pooled.pooling_weights is not None
         logits = context.relative_bias.pooled(pooled.pooling_weights).to(query.dtype) + logits
@@ -92,10 +92,10 @@ def group_sizes(counts: Tensor, most: int, length: int) -> Tensor:
     return (-(-edges // counts)).diff()
 
 
-def group_means(counts: Tensor, most: int, length: int) -> Tensor:
+def group_means(counts: Tensor, most: int, length: int, dtype: torch.dtype) -> Tensor:
     """(H, most, length): row r is 1 / size on segment r."""
     own = group_index(counts, length)[:, None] == torch.arange(most, device=counts.device)[:, None]
-    return own / group_sizes(counts, most, length).clamp(min=1)[..., None]
+    return own.to(dtype) / group_sizes(counts, most, length).clamp(min=1)[..., None]
 
 
 def groups_of_rows(key_padding_mask: Tensor, count: int) -> Tensor:
@@ -126,7 +126,7 @@ def strided_convolution(x: Tensor, token_mask: Tensor, weight: Tensor) -> Tensor
     tokens = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
     tokens = tokens.masked_fill(~members[:, None, :, :, None], 0.0)
     form = "bhtud,hud->bhtd" if weight.dim() == 3 else "bhtud,hude->bhte"
-    scale = size / members.sum(-1).clamp(min=1)
+    scale = size / members.sum(-1).clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))
     return torch.einsum(form, tokens, weight.to(x.dtype)) * scale[:, None, :, None].to(x.dtype)
 
 
@@ -135,12 +135,12 @@ def in_groups(token_mask: Tensor, size: int) -> Tensor:
     return F.pad(token_mask, (0, -token_mask.shape[1] % size)).unflatten(1, (-1, size))
 
 
-def mean_weights(token_mask: Tensor, size: int) -> Tensor:
+def mean_weights(token_mask: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """(B, ⌈S / size⌉, S): the weights of the mean over the real tokens of each group."""
     members = in_groups(token_mask, size)
     group, token = (torch.arange(stop, device=token_mask.device) for stop in (members.shape[1], token_mask.shape[1]))
     own = (token // size == group[:, None]) & token_mask[:, None]
-    return own / members.sum(-1, keepdim=True).clamp(min=1)
+    return own.to(dtype) / members.sum(-1, keepdim=True).clamp(min=1)
 
 
 def stretched(weights: Tensor, token_mask: Tensor) -> Tensor:
@@ -151,7 +151,8 @@ def stretched(weights: Tensor, token_mask: Tensor) -> Tensor:
     known, device = weights.shape[-1], weights.device
     length = real_length(token_mask).clamp(min=known)[:, None]
     token = torch.arange(token_mask.shape[1], device=device)
-    position = ((token + 0.5) * (known / length) - 0.5).clamp(0, known - 1)
+    ratio = known / length.to(torch.promote_types(weights.dtype, torch.float32))
+    position = ((token + 0.5) * ratio - 0.5).clamp(0, known - 1)
     low = position.floor().long()
     part = (position - low).to(weights.dtype)
     first, second = (weights[..., index].movedim(-2, 0) for index in (low, (low + 1).clamp(max=known - 1)))

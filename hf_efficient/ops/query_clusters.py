@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_efficient.ops.choice import first_largest, rounding
 from hf_efficient.ops.softmax import additive_mask, masked_attention
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def cluster_queries(query: Tensor, token_mask: Tensor, count: int, iterations: i
 
     Of a row's L real tokens those of rank `⌊c L / count⌋` are the first centres; then `iterations` times
 
-        label_i = argmin_c ‖q_i - μ_c‖²,   μ_c = mean of its queries,   where it has none: as before
+        label_i = argmin_c ‖q_i - μ_c‖², of equal ones the first,   μ_c = mean of its queries,   where it has none: as before
 
     and the labels of the last centres. So neither padding nor the rest of the batch matters, and nothing is drawn. In fp32
     at least. Rows of at most `count` tokens get a group for every token, unless tokens are equal.
@@ -50,8 +51,11 @@ def cluster_queries(query: Tensor, token_mask: Tensor, count: int, iterations: i
 
 
 def _nearest(x: Tensor, centres: Tensor, token_mask: Tensor) -> Tensor:
-    closeness = x @ centres.transpose(-1, -2) - centres.square().sum(-1)[:, :, None] / 2
-    return torch.where(token_mask[:, None], closeness.argmax(-1), centres.shape[2])
+    square = centres.square().sum(-1)
+    closeness = x @ centres.transpose(-1, -2) - square[:, :, None] / 2
+    longest = square.amax(-1).sqrt()[:, :, None, None]
+    close = rounding(longest * (x.norm(dim=-1, keepdim=True) + longest))
+    return torch.where(token_mask[:, None], first_largest(closeness, close), centres.shape[2])
 
 
 def memberships(labels: Tensor, count: int) -> Tensor:

@@ -207,3 +207,33 @@ def test_too_long_inputs_are_refused(pair: Pair):
     model = pair.model()
     with pair.patch(model), pytest.raises(ValueError, match=f"{MAX_POSITIONS + 1} tokens"):
         logits(model, inputs_for(model, length=MAX_POSITIONS + 1))
+
+
+@each([pair for pair in MAIN if CASES[pair.mechanism].by_content and pair.family != "roberta"])
+def test_what_is_seen_of_equal_tokens_does_not_depend_on_the_batch(pair: Pair):
+    """Where positions tell nothing, repeats of a word are equal up to rounding, which other shapes round otherwise."""
+    model = pair.model().double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+            if "position_embeddings" in name or "wpe" in name:
+                parameter.zero_()
+    words = torch.randint(5, 60, (4,), generator=torch.Generator().manual_seed(1))
+    number = torch.arange(43)
+    rows = torch.stack([words[number * 0], words[number % 2], words[number % 3], words[number**2 % 4]])
+    mask = torch.ones(4, 44, dtype=torch.long)
+    mask[:, -1] = 0
+    ids = torch.nn.functional.pad(rows, (0, 1))
+
+    def outputs(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if model.config.is_encoder_decoder:
+            inputs |= {f"decoder_{name}": x for name, x in inputs.items()}
+        return logits(model, inputs)[:, :43]
+
+    with pair.patch(model):
+        together = outputs(ids, mask)
+        for row in range(4):
+            assert_close(outputs(rows[row : row + 1], mask[:1, :43])[0], together[row], 1e-9, f"row {row}")
+        order = torch.tensor([2, 0, 3, 1])
+        assert_close(outputs(ids[order], mask), together[order], 1e-9, "another order")
