@@ -24,6 +24,7 @@ from hf_efficient.training.finetuning import (
     FinetuningSettings,
     ensure_padding,
     first_rows,
+    head_labels,
     input_length,
     label_options,
     require_filled,
@@ -36,6 +37,8 @@ from hf_efficient.training.metrics import metric
 from hf_efficient.training.recipe import run, start, train
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
+
+HEAD = "ForSequenceClassification"
 
 
 @dataclass(kw_only=True)
@@ -55,7 +58,7 @@ def load_data(settings: Settings) -> tuple[Any, list[str]]:
         dataset_config=settings.dataset_config,
         seed=settings.seed,
     )
-    rows, names = with_label_ids(rows, "label", listed=False)
+    rows, names = with_label_ids(rows, "label", listed=False, head=head_labels(settings.model, HEAD))
     rows = first_rows(rows, settings)
     require_filled(rows, "text")
     return rows, names
@@ -70,7 +73,7 @@ def figures(predictions: Any, labels: Any) -> dict[str, float]:
 def finetune(settings: Settings) -> RunRecord:
     record = start("classify", settings)
     rows, names = load_data(settings)
-    options = label_options(names, settings.model, "ForSequenceClassification")
+    options = label_options(names, settings.model, HEAD)
     # efficient attention: converted on the way, or as the checkpoint has it
     model, tokenizer = load_model(settings, AutoModelForSequenceClassification, record=record, **options)
     ensure_padding(model, tokenizer)

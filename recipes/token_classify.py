@@ -27,6 +27,7 @@ from hf_efficient.training.finetuning import (
     FinetuningSettings,
     ensure_padding,
     first_rows,
+    head_labels,
     input_length,
     label_options,
     require_filled,
@@ -39,6 +40,8 @@ from hf_efficient.training.metrics import metric
 from hf_efficient.training.recipe import run, start, train
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
+
+HEAD = "ForTokenClassification"
 
 
 @dataclass(kw_only=True)
@@ -59,7 +62,7 @@ def load_data(settings: Settings) -> tuple[Any, list[str]]:
         seed=settings.seed,
     )
     require_filled(rows, "tokens", "tags")
-    rows, names = with_label_ids(rows, "tags", listed=True)
+    rows, names = with_label_ids(rows, "tags", listed=True, head=head_labels(settings.model, HEAD))
     rows = first_rows(rows, settings)
     for split in rows:
         for index, row in enumerate(rows[split]):
@@ -119,7 +122,7 @@ def _ids(*rows: list[str]) -> list[list[int]]:
 def finetune(settings: Settings) -> RunRecord:
     record = start("token_classify", settings)
     rows, names = load_data(settings)
-    options = label_options(names, settings.model, "ForTokenClassification")
+    options = label_options(names, settings.model, HEAD)
     # efficient attention: converted on the way, or as the checkpoint has it
     model, tokenizer = load_model(settings, AutoModelForTokenClassification, record=record, **options)
     ensure_padding(model, tokenizer)

@@ -51,15 +51,16 @@ def require_filled(rows: Any, *columns: str) -> None:
                     )
 
 
-def with_label_ids(rows: Any, column: str, *, listed: bool) -> tuple[Any, list[str]]:
+def with_label_ids(rows: Any, column: str, *, listed: bool, head: Sequence[str] = ()) -> tuple[Any, list[str]]:
     """Labels as ids, and their names in order of id.
 
-    A `ClassLabel` column keeps its names and ids; of other columns the names are the distinct values of the training rows,
-    in order.
+    Where all labels of the rows are among those of the checkpoint's head, they have its ids, and the names are all of its
+    names, also of classes that no row has. Else a `ClassLabel` column keeps its names and ids; of other columns the names
+    are the distinct values of the training rows, in order.
 
     Args:
         rows: a `DatasetDict` with "train". column: where the labels stand.
-        listed: whether a row has a list of labels, or one.
+        listed: whether a row has a list of labels, or one. head: see `head_labels`.
 
     Raises:
         ValueError: a list of labels where one is needed or the other way round; a label that is out of range, unknown in
@@ -82,6 +83,9 @@ def with_label_ids(rows: Any, column: str, *, listed: bool) -> tuple[Any, list[s
         known = sorted(found, key=lambda label: (isinstance(label, str), label))
         names = [str(label) for label in known]
     ids = {label: index for index, label in enumerate(known)}
+    of_head = _ids_of_head(values, feature.names if isinstance(feature, ClassLabel) else None, head)
+    if of_head is not None:
+        ids, names = of_head, [name if name != f"LABEL_{index}" else str(index) for index, name in enumerate(head)]
     for split, labels in values.items():
         for index, value in enumerate(labels):
             for label in _labels(value):
@@ -94,6 +98,36 @@ def with_label_ids(rows: Any, column: str, *, listed: bool) -> tuple[Any, list[s
     if len(names) < 2:
         raise ValueError(f"column {column!r} has {len(names)} classes in the training rows; at least 2 are needed.")
     return rows, names
+
+
+def _ids_of_head(values: dict[str, list[Any]], names: list[str] | None, head: Sequence[str]) -> dict[Any, int] | None:
+    """{label: its place in `head`} of every label that occurs, or `None` if one is not there.
+
+    Args:
+        names: of a `ClassLabel` column, in order of its ids.
+    """
+    labels = {label for column in values.values() for value in column for label in _labels(value) if _is_label(label)}
+    if names is not None:
+        named = {label: names[label] for label in labels if label in range(len(names))}
+    elif list(head) == [f"LABEL_{index}" for index in range(len(head))]:
+        named = {label: f"LABEL_{label}" for label in labels if isinstance(label, int)}
+    else:
+        named = {label: str(label) for label in labels}
+    if not labels or len(named) < len(labels) or not set(named.values()) <= set(head):
+        return None
+    return {label: list(head).index(name) for label, name in named.items()}
+
+
+def head_labels(source: str, head: str) -> list[str]:
+    """The names of what a checkpoint tells apart, in order of their ids; empty without such a head.
+
+    Args:
+        source, head: see `label_options`.
+    """
+    config = AutoConfig.from_pretrained(source)
+    if not any(name.endswith(head) for name in config.architectures or ()):
+        return []
+    return [config.id2label[index] for index in range(config.num_labels)]
 
 
 def _labels(value: Any) -> list[Any]:
@@ -132,13 +166,12 @@ def label_options(names: Sequence[str], source: str, head: str) -> dict[str, Any
     Raises:
         ValueError: the checkpoint has such a head, of other labels or in another order; "LABEL_0", … may be any.
     """
-    config = AutoConfig.from_pretrained(source)
-    there = [config.id2label[index] for index in range(config.num_labels)]
+    there = head_labels(source, head)
     is_named = there != [f"LABEL_{index}" for index in range(len(names))]
-    if any(name.endswith(head) for name in config.architectures or ()) and is_named and there != list(names):
+    if there and is_named and there != list(names):
         raise ValueError(
             f"{source} already tells {len(there)} labels apart ({', '.join(there)}), but the rows have {len(names)} "
-            f"({', '.join(names)}): begin with a checkpoint without {head}, or with rows of its labels in their order."
+            f"({', '.join(names)}): begin with a checkpoint without {head}, or with rows whose labels are all among its own."
         )
     return {
         "num_labels": len(names),

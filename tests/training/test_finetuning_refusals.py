@@ -104,6 +104,31 @@ def _rows(train: list[Any], validation: list[Any], names: list[str] | None = Non
     )
 
 
+@pytest.mark.parametrize(
+    ("labels", "more", "names", "head", "ids"),
+    [
+        (["c", "a"], ["c"], None, ["a", "b", "c"], [2, 0]),
+        (["c", "a"], ["b"], None, ["c", "b", "a"], [0, 2]),  # a class that is only evaluated; the head's own order
+        (["b", "b"], ["b"], None, ["a", "b"], [1, 1]),
+        ([["O", "B-X"], ["O"]], [["O"]], None, ["B-X", "B-Y", "O"], [[2, 0], [2]]),
+        ([1, 0], [1], ["y", "x"], ["x", "y", "z"], [0, 1]),  # a ClassLabel with other ids
+        ([2, 0], [0], ["y", "-", "x"], ["x", "y"], [0, 1]),  # whose unused class the head does not know
+        ([2, 0], [2], None, ["0", "1", "2"], [2, 0]),
+        ([2, 0], [2], None, ["LABEL_0", "LABEL_1", "LABEL_2"], [2, 0]),
+    ],
+)
+def test_labels_of_a_head_keep_its_order(labels, more, names, head, ids):
+    rows, found = with_label_ids(_rows(labels, more, names), "label", listed=isinstance(ids[0], list), head=head)
+    assert found == [name.removeprefix("LABEL_") for name in head] and list(rows["train"]["label"]) == ids
+
+
+def test_labels_that_a_head_lacks_are_labels_of_the_rows():
+    for labels, names in ((["d", "a"], None), ([1, 0], ["a", "d"]), ([3, 0], None)):
+        for head in ([], ["a", "b", "c"], ["LABEL_0", "LABEL_1", "LABEL_2"]):
+            rows, found = with_label_ids(_rows(labels, labels, names), "label", listed=False, head=head)
+            assert len(found) == 2 and list(rows["train"]["label"]) == [1, 0]
+
+
 def test_labels_of_every_form():
     for labels, names, ids in (
         (["x", "b", "x"], ["b", "x"], [1, 0, 1]),
