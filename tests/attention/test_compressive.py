@@ -203,7 +203,7 @@ def test_the_cache_keeps_a_bounded_number_of_pooled_keys(kind: str, side: str | 
     mask = inputs[f"{prefix}attention_mask"] = torch.ones(3, length + steps, dtype=torch.long)
     mask[1, :9], mask[2, :101], mask[0, 30:44] = 0, 0, 0
     if side is None:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs["position_ids"] = (mask.cummax(-1).values.cumsum(-1) - 1).clamp(min=0)
     fixed = {name: value for name, value in inputs.items() if side and not name.startswith(prefix)}
     own = {name: value for name, value in inputs.items() if name not in fixed}
     options = dict(segment_length=8, memory_length=13, compressed_memory_length=11, compression_rate=2)

@@ -366,7 +366,8 @@ def test_a_sortnet_compiles_as_one_graph(is_causal: bool) -> None:
 
 
 def gpt2_call(model: Any, ids: Tensor, mask: Tensor, start: int, end: int, cache: Any) -> Any:
-    positions = (mask[:, :end].cumsum(-1) - 1).clamp(min=0)[:, start:]
+    # from the first real token on by index: padding in between counts
+    positions = (mask[:, :end].cummax(-1).values.cumsum(-1) - 1).clamp(min=0)[:, start:]
     return model(
         ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions, past_key_values=cache, use_cache=True
     )
