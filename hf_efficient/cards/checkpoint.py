@@ -93,8 +93,9 @@ def write_card(
         raise FileExistsError(f"{path} exists; choose another file with --out, or replace it with --overwrite.")
     if path.exists() and (path.suffix != ".md" or path.is_dir()):
         raise FileExistsError(f"{path} is no Markdown file, so it is not overwritten; choose another with --out.")
+    replaces = path.exists()
     card = checkpoint_card(checkpoint, results)
-    with whole_file(path, overwrite) as file:
+    with whole_file(path, replaces) as file:
         file.write_text(str(card), encoding="utf-8")
     return {"checkpoint": str(checkpoint), "out": str(path), "metadata": card.data.to_dict(), "text": card.text}
 

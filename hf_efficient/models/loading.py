@@ -220,6 +220,8 @@ def require_host_tensors(name: Any, model: Any, missing: Any) -> None:
     Raises:
         ValueError: names them.
     """
+    if not missing:
+        return
     needed = {
         id(tensor)
         for stack in HostModel.of(model).stacks

@@ -138,10 +138,6 @@ class EfficientModelMixin:
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
             config = read_config(name, cls, **location)
-        if name is not None and "use_safetensors" not in kwargs and "gguf_file" not in kwargs:
-            weights = find_weights(name, config, kwargs.get("variant"), **location)
-            weights.require_tensors_alone()
-            kwargs["use_safetensors"] = weights.is_safe
         stock_type = cls.stock_class.config_class.model_type
         if config.model_type.removeprefix(PREFIX) != stock_type:
             raise ValueError(
@@ -150,6 +146,7 @@ class EfficientModelMixin:
             )
         if config.model_type == stock_type:
             configs = _configs_for(name, config, efficient_attention, kwargs)
+            _choose_weights(name, config, kwargs, location)
             wants_info = kwargs.pop("output_loading_info", False)
             model, info = cls.stock_class.from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
             require_host_tensors(name, model, info["missing_keys"])
@@ -158,6 +155,7 @@ class EfficientModelMixin:
             return (model, info) if wants_info else model
         if efficient_attention is not None or max_positions is not None:
             raise ValueError(_already(name, config))
+        _choose_weights(name, config, kwargs, location)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         _check_complete(name, model, info["missing_keys"])
@@ -169,6 +167,14 @@ class EfficientModelMixin:
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
         if is_main_process:
             Provenance.of(self).write(save_directory)
+
+
+def _choose_weights(name: Any, config: Any, kwargs: dict[str, Any], location: dict[str, Any]) -> None:
+    """Say in `kwargs` which files to load, unless the caller did; what holds more than tensors is refused."""
+    if name is not None and "use_safetensors" not in kwargs and "gguf_file" not in kwargs:
+        weights = find_weights(name, config, kwargs.get("variant"), **location)
+        weights.require_tensors_alone()
+        kwargs["use_safetensors"] = weights.is_safe
 
 
 def _configs_for(

@@ -130,16 +130,6 @@ def test_revert_gives_the_attention_implementation_back():
     assert he.revert(model).config._attn_implementation == "eager"
 
 
-def test_pickled_weights_are_not_opened(tmp_path):
-    source = save_source(tmp_path / "source", "bert")
-    (source / "model.safetensors").unlink()
-    torch.save(tiny_model("bert").state_dict(), source / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
-        he.EfficientBertForMaskedLM.from_pretrained(source, efficient_attention="local")
-    with pytest.raises(OSError, match="safetensors"):
-        he.convert(source, "local")
-
-
 # ---- folders -----------------------------------------------------------------------------------------------------
 
 
