@@ -31,7 +31,7 @@ args = parser.parse_args()
 
 separator = None
 if args.global_tokens == "question":
-    separator = AutoTokenizer.from_pretrained(args.source).sep_token_id
+    separator = AutoTokenizer.from_pretrained(args.source, trust_remote_code=False).sep_token_id
 
 result = he.convert(
     args.source,

@@ -31,7 +31,7 @@ args = parser.parse_args()
 
 separator = None
 if args.global_tokens == "question":
-    separator = AutoConfig.from_pretrained(args.source).eos_token_id
+    separator = AutoConfig.from_pretrained(args.source, trust_remote_code=False).eos_token_id
 
 result = he.convert(
     args.source,

@@ -64,7 +64,7 @@ def main() -> None:
     began = time.perf_counter()
 
     folder = minilm_checkpoint()
-    source, tokenizer = load_stock(str(folder))[0], AutoTokenizer.from_pretrained(folder)
+    source, tokenizer = load_stock(str(folder))[0], AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     console.print(
         f"[bold]1. all-MiniLM-L6-v2[/]: {source.num_parameters() / 1e6:.1f}M parameters, 512 positions, weights checked"
     )

@@ -169,7 +169,7 @@ def auto_class(name: str) -> Any:
         "ForTokenClassification": "AutoModelForTokenClassification",
         "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     }
-    architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+    architecture = (AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or [""])[0]
     return getattr(
         transformers, next((auto for end, auto in heads.items() if architecture.endswith(end)), "AutoModel")
     )

@@ -170,10 +170,12 @@ def answers_of(start: Any, end: Any, windows: Any, contexts: list[str], longest:
 
 def with_global_question(settings: Settings) -> Settings:
     """The settings with Longformer attention on the way told that the question's tokens are global."""
-    installed = getattr(AutoConfig.from_pretrained(settings.model), "efficient_attention", None)
+    installed = getattr(
+        AutoConfig.from_pretrained(settings.model, trust_remote_code=False), "efficient_attention", None
+    )
     if settings.attention in ("", "none") or installed or not settings.question_global:
         return settings
-    separator = AutoTokenizer.from_pretrained(settings.model).sep_token_id
+    separator = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False).sep_token_id
     configs = [
         replace(config, global_tokens="question", separator_token_id=separator)
         if config.mechanism == "longformer" and config.global_tokens == "none" and separator is not None

@@ -61,7 +61,7 @@ CALIBRATION_TEXTS = 16
 def fidelity_suite(texts: int = 16, length: int = 512, progress: bool = True) -> dict[str, Any]:
     """all-MiniLM-L6-v2 with every layer replaced and nothing trained, on held-out text that fills its positions."""
     folder = minilm_checkpoint()
-    source, tokenizer = load_stock(str(folder))[0], AutoTokenizer.from_pretrained(folder)
+    source, tokenizer = load_stock(str(folder))[0], AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     encoded = (tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in offline_texts("held-out"))
     full = [ids for ids in encoded if len(ids) == length][:texts]
     batches = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, length).long()} for ids in full]

@@ -124,7 +124,7 @@ def head_labels(source: str, head: str) -> list[str]:
     Args:
         source, head: see `label_options`.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if not any(name.endswith(head) for name in config.architectures or ()):
         return []
     return [config.id2label[index] for index in range(config.num_labels)]

@@ -130,7 +130,7 @@ def _own_tokenizer(settings: Any, kind: str, texts: Dataset, record: RunRecord) 
         with atomic_folder(folder) as partial:
             train_tokenizer(kind, texts["text"], settings.vocabulary_size).save_pretrained(partial)
     # loaded also where it was just trained, so that a resumed run has the very same
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], vocabulary_size: int) -> Any:
