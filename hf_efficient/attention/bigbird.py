@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,7 +41,7 @@ class BigBirdAttentionConfig(PatternAttentionConfig):
         form: which tokens are global: those of the first and the last block (`"itc"`), or extra learned ones (`"etc"`, which
             only encoders can have).
         num_global_tokens: extra tokens in front of the input of the whole stack; for `"etc"` only.
-        seed: of the random blocks.
+        seed: of the random blocks; `None` = 0. `None` without random blocks.
     """
 
     mechanism: ClassVar[str] = "bigbird"
@@ -49,23 +50,30 @@ class BigBirdAttentionConfig(PatternAttentionConfig):
     num_random_blocks: int = 3
     form: str = "itc"
     num_global_tokens: int = 0
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("block_size")
-        self._require_at_least(0, "num_random_blocks", "num_global_tokens", "seed")
+        self._require_at_least(0, "num_random_blocks", "num_global_tokens")
+        if self.seed is not None:
+            self._require_at_least(0, "seed")
+            self._require("seed", self.num_random_blocks > 0, "None with num_random_blocks=0, where nothing is drawn")
         self._require("form", self.form in FORMS, f"one of {', '.join(FORMS)}")
         if self.form == "itc":
             self._require(
                 "num_global_tokens", self.num_global_tokens == 0, "0 with form='itc', whose blocks are global"
             )
 
+    @classmethod
+    def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return () if options.get("num_random_blocks", cls.num_random_blocks) else ("seed",)
+
     def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
         return BigBirdBlocks(
             block_size=self.block_size,
             num_random_blocks=self.num_random_blocks,
-            seed=self.seed,
+            seed=self.seed or 0,
             layer=geometry.layer,
             heads=geometry.num_heads,
             is_causal=geometry.is_causal,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,7 +52,7 @@ class LinformerAttentionConfig(EfficientAttentionConfig):
         projection: `"linear"` learns the projections, `"conv"` one kernel per channel, shared by all groups of tokens
             and as long as a group; `"mean"` and `"max"` pool equal groups of tokens without parameters.
         sharing: of what is learned: `"none"` (E and F per head), `"headwise"` (E and F per layer), `"kv"` (E = F per
-            layer), `"layerwise"` (one E = F for the whole stack).
+            layer), `"layerwise"` (one E = F for the whole stack); `None` = `"headwise"`. `None` with `"mean"` and `"max"`.
     """
 
     mechanism: ClassVar[str] = "linformer"
@@ -61,7 +62,7 @@ class LinformerAttentionConfig(EfficientAttentionConfig):
     max_length: int | None = None
     interpolate: bool = False
     projection: str = "linear"
-    sharing: str = "headwise"
+    sharing: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,19 +72,24 @@ class LinformerAttentionConfig(EfficientAttentionConfig):
         self._require("rank", _are_counts(self.rank), "integers ≥ 1, one for all layers or one per layer")
         self._require_positive(*(() if self.max_length is None else ("max_length",)))
         self._require("projection", self.projection in PROJECTIONS, f"one of {', '.join(PROJECTIONS)}")
-        self._require("sharing", self.sharing in SHARING, f"one of {', '.join(SHARING)}")
+        fits = self.sharing is None or (self.projection in LEARNED and self.sharing in SHARING)
+        self._require("sharing", fits, f"one of {', '.join(SHARING)}; None with projection 'mean' or 'max'")
         fits = not self.interpolate or self.projection in ("linear", "mean")
         self._require("interpolate", type(self.interpolate) is bool and fits, "False with projection='max' or 'conv'")
         if (ranks := self.head_ranks) is not None:
-            alone = self.sharing == "none" if self.projection == "linear" else self.projection != "conv"
+            fits = self.sharing == "none" if self.projection == "linear" else self.projection != "conv"
             rule = "integers ≥ 1, one per head, with sharing='none' or projection 'mean' or 'max'; or None"
-            self._require("head_ranks", alone and isinstance(ranks, tuple) and _are_counts(ranks), rule)
-        if isinstance(self.rank, tuple) and self.sharing == "layerwise" and self.projection in LEARNED:
+            self._require("head_ranks", fits and isinstance(ranks, tuple) and _are_counts(ranks), rule)
+        if isinstance(self.rank, tuple) and self.sharing == "layerwise":
             self._require("rank", len(set(self.rank)) == 1, "one number with sharing='layerwise'")
 
     def rank_of(self, layer: int) -> int:
         """R of a layer."""
         return self.rank[layer] if isinstance(self.rank, tuple) else self.rank
+
+    @classmethod
+    def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return () if options.get("projection", cls.projection) in LEARNED else ("sharing",)
 
 
 @register_mechanism
@@ -130,12 +136,11 @@ class LinformerAttention(EfficientAttention):
             kernel = (max_length // self.rank, geometry.head_dim)
             shape = (heads, *((self.rank, max_length) if config.projection == "linear" else kernel))
             self.key_projection = nn.Parameter(torch.empty(shape))
-            if config.sharing in ("none", "headwise"):
+            if config.sharing not in ("kv", "layerwise"):
                 self.value_projection = nn.Parameter(torch.empty(shape))
 
     def shared_parameters(self) -> tuple[str, ...]:
-        layerwise = self.config.projection in LEARNED and self.config.sharing == "layerwise"
-        return ("key_projection",) if layerwise else ()
+        return ("key_projection",) if self.config.sharing == "layerwise" else ()
 
     def reset_parameters(self) -> None:
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,7 +48,7 @@ class LongformerAttentionConfig(PatternAttentionConfig):
         global_tokens: which tokens are global where the call gives no `global_attention_mask`: `"none"`, `"first"` (each
             row's first real token), `"question"` (all tokens up to and including the first separator), or positions
             counted from each row's first real token.
-        separator_token_id: the separator of `"question"`; `tokenizer.sep_token_id`.
+        separator_token_id: the separator of `"question"`, `tokenizer.sep_token_id`; `None` with all other rules.
     """
 
     mechanism: ClassVar[str] = "longformer"
@@ -72,17 +73,17 @@ class LongformerAttentionConfig(PatternAttentionConfig):
         fits = bool(steps) and all(type(d) is int and d > 0 for d in steps)
         self._require("dilation", fits, "integers ≥ 1, one for all heads or one per head")
         rule = self.global_tokens
+        fits = rule in GLOBAL_RULES
         if isinstance(rule, tuple):
             fits = bool(rule) and all(type(i) is int and i >= 0 for i in rule) and len(set(rule)) == len(rule)
-        else:
-            fits = rule in GLOBAL_RULES
         self._require("global_tokens", fits, f"one of {', '.join(GLOBAL_RULES)}, or distinct positions ≥ 0")
         separator = self.separator_token_id
-        self._require("separator_token_id", separator is None or type(separator) is int, "a token id, or None")
-        if rule == "question" and self.separator_token_id is None:
-            raise ValueError(
-                "longformer: global_tokens='question' needs separator_token_id; pass tokenizer.sep_token_id."
-            )
+        fits = type(separator) is int if rule == "question" else separator is None
+        self._require("separator_token_id", fits, "tokenizer.sep_token_id with global_tokens='question', else None")
+
+    @classmethod
+    def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return () if options.get("global_tokens") == "question" else ("separator_token_id",)
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -193,7 +194,9 @@ class LongformerAttention(PatternAttention):
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
-        return dataclasses.replace(config, attention_window=2 * length, dilation=1, global_tokens="none")
+        return dataclasses.replace(
+            config, attention_window=2 * length, dilation=1, global_tokens="none", separator_token_id=None
+        )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         if query.shape[2] < key.shape[2]:

@@ -39,7 +39,7 @@ class ReformerAttentionConfig(EfficientAttentionConfig):
         attention_window: in tokens, even; 0 = no window. Encoder: half of them on each side plus the token itself are seen
             as well. Causal: the last ones, the token itself included.
         shared_qk: the published form, in which keys are also the queries; without a window. It must be trained.
-        seed: of the hashes, together with the layer.
+        seed: of the hashes, together with the layer; `None` = 0. `None` with one bucket, which needs no hash.
     """
 
     mechanism: ClassVar[str] = "reformer"
@@ -51,7 +51,7 @@ class ReformerAttentionConfig(EfficientAttentionConfig):
     num_hashes: int = 4
     attention_window: int = 128
     shared_qk: bool = False
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +61,14 @@ class ReformerAttentionConfig(EfficientAttentionConfig):
         self._require("shared_qk", type(self.shared_qk) is bool, "true or false")
         fits = self.attention_window == 0 or not self.shared_qk
         self._require("attention_window", fits, "0 with shared_qk, where a query sees its own key last")
-        self._require_at_least(0, "num_chunks_before", "seed")
+        self._require_at_least(0, "num_chunks_before")
+        if self.seed is not None:
+            self._require_at_least(0, "seed")
+            self._require("seed", self.num_buckets > 1, "None with num_buckets=1, where nothing is hashed")
+
+    @classmethod
+    def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("seed",) if options.get("num_buckets") == 1 else ()
 
 
 @register_mechanism
@@ -113,16 +120,16 @@ class ReformerAttention(EfficientAttention):
     def reset_parameters(self) -> None:
         # one bucket needs none
         if count := self.rotations[..., 0].numel():
-            generator = self.geometry.generator(self.config.seed)
+            generator = self.geometry.generator(self.config.seed or 0)
             self.rotations.copy_(orthogonal_features(count, self.geometry.head_dim, generator).view_as(self.rotations))
 
     @torch.no_grad()
     def initialise_from(self, source: object) -> dict[str, str]:
-        return {"rotations": f"random directions of seed {self.config.seed}, layer {self.geometry.layer}"}
+        return {"rotations": f"random directions of seed {self.config.seed or 0}, layer {self.geometry.layer}"}
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
-        return dataclasses.replace(config, num_buckets=1, bucket_size=2 * length, shared_qk=False)
+        return dataclasses.replace(config, num_buckets=1, bucket_size=2 * length, shared_qk=False, seed=None)
 
     @classmethod
     def control_config(cls, config: Any) -> EfficientAttentionConfig | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ from hf_efficient.ops.synthetic_logits import (
     RandomLogits,
 )
 
+RANK = 8
 LOGITS = ("dense", "random", "factorized_dense", "factorized_random")
 
 
@@ -38,25 +40,31 @@ class SynthesizerAttentionConfig(EfficientAttentionConfig):
     Args:
         variant: where the logits come from: `"dense"`, `"random"`, `"factorized_dense"` or `"factorized_random"` alone, or
             `"mixture"`: the host's own logits plus those of one of these.
-        mixture_of: which of the four `"mixture"` adds.
+        mixture_of: which of the four `"mixture"` adds; `None` = `"factorized_random"` there. `None` for all others.
         max_length: L, longest input in tokens; `None` = the model's position table (required where there is none: T5).
-        rank: R of the factorised random logits.
+        rank: R of the factorised random logits; `None` = 8, or L where that is less. `None` for all others.
         factors: (a, b) of the factorised dense logits, a · b ≥ L; `None` = both about √L. `None` for all others.
     """
 
     mechanism: ClassVar[str] = "synthesizer"
 
     variant: str = "mixture"
-    mixture_of: str = "factorized_random"
+    mixture_of: str | None = None
     max_length: int | None = None
-    rank: int = 8
+    rank: int | None = None
     factors: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("variant", ("mixture", *LOGITS)), ("mixture_of", LOGITS)):
-            self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
-        self._require_positive("rank", *(() if self.max_length is None else ("max_length",)))
+        self._require("variant", self.variant in ("mixture", *LOGITS), f"one of mixture, {', '.join(LOGITS)}")
+        if self.mixture_of is not None:
+            self._require(
+                "mixture_of", self.variant == "mixture", f"None with variant={self.variant!r}, which mixes nothing"
+            )
+            self._require("mixture_of", self.mixture_of in LOGITS, f"one of {', '.join(LOGITS)}, or None")
+        self._require_positive(*(name for name in ("rank", "max_length") if getattr(self, name) is not None))
+        fits = self.rank is None or self.logits == "factorized_random"
+        self._require("rank", fits, f"None, as {self.logits} logits have none")
         if self.factors is not None:
             pair = tuple(self.factors) if isinstance(self.factors, (list, tuple)) else ()
             positive = all(type(size) is int and size > 0 for size in pair)
@@ -67,7 +75,13 @@ class SynthesizerAttentionConfig(EfficientAttentionConfig):
     @property
     def logits(self) -> str:
         """Which of the four kinds of logits is learned."""
-        return self.mixture_of if self.variant == "mixture" else self.variant
+        return self.variant if self.variant != "mixture" else self.mixture_of or "factorized_random"
+
+    @classmethod
+    def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        pure = options.get("variant", cls.variant) != "mixture"
+        logits = options.get("variant") if pure else options.get("mixture_of") or "factorized_random"
+        return ("mixture_of",) * pure + ("rank",) * (logits != "factorized_random")
 
 
 @register_mechanism
@@ -140,7 +154,7 @@ class SynthesizerAttention(EfficientAttention):
                 f"max_length={length} is below the {geometry.max_positions} positions of the model: give at least that, or "
                 "leave it out"
             )
-        if config.logits == "factorized_random" and config.rank > length:
+        if config.rank is not None and config.rank > length:
             reasons.append(f"rank={config.rank} exceeds max_length={length}: give a rank of at most {length}")
         if config.logits == "factorized_dense" and config.factors and math.prod(config.factors) < length:
             a, b = config.factors
@@ -207,4 +221,4 @@ def _logits(config: SynthesizerAttentionConfig, geometry: AttentionGeometry, len
     slopes = [steepest * 2 ** (-8 * (head + 1) / heads) for head in range(heads)]
     if config.logits == "random":
         return RandomLogits(slopes, length)
-    return FactorizedRandomLogits(slopes, length, config.rank, geometry.is_causal)
+    return FactorizedRandomLogits(slopes, length, config.rank or min(RANK, length), geometry.is_causal)

@@ -179,7 +179,8 @@ def test_each_head_has_its_own_rank(projection: str) -> None:
     """Head h equals a module of rank head_ranks[h], also after its spare slots' parameters were moved."""
     ranks, n = (6, 1, 4, 6), 14
     assert len(ranks) == HEADS
-    mechanism = linformer(n, rank=6, sharing="none", projection=projection, head_ranks=ranks)
+    sharing = "none" if projection == "linear" else None
+    mechanism = linformer(n, rank=6, sharing=sharing, projection=projection, head_ranks=ranks)
     q, k, v = heads(2, HEADS, n, WIDTH)
     keep = torch.ones(2, n, dtype=torch.bool)
     keep[1, 9:] = False
@@ -190,7 +191,7 @@ def test_each_head_has_its_own_rank(projection: str) -> None:
                 parameter[head, rank:] += 1.0
     actual = mechanism(q, k, v, context)
     for head, rank in enumerate(ranks):
-        alone = linformer(n, rank=rank, sharing="none", projection=projection)
+        alone = linformer(n, rank=rank, sharing=sharing, projection=projection)
         expected = alone(q, k, v, context)[:, head]
         assert_close(actual[:, head], expected, 1e-9, f"head {head}")
 
