@@ -35,8 +35,7 @@ from hf_efficient.ops.pooled_keys import (
 )
 
 PROJECTIONS = ("linear", "mean", "max", "conv")
-SHARING = ("none", "headwise", "kv", "layerwise")
-LEARNED = ("linear", "conv")
+LEARNED, SHARING = ("linear", "conv"), ("none", "headwise", "kv", "layerwise")
 
 
 @dataclass(frozen=True, kw_only=True)
