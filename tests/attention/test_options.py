@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import Any
 
 import pytest
+import torch
+from cases import CASES
 
 import hf_efficient as he
+from hf_efficient.attention.base.pattern import PatternAttentionConfig
 from hf_efficient.attention.base.registry import stored_attention
+from hf_efficient.testing import tiny_model
 
 # mechanism, an option and a value, options beside which it is dead, others beside which it matters
 DEAD: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
@@ -34,3 +40,84 @@ def test_an_option_that_cannot_matter_is_refused_and_dropped_from_stored_configs
     assert stored_attention([config | option]) == [config]
     kept = he.attention_config(mechanism, **option, **elsewhere).to_dict()
     assert kept[name] == value and stored_attention([kept]) == [kept]
+
+
+# ---- generated from the fields of every config -------------------------------------------------------------------
+
+SHARED = {field.name for field in dataclasses.fields(PatternAttentionConfig)}
+# matters for inputs that are longer than the model's positions alone
+LONGER_INPUTS = {("linformer", "interpolate")}
+
+
+def values_of(start: Any) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """{option: values to try}: of all options, and of those that are choices, switches or may be None."""
+    tried: dict[str, list[Any]] = {}
+    choices: dict[str, list[Any]] = {}
+    for field in dataclasses.fields(start):
+        name, value, kind = field.name, getattr(start, field.name), str(field.type)
+        if name in SHARED or kind.startswith("tuple"):
+            continue
+        tried[name] = (
+            [value, 0.5] if kind == "float" else [value, 1, 3, 2 * (value or 5)] if "int" in kind else [value]
+        )
+        if kind == "bool":
+            tried[name] = choices[name] = [False, True]
+        elif kind.startswith("str"):
+            with pytest.raises(ValueError) as refusal:
+                dataclasses.replace(start, **{name: "?"})
+            named = re.search(r"one of ([a-z_, ]+)", str(refusal.value))
+            tried[name] = choices[name] = [value, *(named[1].split(", ") if named else ())]
+    return tried, choices
+
+
+def trace(model: Any, config: Any) -> list[Any]:
+    """Output, gradients and buffers of one training step, parameters away from their start; nothing where it is refused."""
+    inputs = torch.randint(5, 99, (2, 48), generator=torch.Generator().manual_seed(0))
+    inputs[:, 5:9] = torch.tensor([0, 1, 3, 10])  # separators
+    try:
+        handle = he.patch_attention(model, config)
+    except ValueError:
+        return []
+    with handle:
+        generator = torch.Generator().manual_seed(7)
+        for name, parameter in model.named_parameters():
+            if ".efficient." in name:
+                parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+        torch.manual_seed(0)
+        model.zero_grad()
+        out = model.train()(input_ids=inputs)[0]
+        out.square().sum().backward()
+        for module in model.modules():
+            if hasattr(module, "after_optimizer_step"):
+                module.after_optimizer_step(1)
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return [out.detach(), *gradients, *(b.clone() for n, b in model.named_buffers() if ".efficient." in n)]
+
+
+@pytest.mark.parametrize("mechanism", sorted(set(CASES) - {"combined"}))
+def test_every_option_matters_or_is_refused(mechanism: str):
+    case = CASES[mechanism]
+    model = tiny_model("bert" if "E" in case.sides else "gpt2", positions=48)
+    start = he.attention_config(mechanism, **case.small)
+    tried, choices = values_of(start)
+    traces: dict[Any, list[Any]] = {}
+
+    def traced(**options: Any) -> list[Any]:
+        try:
+            config = dataclasses.replace(start, **options)
+        except ValueError:
+            return []
+        if config not in traces:
+            traces[config] = trace(model, config)
+        return traces[config]
+
+    for name, values in tried.items():
+        besides = [{sibling: value} for sibling, all_ in choices.items() if sibling != name for value in all_]
+        for beside in [{}, *besides] if (mechanism, name) not in LONGER_INPUTS else ():
+            seen = [found for value in values if (found := traced(**beside, **{name: value}))]
+            first = seen[0] if seen else []
+            same = [
+                len(one) == len(first) and all(torch.equal(x, y) for x, y in zip(one, first, strict=True))
+                for one in seen
+            ]
+            assert len(seen) < 2 or not all(same), f"{mechanism}: {name} changes nothing beside {beside}"
