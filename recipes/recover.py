@@ -69,7 +69,9 @@ PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     "gpt2": PATTERNS
     | {
         "combined": dict(mechanism="combined", patterns=[PATTERNS["local"], FIXED]),
-        "reformer": dict(mechanism="reformer", num_buckets=8, bucket_size=16, num_hashes=2, attention_window=16),
+        "reformer": dict(
+            mechanism="reformer", num_buckets=8, bucket_size=16, num_hashes=2, num_chunks_before=0, attention_window=16
+        ),
         "routing_transformer": dict(
             mechanism="routing_transformer", num_clusters=8, cluster_size=16, attention_window=16
         ),
