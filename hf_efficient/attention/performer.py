@@ -55,8 +55,9 @@ class PerformerAttention(KernelAttention):
         φ(x)_r = max(ω_r·x, 0) + ε          (kernel "relu")
         y_i = Σ_j φ(x_i)·φ(z_j) v_j / Σ_j φ(x_i)·φ(z_j)
 
-    Error law: the relative variance of one kernel value is `(exp(‖x + z‖²) - 1) / M` for independent features, so the
-    error falls as M^-½, from a height that is large where trained queries and keys are long; orthogonal blocks lower it.
+    Error law: the relative variance of one kernel value is `(exp(‖x + z‖²) - 1) / M` for independent features, so with
+    many features the error falls as M^-½. Where trained queries and keys are long, M has to be far above any that is used
+    for that law to hold, and the error falls more slowly; orthogonal blocks lower it.
     O(N M D) time, O(N M) memory; causal decoding keeps one (M, D + 1) state per head. Features are computed in fp32 at
     least, in log space, stabilised exactly and without an additive ε. Attention dropout drops whole keys.
 
@@ -71,7 +72,7 @@ class PerformerAttention(KernelAttention):
         paper="arXiv 2009.14794",
         time="n·m·d",
         memory="n·m",
-        exact_when="never; error falls as num_features^-½",
+        exact_when="never; only in the limit of many features",
         training="needed: without it most of the model is lost",
     )
     features: Tensor
