@@ -62,8 +62,8 @@ class NystromformerAttention(EfficientAttention):
     least. Attention dropout acts on B.
 
     O(N L D + L³) time, O(N L) memory. Source: Xiong et al. 2021 (arXiv 2102.03902), §3; transformers' Nyströmformer.
-    Departures: the start of Z is scaled per matrix (there by the largest sum of all rows and heads, so that both agree on one
-    row of one head alone), padding is left out of the landmarks, conv starts at 0.
+    Departures: the start of Z is scaled per matrix (there by the largest sum of all rows and heads, so that both agree on
+    one row of one head alone), padding is left out of the landmarks, conv starts at 0.
     """
 
     Config = NystromformerAttentionConfig
