@@ -122,7 +122,13 @@ def test_layer_in_lower_precision(top_k: int, dtype: torch.dtype, hidden: int, i
     assert out.dtype == dtype
     (out * torch.randn_like(out)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in [x, *made.parameters()])
-    assert_close(out.double(), by_definition(exact, x.detach().double()), 1e-5 if dtype == torch.float32 else 0.05)
+    given = x.detach().double()
+    # experts that are as probable up to rounding are chosen by position
+    least, next_ = (given @ exact.router.weight.T).softmax(-1).topk(top_k + 1)[0][..., -2:].unbind(-1)
+    clear = (least - next_ > 1e-3) | (dtype != torch.float32)
+    assert clear.sum() > 60
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    assert_close(out.double(), by_definition(exact, given), tolerance, where=clear)
 
 
 def test_layer_under_autocast_computes_products_in_bf16_and_routes_in_fp32():
