@@ -292,19 +292,18 @@ def content_table(mechanism: str) -> str:
         ratios = [row["faster_than"][rival] for rival in rivals]
         cells = [f"{r['ratio']:.2f} ({r['ratio_min']:.2f}–{r['ratio_max']:.2f})" for r in ratios]
         place = [row["side"], "forward" if row["pass"] == "forward" else "forward + backward", str(row["length"])]
-        read = [f"{row['keys_read']:.0f}" + (f" ({100 * row['coverage']:.0f} %)" if "coverage" in row else "")]
-        body.append([*place, *read, f"{1000 * row['seconds']:.0f}", *cells, f"{row['largest_tensor'] / 1e6:.2f}"])
+        keys = [f"{row['keys_read']:.0f}" + (f" ({100 * row['coverage']:.0f} %)" if "coverage" in row else "")]
+        body.append([*place, *keys, f"{1000 * row['seconds']:.0f}", *cells, f"{row['largest_tensor'] / 1e6:.2f}"])
     speedups = [f"speed-up over {rival}" for rival in rivals]
     header = ["side", "pass", "tokens", "keys read", "ms", *speedups, "largest tensor, 10⁶ numbers"]
-    settings, rival = data["settings"], {}
-    for row in data["results"]:
-        if row["contender"] == rivals[1]:
-            rival.setdefault(f"{row['length']} tokens ({row['side']}): {row['keys_read']:.0f}")
+    settings = data["settings"]
+    theirs = [row for row in data["results"] if row["contender"] == rivals[1]]
+    read = dict.fromkeys(f"{row['length']} tokens ({row['side']}): {row['keys_read']:.0f}" for row in theirs)
     what = (
         f"Attention alone, {settings['heads']} heads of {settings['width']}, float32, {_options_of(rows)}. Medians "
         "(least–most) of interleaved rounds. Keys read: those that reach a query, median of a few queries"
         + (", and the share of queries that some cluster takes" if any("coverage" in row for row in rows) else "")
-        + f"; full attention reads all, transformers' Reformer {', '.join(rival)}."
+        + f"; full attention reads all, transformers' Reformer {', '.join(read)}."
     )
     return f"{table(header, body)}\n\n{what} {_source(data)}"
 

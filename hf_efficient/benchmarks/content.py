@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_efficient.attention.routing_transformer import RoutingTransformerAttention
 from hf_efficient.benchmarks.baselines import Attention, MechanismAttention, Point
-from hf_efficient.ops.cluster_attention import best_members
 from hf_efficient.profiling.counters import LargestTensor
 from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.timing import Mark, attempt, ratios, timed
@@ -107,23 +105,16 @@ def keys_read(attention: Attention, tensors: list[Tensor]) -> float:
     return statistics.median(counts)
 
 
-@torch.no_grad()
-def coverage(attention: Attention, tensors: list[Tensor]) -> float | None:
-    """Share of the queries that some cluster of an encoder's routing takes; `None` for everything else."""
-    module = getattr(attention, "module", None)
-    if not isinstance(module, RoutingTransformerAttention) or module.geometry.is_causal:
-        return None
-    members = best_members(tensors[0], module.centroids, module.config.cluster_size, None)
-    return (members.entry < members.tokens.shape[-1]).any(2).float().mean().item()
-
-
 def _facts(attention: Attention, tensors: list[Tensor]) -> dict[str, Any]:
     """What is equal or not between methods, beside their time."""
     with torch.no_grad(), LargestTensor() as recorder:
         attention(*tensors)
-    found = {"largest_tensor": recorder.numel, "keys_read": keys_read(attention, tensors)}
-    share = coverage(attention, tensors)
-    return found if share is None else found | {"coverage": share}
+    found: dict[str, Any] = {"largest_tensor": recorder.numel, "keys_read": keys_read(attention, tensors)}
+    # of mechanisms in which a query can be in no cluster
+    coverage = getattr(getattr(attention, "module", None), "coverage", None)
+    if coverage is not None and (of_queries := coverage(tensors[0][0], tensors[0].shape[2])):
+        found["coverage"] = of_queries[0]
+    return found
 
 
 def content_suite(
