@@ -29,6 +29,7 @@ from hf_efficient.experts.layer import expert_layers
 from hf_efficient.families import HostModel, family_of
 from hf_efficient.models import EfficientModelMixin
 from hf_efficient.models.provenance import Provenance
+from hf_efficient.patching.exact import eval_mode
 from hf_efficient.patching.install import patch_attention
 from hf_efficient.profiling.json_files import finite
 from hf_efficient.profiling.memory import fresh_python
@@ -72,64 +73,74 @@ def verify(
     if tokenizer is None:
         tokenizer = _tokenizer_of(model, source)
     path = None if isinstance(model, PreTrainedModel) else Path(model)
+    converted = _converted(model)
+    if not texts:
+        raise ValueError("no texts to verify with; hf_efficient.corpus.offline_texts() has some.")
+    stock, fresh = _source_of(converted, source)
+    with eval_mode(converted), eval_mode(stock):
+        limit = HostModel.of(stock).max_positions or 512
+        length = min(max_length or limit, limit)
+        batches = text_batches(tokenizer, texts, length, batch_size, stock)
+        share = unknown_share(tokenizer, batches)
+        _warn_of_unknown(share)
+        few = texts[: max(2, batch_size // 2)]
+        short = text_batches(tokenizer, few, min(EXACT_LENGTH, length), batch_size, stock)[0]
+        short = ragged(short, stock.config.pad_token_id)
+        provenance = Provenance.of(converted)
+        tensors, weights = copied_tensors(converted, stock, provenance.since(stock.config._name_or_path), fresh)
+        checks: list[Any] = [
+            lambda: tensors,
+            lambda: _exact_limit(converted, stock, short),
+            lambda: _fidelity(converted, stock, batches),
+            *_controls(converted, stock, batches),
+            lambda: _padding(converted, short),
+            lambda: _fresh_process(converted, short, path),
+            lambda: _decoding(converted, short),
+            lambda: _speed(converted, stock, speed_lengths),
+        ]
+        quiet = progress_bars.get_verbosity() > logging.WARNING if progress is None else not progress
+        outcomes = [check() for check in progress_bars.tqdm(checks, desc="verify", disable=quiet, unit="check")]
+    settings = {
+        "source": stock.config._name_or_path,
+        "efficient_attention": converted.config.efficient_attention,
+        "efficient_experts": getattr(converted.config, "efficient_experts", None),
+        "texts": len(texts),
+        "tokens": int(sum(b["attention_mask"].sum() for b in batches)),
+        "unknown_tokens": share,
+        "max_length": length,
+        "dtype": str(converted.dtype),
+        "threads": torch.get_num_threads(),
+    }
+    weights["steps"] = len(provenance.history)
+    return FidelityReport(outcomes, settings, weights=weights)
+
+
+def _converted(model: PreTrainedModel | str | Path) -> Any:
+    """The converted model, loaded where a folder or id is given."""
     if not isinstance(model, PreTrainedModel):
         model = load_converted(model)
     if not isinstance(model, EfficientModelMixin):
         raise ValueError(f"{type(model).__name__} is not a converted model: convert or upcycle it first, then verify.")
-    if not texts:
-        raise ValueError("no texts to verify with; hf_efficient.corpus.offline_texts() has some.")
+    return model
+
+
+def _source_of(model: Any, source: PreTrainedModel | str | Path) -> tuple[Any, set[str]]:
+    """The stock model, loaded where a folder or id is given, and the tensors that it did not have for the converted one."""
     fresh = fresh_tensors(model)
     if not isinstance(source, PreTrainedModel):
         # read as what was converted, whatever its own config leaves out
         source, info = load_stock(str(source), model_class=type(model).stock_class)
         fresh |= set(info["missing_keys"])
         fill(source, model, fresh)
-    modes = model.training, source.training
-    model.eval()
-    source.eval()
-    limit = HostModel.of(source).max_positions or 512
-    length = min(max_length or limit, limit)
-    batches = text_batches(tokenizer, texts, length, batch_size, source)
-    share = unknown_share(tokenizer, batches)
+    return source, fresh
+
+
+def _warn_of_unknown(share: float) -> None:
     if share > MOSTLY_UNKNOWN:
         logger.warning(
             f"{share:.0%} of the texts' tokens are unknown to the tokenizer, so the figures say little about this model: "
             "give --texts (texts=) of the kind that it is for."
         )
-    few = texts[: max(2, batch_size // 2)]
-    short = text_batches(tokenizer, few, min(EXACT_LENGTH, length), batch_size, source)[0]
-    short = ragged(short, source.config.pad_token_id)
-    provenance = Provenance.of(model)
-    tensors, weights = copied_tensors(model, source, provenance.since(source.config._name_or_path), fresh)
-    checks: list[Any] = [
-        lambda: tensors,
-        lambda: _exact_limit(model, source, short),
-        lambda: _fidelity(model, source, batches),
-        *_controls(model, source, batches),
-        lambda: _padding(model, short),
-        lambda: _fresh_process(model, short, path),
-        lambda: _decoding(model, short),
-        lambda: _speed(model, source, speed_lengths),
-    ]
-    try:
-        quiet = progress_bars.get_verbosity() > logging.WARNING if progress is None else not progress
-        outcomes = [check() for check in progress_bars.tqdm(checks, desc="verify", disable=quiet, unit="check")]
-    finally:
-        model.train(modes[0])
-        source.train(modes[1])
-    settings = {
-        "source": source.config._name_or_path,
-        "efficient_attention": model.config.efficient_attention,
-        "efficient_experts": getattr(model.config, "efficient_experts", None),
-        "texts": len(texts),
-        "tokens": int(sum(b["attention_mask"].sum() for b in batches)),
-        "unknown_tokens": share,
-        "max_length": length,
-        "dtype": str(model.dtype),
-        "threads": torch.get_num_threads(),
-    }
-    weights["steps"] = len(provenance.history)
-    return FidelityReport(outcomes, settings, weights=weights)
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------
