@@ -72,7 +72,7 @@ class CombinedAttentionConfig(PatternAttentionConfig):
             heads = geometry.num_heads
             if self.heads is not None:
                 heads = heads // sum(self.heads) * self.heads[number]
-            yield part, dataclasses.replace(geometry, num_heads=heads)
+            yield part, dataclasses.replace(geometry, num_heads=heads, num_key_value_heads=heads)
 
     def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
         found = [(part.visible_keys(own), own.num_heads) for part, own in self.geometries(geometry)]

@@ -48,12 +48,12 @@ def wide_model(
     family = family_of(model_type)
     torch.manual_seed(0)
     if model_type.endswith("t5"):
-        stock = getattr(family.modeling, family.stack_class.replace("Stack", "Model"))
+        stock = getattr(family.modeling, family.stack_classes[0].replace("Stack", "Model"))
         sizes: dict[str, Any] = dict(d_model=BASE_WIDTH, d_kv=64, d_ff=3072, num_layers=layers, num_heads=12)
     elif model_type == "gpt2":
         stock, sizes = transformers.GPT2Model, dict(n_layer=layers, n_positions=length)
     else:
-        stock = getattr(family.modeling, family.stack_class)
+        stock = getattr(family.modeling, family.stack_classes[0])
         offset = 0 if model_type == "bert" else 2
         sizes = dict(num_hidden_layers=layers, max_position_embeddings=length + offset)
     model = stock(stock.config_class(vocab_size=1000, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)).eval()

@@ -310,4 +310,4 @@ def _tokenizer_of(*places: Any) -> Any:
 
 def _is_causal(model: Any) -> bool:
     family = family_of(model)
-    return any(layer.module.is_causal for stack in family.stacks(model) for layer in stack.layers)
+    return any(family.is_causal(stack, layer) for stack in family.stacks(model) for layer in stack.layers)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_efficient.attention.base.geometry import AttentionGeometry, LinearWeights, SourceAttention
+from hf_efficient.attention.base.geometry import AttentionGeometry, LinearWeights, Rotary, SourceAttention
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.families.readable import require_plain
@@ -28,6 +28,19 @@ class AttentionLayer:
     name: str
     module: nn.Module
     index: int
+
+
+class Heads(NamedTuple):
+    """Numbers of heads of queries and of keys and values (a divisor), width of queries and keys, and of values."""
+
+    query: int
+    key_value: int
+    width: int
+    value_width: int
+
+    @classmethod
+    def alike(cls, count: int, width: int) -> Heads:
+        return cls(count, count, width, width)
 
 
 class Place(NamedTuple):
@@ -73,7 +86,8 @@ class ModelFamily:
 
     Args:
         model_type: of the stock config.
-        stack_class, attention_class: class names in the architecture's modeling module.
+        stack_classes, attention_classes: class names in the architecture's modeling module.
+        module_name: of that module, where it does not follow from `model_type`: `"clip"` for `clip_vision_model`.
         projections: names of the projections inside an attention module.
         projection_bias: whether they have a bias vector.
         position_table: name of the `nn.Embedding` of absolute positions inside a stack, or `None`.
@@ -87,8 +101,9 @@ class ModelFamily:
     """
 
     model_type: str
-    stack_class: str
-    attention_class: str
+    stack_classes: tuple[str, ...]
+    attention_classes: tuple[str, ...]
+    module_name: str | None = None
     projections: tuple[str, ...] = ("query", "key", "value")
     projection_bias: bool = True
     position_table: str | None = None
@@ -98,24 +113,27 @@ class ModelFamily:
 
     @property
     def modeling(self) -> Any:
-        package = self.model_type.replace("-", "_")
+        package = self.module_name or self.model_type.replace("-", "_")
         return importlib.import_module(f"transformers.models.{package}.modeling_{package}")
 
     # which modules
 
     def stacks(self, model: nn.Module) -> list[Stack]:
         """All stacks of `model` in order, each with its self-attention layers in order."""
-        stack_class, attention_class = (getattr(self.modeling, n) for n in (self.stack_class, self.attention_class))
+        stack_classes, attention_classes = (
+            tuple(getattr(self.modeling, name) for name in names)
+            for names in (self.stack_classes, self.attention_classes)
+        )
         found = [
             Stack(name, module, self.side(module))
             for name, module in model.named_modules()
-            if isinstance(module, stack_class)
+            if isinstance(module, stack_classes)
         ]
         for stack in found:
             for name, module in stack.module.named_modules():
                 if self.is_cross_attention(name, module):
                     stack.cross_attention.append(module)
-                elif isinstance(module, attention_class):
+                elif isinstance(module, attention_classes):
                     full = f"{stack.name}.{name}" if stack.name else name
                     stack.layers.append(AttentionLayer(full, module, len(stack.layers)))
         return found
@@ -132,31 +150,64 @@ class ModelFamily:
     def geometry(self, stack: Stack, layer: AttentionLayer, max_positions: int | None = None) -> AttentionGeometry:
         """Where a mechanism would sit; `max_positions` is that of a table which is still to be lengthened."""
         config = stack.module.config
-        heads, width = self.heads(layer.module)
+        heads = self.heads(layer.module)
         bias = self.relative_bias(stack, layer)
+        is_causal = self.is_causal(stack, layer)
         return AttentionGeometry(
-            num_heads=heads,
-            head_dim=width,
+            num_heads=heads.query,
+            head_dim=heads.width,
             hidden_size=config.hidden_size,
             layer=layer.index,
             num_layers=len(stack.layers),
             side=stack.side,
-            is_causal=stack.side == "decoder",
+            is_causal=is_causal,
             has_relative_bias=self.has_relative_bias,
             projection_bias=self.projection_bias,
             max_positions=max_positions or self.positions(stack),
             num_relative_buckets=getattr(config, "relative_attention_num_buckets", 0) if self.has_relative_bias else 0,
             chunk_size_feed_forward=getattr(stack.block_around(layer), "chunk_size_feed_forward", 0),
-            relative_bias_reach=0 if bias is None else bias.reach(is_causal=stack.side == "decoder"),
+            relative_bias_reach=0 if bias is None else bias.reach(is_causal=is_causal),
+            num_key_value_heads=heads.key_value,
+            value_dim=heads.value_width,
+            rotary=self.rotary(stack, layer),
+            sliding_window=self.sliding_window(config, layer),
+            softcap=self.softcap(config, layer),
+            has_sinks=self.sinks(layer.module) is not None,
+            position_scheme=self.position_scheme,
         )
 
     has_relative_bias = False
     positions_skip_padding = False
     """Without `position_ids` the host counts its tokens, without padding, instead of their indices."""
 
-    def heads(self, module: Any) -> tuple[int, int]:
-        """Number of heads and their width."""
-        return module.num_attention_heads, module.attention_head_size
+    def heads(self, module: Any) -> Heads:
+        """Numbers of heads of an attention module, and their widths."""
+        return Heads.alike(module.num_attention_heads, module.attention_head_size)
+
+    def is_causal(self, stack: Stack, layer: AttentionLayer) -> bool:
+        """Query i of this layer may only see keys j ≤ i. Masks and keywords of a call are checked against it."""
+        return stack.side == "decoder"
+
+    def rotary(self, stack: Stack, layer: AttentionLayer) -> Rotary | None:
+        """How queries and keys of this layer are rotated by their positions; `None` = they are not."""
+        return None
+
+    def sliding_window(self, config: Any, layer: AttentionLayer) -> tuple[int, int] | None:
+        """(left, right) keys beside the token itself that the host's config lets a query of this layer see; `None` = all."""
+        return None
+
+    def softcap(self, config: Any, layer: AttentionLayer) -> float | None:
+        """c where the host's logits become `c · tanh(logits / c)`."""
+        return None
+
+    def sinks(self, module: Any) -> Tensor | None:
+        """(H,) learned logits in the denominator of each head's softmax, with no value; `None` = there are none."""
+        return None
+
+    @property
+    def position_scheme(self) -> str:
+        """How positions enter the model: see `AttentionGeometry.position_scheme`."""
+        return "relative" if self.has_relative_bias else "none" if self.position_table is None else "table"
 
     def pretrained(self, stack: Stack, layer: AttentionLayer) -> SourceAttention:
         """What a mechanism of this layer starts from; weights are read, and must be plain, only as far as it takes them."""
@@ -174,9 +225,11 @@ class ModelFamily:
         return None
 
     def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, G, hidden) states through the host's key and value projections: two tensors (B, H, G, D)."""
-        heads, width = self.heads(module)
-        key, value = (p(hidden).unflatten(-1, (heads, width)).transpose(1, 2) for p in (module.key, module.value))
+        """(B, G, hidden) states through the host's key and value projections: two tensors (B, H or fewer, G, D)."""
+        heads = self.heads(module)
+        key, value = (
+            p(hidden).unflatten(-1, (heads.key_value, -1)).transpose(1, 2) for p in (module.key, module.value)
+        )
         return key, value
 
     def attention_input(self, part: Any, hidden: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class BertFamily(ModelFamily):
         layer.output.dense = nn.Identity()
 
     def restore_feed_forward(self, layer: Any, dense: Dense, config: Any) -> None:
-        first = getattr(self.modeling, self.stack_class.removesuffix("Model") + "Intermediate")
+        first = getattr(self.modeling, self.stack_classes[0].removesuffix("Model") + "Intermediate")
         layer.intermediate = first(config)
         layer.output.dense = nn.Linear(config.intermediate_size, config.hidden_size)
         fill_linear(layer.intermediate.dense, dense.up.T, dense.up_bias)
@@ -50,8 +50,8 @@ class BertFamily(ModelFamily):
 FAMILIES = (
     BertFamily(
         model_type="bert",
-        stack_class="BertModel",
-        attention_class="BertSelfAttention",
+        stack_classes=("BertModel",),
+        attention_classes=("BertSelfAttention",),
         position_table="embeddings.position_embeddings",
         position_buffers=POSITION_BUFFERS,
         embeddings_module="embeddings",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
-from hf_efficient.families.base import ModelFamily, fill_linear
+from hf_efficient.families.base import Heads, ModelFamily, fill_linear
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
 
@@ -21,8 +21,8 @@ class GPT2Family(ModelFamily):
     def side(self, stack: Any) -> str:
         return "decoder"
 
-    def heads(self, module: Any) -> tuple[int, int]:
-        return module.num_heads, module.head_dim
+    def heads(self, module: Any) -> Heads:
+        return Heads.alike(module.num_heads, module.head_dim)
 
     def source_attention(self, module: Any) -> SourceAttention:
         weights = module.c_attn.weight.detach().T.chunk(3)
@@ -31,8 +31,9 @@ class GPT2Family(ModelFamily):
         return SourceAttention(query, key, value)
 
     def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        heads = self.heads(module)
         _, key, value = (
-            x.unflatten(-1, self.heads(module)).transpose(1, 2) for x in module.c_attn(hidden).chunk(3, -1)
+            x.unflatten(-1, (heads.query, -1)).transpose(1, 2) for x in module.c_attn(hidden).chunk(3, -1)
         )
         return key, value
 
@@ -59,8 +60,8 @@ class GPT2Family(ModelFamily):
 FAMILIES = (
     GPT2Family(
         model_type="gpt2",
-        stack_class="GPT2Model",
-        attention_class="GPT2Attention",
+        stack_classes=("GPT2Model",),
+        attention_classes=("GPT2Attention",),
         projections=("c_attn",),
         position_table="wpe",
     ),

@@ -29,8 +29,8 @@ class RobertaFamily(BertFamily):
 FAMILIES = tuple(
     RobertaFamily(
         model_type=model_type,
-        stack_class=f"{prefix}Model",
-        attention_class=f"{prefix}SelfAttention",
+        stack_classes=(f"{prefix}Model",),
+        attention_classes=(f"{prefix}SelfAttention",),
         position_table="embeddings.position_embeddings",
         position_buffers=POSITION_BUFFERS,
         embeddings_module="embeddings",

@@ -14,7 +14,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
-from hf_efficient.families.base import AttentionLayer, ModelFamily, Stack, fill_linear
+from hf_efficient.families.base import AttentionLayer, Heads, ModelFamily, Stack, fill_linear
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.ops.relative_bias import RelativeBias
@@ -98,8 +98,8 @@ class T5Family(ModelFamily):
     def is_cross_attention(self, name: str, module: nn.Module) -> bool:
         return name.endswith("EncDecAttention")
 
-    def heads(self, module: Any) -> tuple[int, int]:
-        return module.n_heads, module.key_value_proj_dim
+    def heads(self, module: Any) -> Heads:
+        return Heads.alike(module.n_heads, module.key_value_proj_dim)
 
     def source_attention(self, module: Any) -> SourceAttention:
         query, key, value = (LinearWeights(p.weight.detach(), None) for p in (module.q, module.k, module.v))
@@ -120,7 +120,8 @@ class T5Family(ModelFamily):
             )
 
     def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = (p(hidden).unflatten(-1, self.heads(module)).transpose(1, 2) for p in (module.k, module.v))
+        heads = self.heads(module)
+        key, value = (p(hidden).unflatten(-1, (heads.key_value, -1)).transpose(1, 2) for p in (module.k, module.v))
         return key, value
 
     def attention_input(self, part: Any, hidden: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ class T5Family(ModelFamily):
 
     def restore_feed_forward(self, layer: Any, dense: Dense, config: Any) -> None:
         kind = "DenseGatedActDense" if dense.is_gated else "DenseActDense"
-        part = getattr(self.modeling, self.stack_class.removesuffix("Stack") + kind)(config)
+        part = getattr(self.modeling, self.stack_classes[0].removesuffix("Stack") + kind)(config)
         layer.layer[-1].DenseReluDense = part
         firsts = (part.wi_0, part.wi_1) if dense.is_gated else (part.wi,)
         for first, weight in zip(firsts, dense.up.T.chunk(len(firsts)), strict=True):
@@ -168,8 +169,8 @@ class T5Family(ModelFamily):
 FAMILIES = tuple(
     T5Family(
         model_type=prefix.lower(),
-        stack_class=f"{prefix}Stack",
-        attention_class=f"{prefix}Attention",
+        stack_classes=(f"{prefix}Stack",),
+        attention_classes=(f"{prefix}Attention",),
         projections=("q", "k", "v"),
         projection_bias=False,
         embeddings_module="",

@@ -23,6 +23,12 @@ class Recurrence(Protocol):
         """Add what the last update forgot to the state."""
 
 
+class Rotate(Protocol):
+    """Rotation of heads by positions: see `AttentionContext.rotate`."""
+
+    def __call__(self, heads: Tensor, positions: Tensor | None = None, *, inverse: bool = False) -> Tensor: ...
+
+
 class ExtraKeys(NamedTuple):
     """Keys that every query may see beside its window, in the same softmax (Longformer's global columns).
 
@@ -57,6 +63,7 @@ class AttentionCall:
         extra: further keys in the same softmax; `key_padding_mask` must hide them where the pattern shows them as well.
         segments, positions: (of queries, of keys), integers (B, 1 or H, N) and (B, 1 or H, S): visible only where segments
             are equal, and where the key's position is at most the query's.
+        softcap: c of `c · tanh(s q·k / c)`, which the logits become before biases and masks; `None` = they stay.
         return_lse: whether the log-sum-exp is needed; `block_sparse_attention` sets it from its own argument.
     """
 
@@ -71,6 +78,7 @@ class AttentionCall:
     extra: ExtraKeys | None = None
     segments: tuple[Tensor, Tensor] | None = None
     positions: tuple[Tensor, Tensor] | None = None
+    softcap: float | None = None
     return_lse: bool = False
 
     @property
@@ -94,6 +102,10 @@ class AttentionContext(AttentionCall):
             (1, H, all windows, D) for packed rows. `hidden_states` are those of the keys, if these are pooled differently.
         recurrent: the mechanism's `cache_layer` where that holds a state of the keys it forgot; the mechanism must `fold`
             into it what the last update forgot.
+        rotate: where queries and keys were rotated by their positions: `rotate(x, positions)` rotates (B, H, G, D) heads
+            that stand at positions (B, G), or at those of the call's tokens with `None`, in the same way; with
+            `inverse=True` it undoes that. `None` = there is no rotation. Only for mechanisms with `needs_rotate`.
+        sinks: (H,) logits that stand in the denominator of each head's softmax, with no value; `None` = none.
     """
 
     global_attention_mask: Tensor | None = None
@@ -102,3 +114,5 @@ class AttentionContext(AttentionCall):
     input_ids: Tensor | None = None
     rows: PackedRows | None = None
     recurrent: Recurrence | None = None
+    rotate: Rotate | None = None
+    sinks: Tensor | None = None

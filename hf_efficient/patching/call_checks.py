@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 from typing import Any
 
 import torch
@@ -17,16 +16,6 @@ from hf_efficient.patching.caches import bounded_cache, prepare_layers
 from hf_efficient.patching.call_inputs import CallShape, checked_inputs, shape_of
 from hf_efficient.patching.hooks import state_of
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
-
-logger = logging.getLogger(f"transformers.{__name__}")
-
-# keywords that reach the attention function without being in any forward's signature
-KNOWN_KEYWORDS = {
-    "cache_position", "global_attention_mask",
-    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
-    "use_cache", "position_ids", "logits_to_keep", "token_type_ids", "encoder_attention_mask",
-    "encoder_hidden_states", "labels", "efficient_tokens",
-}  # fmt: skip
 
 # what the caller of an encoder-decoder model calls the inputs of its decoder
 OTHER_NAMES = {"attention_mask": "decoder_attention_mask", "encoder_attention_mask": "attention_mask"}
@@ -45,12 +34,10 @@ class StackInfo:
     def __init__(self, family: ModelFamily, stack: Stack):
         mechanisms: list[Any] = [m for layer in stack.layers if (m := layer.module._modules[MODULE_NAME]) is not None]
         self.parameters = list(inspect.signature(type(stack.module).forward).parameters)[1:]
-        self.known = set(self.parameters) | KNOWN_KEYWORDS
-        self.warned: set[str] = set()
         self.max_positions = family.positions(stack)
         self.first_position = family.first_position(stack)
         self.attention: list[Any] = [layer.module for layer in stack.layers]
-        self.is_causal = any(bool(getattr(layer.module, "is_causal", False)) for layer in stack.layers)
+        self.is_causal = any(family.is_causal(stack, layer) for layer in stack.layers)
         self.uses_global_attention_mask = any(getattr(m, "uses_global_attention_mask", False) for m in mechanisms)
         self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
         self.has_extra_tokens = any(m.num_extra_tokens(m.config) for m in mechanisms)
@@ -84,11 +71,6 @@ def check_call(
         return args, kwargs
     _route_global_mask(call, info)
     call |= checked_inputs(call, shape, info.is_causal, info.names)
-    if not is_captured():
-        unknown = sorted(set(kwargs) - info.known - info.warned)
-        if unknown:
-            info.warned.update(unknown)
-            logger.warning(f"keywords {unknown} are known neither to the model nor to efficient attention.")
     if info.by_position and not is_captured():
         _check_distances(call, shape, info)
     segments = _find_sequences(call, shape, info)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from hf_efficient.attention.base import EfficientAttention
+from hf_efficient.attention.base import AttentionGeometry, EfficientAttention
 from hf_efficient.cache.bounded import BoundedLayer
 from hf_efficient.cache.recurrent import RecurrentLayer
 from hf_efficient.ops.context import AttentionContext
@@ -28,7 +28,9 @@ from hf_efficient.ops.packing import PackedSequences
 from hf_efficient.ops.padding import first_real_token, shift_rows
 from hf_efficient.ops.pooling import PackedRows
 from hf_efficient.ops.relative_bias import RelativeBias
-from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
+from hf_efficient.patching.hooks import state_of
+from hf_efficient.patching.keywords import refuse_unknown
+from hf_efficient.patching.names import IMPLEMENTATION, LAYER, MODULE_NAME
 from hf_efficient.patching.packing import attend_packed_rows
 
 
@@ -42,7 +44,10 @@ def efficient_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask interface: (B, S) bool keep-mask, or `None` where every key is real. Never N×S.
+    """transformers' mask interface: a bool mask of real keys, never N×S, whose rank says what kind of mask was asked for.
+
+    Returns:
+        Bidirectional: (B, S), or `None` where every key is real. Causal: (B, 1, S), or (1, 1, 0) where every key is real.
 
     Raises:
         ValueError: the call needs a mask that is neither causal nor bidirectional, or a cache whose keys are longer than
@@ -58,12 +63,11 @@ def efficient_mask(
             "efficient attention got a cache whose keys are longer than the tokens seen so far; use the default dynamic "
             "cache (cache_implementation=None) instead of a static one."
         )
-    if attention_mask is None:
-        return None
-    keep = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-    if not is_captured() and bool(keep.all()):
-        return None
-    return keep
+    is_causal = mask_function is causal_mask_function
+    keep = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+    if keep is None or (not is_captured() and bool(keep.all())):
+        return torch.ones(1, 1, 0, dtype=torch.bool, device=kwargs.get("device")) if is_causal else None
+    return keep[:, None] if is_causal else keep
 
 
 def efficient_attention_forward(
@@ -81,17 +85,23 @@ def efficient_attention_forward(
     efficient_cache: Cache | None = None,
     efficient_sequences: PackedSequences | None = None,
     efficient_rows: PackedRows | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: forwards to the child module `efficient`, or computes exact attention.
 
+    Whether the layer is causal is said by its family; the mask and the keyword are witnesses, which must agree.
+
     Args:
-        query: (B, H, N, D); key, value: (B, H or fewer, S, D). attention_mask: (B, S) from `efficient_mask`.
+        query: (B, H, N, D); key, value: (B, H or fewer, S, D). attention_mask: from `efficient_mask`.
         efficient_sequences: the sequences of packed rows, each of which attends to itself alone.
         efficient_rows: the layer runs on pooled tokens, in these rows.
 
     Returns:
         (B, N, H, D) and `None`: there are no attention weights to show.
+
+    Raises:
+        ValueError: a keyword that is neither honoured nor harmless; a mask or a keyword of another kind than the layer.
     """
     if MODULE_NAME not in module._modules:
         raise RuntimeError(
@@ -99,12 +109,18 @@ def efficient_attention_forward(
             f"{type(module).__name__}: this would silently be another model. Load the checkpoint with an Auto class after "
             "`import hf_efficient`, or install a mechanism with hf_efficient.patch_attention."
         )
+    refuse_unknown(module, kwargs)
     mechanism = cast("EfficientAttention | None", module._modules[MODULE_NAME])
+    geometry: AttentionGeometry | None = state_of(module, LAYER)  # cross-attention has none
+    layer_is_causal = geometry is not None and geometry.is_causal
+    if efficient_rows is None:
+        _require_agreement(module, layer_is_causal, attention_mask, is_causal)
+    keep = _real_keys(attention_mask)
     key, value = expand_heads(query, key, value)
     context = AttentionContext(
-        is_causal=bool(getattr(module, "is_causal", False)),
+        is_causal=layer_is_causal,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        key_padding_mask=attention_mask,
+        key_padding_mask=keep,
         query_offset=key.shape[2] - query.shape[2],
         dropout=dropout,
         relative_bias=position_bias,
@@ -132,6 +148,30 @@ def efficient_attention_forward(
         # every segment starts at the left edge of a row of its own
         return attend_packed_rows(mechanism, query, key, value, context, efficient_sequences).transpose(1, 2), None
     return aligned_call(mechanism, query, key, value, context).transpose(1, 2), None
+
+
+def _real_keys(mask: Tensor | None) -> Tensor | None:
+    """(B, S) of a mask from `efficient_mask`; `None` = every key is real."""
+    if mask is None or mask.dim() == 2:
+        return mask
+    return mask[:, 0] if mask.shape[-1] else None
+
+
+def _require_agreement(module: nn.Module, is_causal: bool, mask: Tensor | None, keyword: bool | None) -> None:
+    """Raise ValueError where the mask or the keyword `is_causal` of a call says something else than the layer's family."""
+    if mask is not None and not (mask.dtype == torch.bool and mask.dim() in (2, 3)):
+        raise ValueError(
+            f"{type(module).__name__} got an attention mask of {mask.dtype} {tuple(mask.shape)}, which its model made "
+            "itself: efficient attention takes padding masks of (batch, tokens) only, and never a mask of N × N."
+        )
+    asked = mask is not None and mask.dim() == 3
+    if asked != is_causal or (keyword is not None and bool(keyword) != is_causal):
+        kinds = {True: "causal", False: "bidirectional"}
+        said = kinds[asked] if asked != is_causal else f"is_causal={keyword}"
+        raise ValueError(
+            f"{type(module).__name__} was converted as {kinds[is_causal]} attention, but its model asks for {said} "
+            "attention in this call: this layer can't be converted."
+        )
 
 
 def _with_key_positions(context: AttentionContext, positions: Tensor, query_offset: int) -> AttentionContext:

@@ -1,6 +1,7 @@
-"""The two names by which installed attention is known: the registered implementation and the child module."""
+"""The names by which installed attention is known: the registered implementation, the child module, a layer's facts."""
 
 from __future__ import annotations
 
 IMPLEMENTATION = "hf_efficient"
 MODULE_NAME = "efficient"
+LAYER = "layer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +23,8 @@ import hf_efficient as he
 from hf_efficient.families import families, family_of
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patching.dispatch import efficient_attention_forward, efficient_mask
-from hf_efficient.patching.names import IMPLEMENTATION
+from hf_efficient.patching.hooks import attach, state_of
+from hf_efficient.patching.names import IMPLEMENTATION, LAYER
 from hf_efficient.profiling.counters import LargestTensor
 from hf_efficient.testing import BERT_LIKE, FAMILIES, TINY, assert_close, inputs_for, tiny_model
 
@@ -468,16 +470,31 @@ def test_cache_counts_towards_the_position_table() -> None:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_unknown_keyword_is_warned_of_once(model_type: str, logged: list[str]) -> None:
-    """Any keyword reaches attention, so misspelt ones do as well."""
+def test_a_keyword_that_changes_attention_or_is_misspelt_is_refused(model_type: str) -> None:
+    """Any keyword reaches attention: those of other hosts (a cap of the logits) and misspelt ones as well."""
     model = local(tiny_model(model_type))
     inputs = inputs_for(model, length=12)
-    model(**inputs, golbal_attention_mask=inputs["attention_mask"])
-    assert "golbal_attention_mask" in logged[0]
-    said = len(logged)  # each stack has a say
-    model(**inputs, golbal_attention_mask=inputs["attention_mask"])
-    model(**inputs, num_items_in_batch=3, output_hidden_states=True)
-    assert len(logged) == said
+    model(**inputs, num_items_in_batch=3, output_hidden_states=True, golbal_attention_mask=None)
+    for keyword in (
+        dict(softcap=2.0),
+        dict(golbal_attention_mask=inputs["attention_mask"]),
+        dict(block_indices=False),
+    ):
+        with pytest.raises(ValueError, match=f"Attention got {next(iter(keyword))}="):
+            model(**inputs, **keyword)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "t5"])
+def test_a_mask_of_another_kind_than_the_layer_is_refused(model_type: str) -> None:
+    """The rank of the mask says what the model asks for; what the family says of the layer must agree."""
+    model = local(tiny_model(model_type))
+    inputs = inputs_for(model, length=12)
+    for module in model.modules():
+        if (geometry := state_of(module, LAYER)) is not None:
+            attach(module, LAYER, dataclasses.replace(geometry, is_causal=not geometry.is_causal))
+    for masked in (inputs, {name: x for name, x in inputs.items() if "mask" not in name}):
+        with pytest.raises(ValueError, match=r"converted as \w+ attention, but its model asks for \w+ attention"):
+            model(**masked)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

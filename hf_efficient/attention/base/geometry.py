@@ -14,6 +14,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """How a layer's queries and keys were rotated by their positions before attention (Su et al. 2021, RoFormer, §3.4).
+
+    Attributes:
+        dim: rotated width, at most the width of a head (GPT-NeoX and Phi rotate a part).
+        interleaved: entries (0, 1), (2, 3), … turn together (GPT-J, Cohere) instead of (i, i + dim / 2).
+        sections: widths of the parts that follow different axes (pictures, video); empty = all follow one position.
+    """
+
+    dim: int
+    interleaved: bool = False
+    sections: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class AttentionGeometry:
     """Where one mechanism sits: sizes and facts of its attention layer.
 
@@ -29,6 +44,15 @@ class AttentionGeometry:
         num_relative_buckets: rows of the host's table of relative biases; 0 = it has none.
         chunk_size_feed_forward: tokens that the host's feed-forward part takes at once, in equal parts; 0 = all of them.
         relative_bias_reach: offset from which on, in each direction, the relative bias is constant; 0 = there is none.
+        num_key_value_heads: heads of keys and values, a divisor of `num_heads` (grouped queries); 0 = `num_heads`.
+        value_dim: width of a head's values; 0 = `head_dim`.
+        rotary: how queries and keys were rotated by their positions; `None` = they were not.
+        sliding_window: (left, right) keys beside the token itself that the host shows a query of this layer, by its config;
+            `None` = all.
+        softcap: logits become `c · tanh(logits / c)` before masks and biases; `None` = they stay.
+        has_sinks: one learned logit per head stands in the denominator of the softmax, with no value.
+        position_scheme: how positions enter: `"table"`, `"sinusoidal"`, `"rotary"`, `"relative"`, `"grid"` or `"none"`.
+        num_calls: layers that run this very module.
     """
 
     num_heads: int
@@ -44,6 +68,22 @@ class AttentionGeometry:
     num_relative_buckets: int = 0
     relative_bias_reach: int = 0
     chunk_size_feed_forward: int = 0
+    num_key_value_heads: int = 0
+    value_dim: int = 0
+    rotary: Rotary | None = None
+    sliding_window: tuple[int, int] | None = None
+    softcap: float | None = None
+    has_sinks: bool = False
+    position_scheme: str = "table"
+    num_calls: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_heads)
+        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_heads} heads of queries can't share {self.num_key_value_heads} heads of keys and values evenly."
+            )
 
     @property
     def chunking_refusal(self) -> str:

@@ -1,0 +1,35 @@
+"""Keywords that a host hands down to its attention layers: honoured, harmless, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HARMLESS = {
+    "cache_position": "indices of the new tokens in the cache, of which the cache itself tells",
+    "efficient_tokens": "counts for the losses of sparse experts",
+    "encoder_attention_mask": "belongs to cross-attention, which gets its mask as attention_mask",
+    "encoder_hidden_states": "belongs to cross-attention, which projects them itself",
+    "labels": "are for the loss",
+    "logits_to_keep": "is for the head",
+    "num_items_in_batch": "is for the loss",
+    "output_hidden_states": "is for the stack",
+    "output_router_logits": "is for sparse experts",
+    "position_ids": "are in queries and keys already; packed rows are told apart before any layer runs",
+    "return_dict": "is for the stack",
+    "token_type_ids": "are in the embeddings already",
+    "use_cache": "is for the stack",
+}
+"""{keyword: why an attention layer may leave it alone}."""
+
+
+def refuse_unknown(module: Any, keywords: dict[str, Any]) -> None:
+    """Raise ValueError for a keyword with a value that is neither an argument of the attention function nor harmless."""
+    for name, value in keywords.items():
+        if value is None or name in HARMLESS or (name == "output_attentions" and not value):
+            continue
+        text = f"a tensor of shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
+        raise ValueError(
+            f"{type(module).__name__} got {name}={text}, which efficient attention does not honour: leave it out where it "
+            "comes from the call. Where the model itself passes it, this layer computes something else than softmax "
+            "attention with padding, and can't be converted."
+        )
