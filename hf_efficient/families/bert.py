@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.families.base import ModelFamily, Stack, fill_linear
+from hf_efficient.families.base import ModelFamily, fill_linear
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
+from hf_efficient.families.stack import Stack
 
 POSITION_BUFFERS = (("position_ids", "arange"), ("token_type_ids", "zeros"))
 

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
-from hf_efficient.families.base import Heads, ModelFamily, fill_linear
+from hf_efficient.families.base import ModelFamily, fill_linear
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
+from hf_efficient.families.stack import Heads
 
 
 class GPT2Family(ModelFamily):

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from hf_efficient.families.base import ModelFamily, Stack
+from hf_efficient.families.base import ModelFamily
 from hf_efficient.families.readable import require_plain, require_unaltered
+from hf_efficient.families.stack import Stack
 
 PREFIX = "efficient_"
 

@@ -2,8 +2,8 @@
 
 from transformers import PreTrainedConfig
 
-from hf_efficient.families.base import Stack
 from hf_efficient.families.bert import POSITION_BUFFERS, BertFamily
+from hf_efficient.families.stack import Stack
 
 
 class RobertaFamily(BertFamily):

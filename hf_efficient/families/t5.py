@@ -14,9 +14,10 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
-from hf_efficient.families.base import AttentionLayer, Heads, ModelFamily, Stack, fill_linear
+from hf_efficient.families.base import ModelFamily, fill_linear
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
+from hf_efficient.families.stack import AttentionLayer, Heads, Stack
 from hf_efficient.ops.relative_bias import RelativeBias
 
 

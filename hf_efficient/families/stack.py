@@ -1,0 +1,70 @@
+"""The encoder or decoder of a loaded model, its self-attention layers, and their heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
+    """One self-attention layer: its qualified name in the model, the module and its index in its stack."""
+
+    name: str
+    module: nn.Module
+    index: int
+
+
+class Heads(NamedTuple):
+    """Numbers of heads of queries and of keys and values (a divisor), width of queries and keys, and of values."""
+
+    query: int
+    key_value: int
+    width: int
+    value_width: int
+
+    @classmethod
+    def alike(cls, count: int, width: int) -> Heads:
+        return cls(count, count, width, width)
+
+
+class Place(NamedTuple):
+    """Where a tensor lives, and its precision."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass
+class Stack:
+    """One encoder or decoder of a model: its module, side, self-attention layers, and cross-attention modules."""
+
+    name: str
+    module: PreTrainedModel
+    side: str
+    layers: list[AttentionLayer] = field(default_factory=list)
+    cross_attention: list[nn.Module] = field(default_factory=list)
+
+    def modules_around(self, layer: AttentionLayer) -> list[nn.Module]:
+        """The modules inside the stack that hold a self-attention module, from the outside in."""
+        path = (layer.name.removeprefix(f"{self.name}.") if self.name else layer.name).split(".")
+        return [self.module.get_submodule(".".join(path[:end])) for end in range(1, len(path))]
+
+    def place(self, layer: AttentionLayer) -> Place:
+        """Device and precision of what is new in a layer: those of its first weight that is neither packed nor elsewhere."""
+        modules = [*layer.module.modules(), *self.module.modules()]
+        owned = [(module, p) for module in modules for p in module.parameters(recurse=False)]
+        owner, like = next((m, p) for m, p in owned if p.is_floating_point() and p.element_size() > 1)
+        hook: Any = getattr(owner, "_hf_hook", None)
+        # offloaded weights are on the meta device except in calls, and then where accelerate's hook brings them
+        device = getattr(hook, "execution_device", None) if like.is_meta else None
+        return Place(like.device if device is None else torch.device(device), like.dtype)
+
+    def block_around(self, layer: AttentionLayer) -> nn.Module:
+        """The host's own layer (self-attention, feed-forward, norms) around a self-attention module."""
+        return next(m for m in self.modules_around(layer) if isinstance(m, GradientCheckpointingLayer))
