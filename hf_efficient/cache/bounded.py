@@ -28,6 +28,9 @@ class BoundedLayer(DynamicLayer):
     call's `global_attention_mask` is True at j. Pruned whenever `SLACK` keys more are stored than the last time, so that a
     step costs no more than appending; O(needed + 2 · SLACK) keys at any length. Nothing is pruned while compiling.
 
+    While it records (`activate_past_recording`), t are the tokens that were left at the last `crop`: a draft of any length
+    can be taken back, and its keys are held in addition.
+
     Attributes:
         keys, values: (B, H, R, D), in order of their tokens, the newest last.
         positions: (B, R) index of each key among all tokens, -1 = spare entry, in front; `None` = nothing was dropped yet.
@@ -35,12 +38,14 @@ class BoundedLayer(DynamicLayer):
         dropped: (B, R) bool, which of these keys it forgot; `None` = none.
         seen: tokens seen so far.
         row_start: (B,) index of each row's first real token, `seen` for a row without any yet.
+        record_past: it records; transformers ends that by setting it to False.
     """
 
     def __init__(self, pattern: Pattern):
         super().__init__()
         self.pattern = pattern
         self.row_start: Tensor | None = None
+        self.record_past = False
         self._forget()
 
     @property
@@ -52,9 +57,14 @@ class BoundedLayer(DynamicLayer):
         self.positions: Tensor | None = None
         self.key_positions: Tensor | None = None
         self.dropped: Tensor | None = None
-        self.seen = self.pruned_at = self._kept = 0
+        self.seen = self.pruned_at = self._kept = self._settled = 0
         self._global_mask: Tensor | None = None
         self._is_prepared = False
+
+    def activate_past_recording(self) -> None:
+        """Keep what drafts need from now on: before a `crop`, no token seen later is forgotten or makes others be."""
+        if not self.record_past:
+            self.record_past, self._settled = True, self.seen
 
     def prepare(self, row_start: Tensor, global_mask: Tensor | None) -> None:
         """Facts of the call to come: row starts (B,), and (B, ≤ tokens) which tokens stay visible for good."""
@@ -85,7 +95,9 @@ class BoundedLayer(DynamicLayer):
 
     def _prune(self, keys: Tensor, values: Tensor) -> None:
         assert self.row_start is not None
-        following, device = self.seen - SLACK, keys.device
+        following, device = (self._settled if self.record_past else self.seen) - SLACK, keys.device
+        if following <= 0:
+            return
         positions = self.positions
         if positions is None:
             positions = torch.arange(self.seen, device=device).expand(keys.shape[0], -1)
@@ -123,12 +135,17 @@ class BoundedLayer(DynamicLayer):
         length = self.seen + tokens_to_remove
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative number, the tokens to take back.")
+        if not self.is_initialized:
+            return  # a layer that was left out, as in early exit
         if length < self.pruned_at:
             raise ValueError(
                 f"crop({tokens_to_remove}) of a cache of {self.seen} tokens: keys have been forgotten that queries before "
-                f"token {self.pruned_at} need, so that no more than {self.seen - self.pruned_at} tokens can be taken back."
+                f"token {self.pruned_at} need, so that no more than {self.seen - self.pruned_at} tokens can be taken back. "
+                f"Draft at most {SLACK} tokens at once (prompt_lookup_num_tokens, num_assistant_tokens); with any number, "
+                "convert the model: only generate() of its Efficient class tells the cache of drafts before the first call."
             )
-        if tokens_to_remove == 0 or not self.is_initialized:
+        self._settled = length
+        if tokens_to_remove == 0:
             return
         assert self.keys is not None and self.values is not None
         self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]

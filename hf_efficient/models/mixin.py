@@ -20,6 +20,7 @@ from hf_efficient.models.config import names_of
 from hf_efficient.models.in_place import convert_in_place, shared_parameters
 from hf_efficient.models.loading import LOCATION_KEYWORDS, Refused, find_weights, read_config, require_host_tensors
 from hf_efficient.models.provenance import Provenance, reports_folder, watch
+from hf_efficient.patching.call_checks import bound_before_drafts
 from hf_efficient.patching.call_inputs import GLOBAL
 from hf_efficient.patching.install import install, plan
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
@@ -161,6 +162,14 @@ class EfficientModelMixin:
         _check_complete(name, model, info["missing_keys"])
         Provenance.of(model, reports_folder(name, **location))
         return (model, info) if wants_info else model
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        # assisted generation announces its drafts to the cache's layers before the first call would replace these
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if model_kwargs.get("past_key_values") is not None:
+            bound_before_drafts(self, model_kwargs["past_key_values"], generation_config.is_assistant)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
         """As transformers'; also writes the reports of what the model was made from (see `Provenance`)."""

@@ -38,7 +38,11 @@ def bounded_cache(
     if plain and own.get_seq_length() == 0 and not is_captured():
         own.layers.extend(DynamicLayer() for _ in range(max(mechanisms) + 1 - len(own.layers)))
         for index, mechanism in mechanisms.items():
-            own.layers[index] = mechanism.cache_layer()  # type: ignore[assignment]
+            layer = mechanism.cache_layer()
+            assert layer is not None
+            if getattr(own.layers[index], "record_past", False):
+                layer.activate_past_recording()
+            own.layers[index] = layer
     return cache, own
 
 

@@ -315,6 +315,20 @@ def _check_distances(call: dict[str, Any], shape: CallShape, info: StackInfo) ->
 # ---- caches ------------------------------------------------------------------------------------------------------
 
 
+def bound_before_drafts(model: nn.Module, cache: Any, records: bool) -> None:
+    """Give an empty cache of `generate` the layers of the mechanisms before transformers tells them that drafts will come.
+
+    Args:
+        records: it has told them already, when they were not there.
+    """
+    for module in model.modules():
+        info = state_of(module, PART)
+        if info is not None and info.bounded:
+            _, own = bounded_cache(cache, info.bounded, module.config, has_cross_attention=False)
+            if records:
+                own.activate_past_recording()
+
+
 def _bound_cache(stack: Any, info: StackInfo, call: dict[str, Any], shape: CallShape) -> None:
     """Give a call that fills a cache the layers of its mechanisms, and its attention layers the way to them."""
     cache, use_cache = call.get("past_key_values"), call.get("use_cache")
