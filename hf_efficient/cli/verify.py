@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import sys
@@ -76,11 +75,11 @@ def _command(converted: str, source: str, texts: Path | None, max_length: int | 
 def record_fidelity(folder: Path, fidelity: dict[str, Any]) -> None:
     """Put the figures into the checkpoint's report, whole or not at all."""
     from hf_efficient.models.provenance import REPORT_NAME, UPCYCLING_NAME
-    from hf_efficient.profiling.json_files import write_json
+    from hf_efficient.profiling.json_files import read_json, write_json
 
     # experts alone have no conversion behind them
     path = next((folder / name for name in (REPORT_NAME, UPCYCLING_NAME) if (folder / name).is_file()), None)
     if path is None:
         logger.warning(f"{folder / REPORT_NAME} does not exist, so the figures are not recorded.")
         return
-    write_json(path, json.loads(path.read_text()) | {"fidelity": fidelity})
+    write_json(path, read_json(path) | {"fidelity": fidelity})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ def open_source(
     folder = checkpoint_folder(name, **{k: v for k, v in location.items() if k != "proxies"})
     if tokenizer is None:
         tokenizer = load_tokenizer(name, config=model.config, **location)
-    recast = {} if "dtype" in loading else _recast(model, info["weights"])
+    recast = {} if "dtype" in loading else _recast(name, model, info["weights"])
     _warn_of_values(name, model, recast)
     return Source(name, model, tokenizer, folder, set(info["missing_keys"]), sorted(info["unexpected_keys"]), recast)
 
@@ -190,18 +191,41 @@ def _readable(name: str | Path) -> Any:
     return one_line(f"the weights of {name}")
 
 
-def _recast(model: PreTrainedModel, weights: Weights) -> dict[str, str]:
-    short = {name: str(dtype).removeprefix("torch.") for name, (dtype, _) in weights.tensors.items()}
-    here = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in model.state_dict().items()}
-    return {name: f"{short[name]} → {here[name]}" for name in here if name in short and short[name] != here[name]}
+def _recast(name: str, model: PreTrainedModel, weights: Weights) -> dict[str, str]:
+    """{tensor: "dtype in the file → dtype here"} of tensors that are held in a wider dtype.
+
+    Raises:
+        ValueError: some are held in one that does not hold all their values.
+    """
+    files = {tensor: dtype for tensor, (dtype, _) in weights.tensors.items()}
+    here = {tensor: value.dtype for tensor, value in model.state_dict().items() if tensor in files}
+    changed = {
+        tensor: f"{_short(files[tensor])} → {_short(here[tensor])}" for tensor in here if here[tensor] != files[tensor]
+    }
+    known = {tensor: files[tensor] for tensor in changed if isinstance(files[tensor], torch.dtype)}
+    wide = {tensor: torch.promote_types(dtype, here[tensor]) for tensor, dtype in known.items()}
+    narrowed = {tensor: changed[tensor] for tensor in wide if wide[tensor] != here[tensor]}
+    if narrowed:
+        widest, used = functools.reduce(torch.promote_types, wide.values()), _short(model.dtype)
+        raise ValueError(
+            f"{len(narrowed)} tensors of {name} would lose digits: {_listed(narrowed)}. Say which dtype the model gets: "
+            f"{_short(widest)} keeps all values, {used} is what the config or the first tensor says "
+            f"(--dtype {_short(widest)}, dtype={_short(widest)!r})."
+        )
+    return changed
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(changes: dict[str, str]) -> str:
+    return ", ".join(f"{tensor} {change}" for tensor, change in list(changes.items())[:SHOWN])
 
 
 def _warn_of_values(name: str, model: PreTrainedModel, recast: dict[str, str]) -> None:
     if recast:
-        changes = ", ".join(f"{tensor} {change}" for tensor, change in list(recast.items())[:SHOWN])
-        logger.warning(
-            f"{len(recast)} tensors of {name} do not keep their dtype, so they don't come back bit for bit: {changes}."
-        )
+        logger.warning(f"{len(recast)} tensors of {name} keep their values, but not their dtype: {_listed(recast)}.")
     values = {tensor: value for tensor, value in model.state_dict().items() if not value.is_meta}
     damaged = [tensor for tensor, value in values.items() if not bool(torch.isfinite(value).all())]
     if damaged:

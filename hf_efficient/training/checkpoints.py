@@ -91,12 +91,14 @@ def _marker(folder: Path) -> dict[str, Any] | str:
     """The marker of a whole checkpoint, or what is wrong with it."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        files, _ = marker["files"], marker["shapes"]
     except FileNotFoundError:
         return f"it has no {MARKER}: the save was interrupted"
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         return f"its {MARKER} can't be read"
-    for name, size in files.items():
+    kinds: dict[str, Any] = {"step": int, "files": dict, "shapes": dict, "efficient_attention": (list, type(None))}
+    if not isinstance(marker, dict) or not all(isinstance(marker.get(key, ...), kind) for key, kind in kinds.items()):
+        return f"its {MARKER} can't be read"
+    for name, size in marker["files"].items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"

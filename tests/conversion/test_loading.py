@@ -265,13 +265,51 @@ def test_a_broken_tokenizer_is_not_taken_for_none(family, tmp_path):
     assert result.tokenizer is not None
 
 
-def test_changed_dtypes_and_values_that_are_none_are_named(source, logged):
+def test_wider_dtypes_and_values_that_are_none_are_named(source, logged):
     state = load_file(source / "model.safetensors")
     names = [name for name in state if name.endswith((".query.weight", ".key.weight"))]
-    state[names[0]] = state[names[0]].double()
+    state[names[0]] = state[names[0]].half()
     state[names[1]][0, 0] = float("nan")
     save_file(state, source / "model.safetensors", {"format": "pt"})
     report = he.convert(source, "local", **OPTIONS).report
-    assert report.recast == {names[0]: "float64 → float32"}
-    assert any("do not keep their dtype" in line for line in logged)
+    assert report.recast == {names[0]: "float16 → float32"}
+    assert any("but not their dtype" in line for line in logged)
     assert any("NaN or infinity in 1 tensors" in line for line in logged)
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "kept"),
+    [
+        (torch.float32, torch.float64, torch.float64),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float16, torch.float32, torch.float32),
+    ],
+    ids=str,
+)
+def test_digits_are_lost_only_if_asked_for(whole, part, kept, source):
+    state = {name: tensor.to(whole) for name, tensor in load_file(source / "model.safetensors").items()}
+    name = next(name for name in state if name.endswith(".query.weight"))
+    state[name] = state[name].to(part)
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": str(whole).removeprefix("torch.")}))
+    short = str(kept).removeprefix("torch.")
+    message = error("convert", source, source.parent / "out", "--attention", "local", "--attention-window", 8)
+    assert f"1 tensors of {source} would lose digits: {name}" in message and f"--dtype {short}" in message
+    result = he.convert(source, "local", **OPTIONS, dtype=short)
+    assert torch.equal(result.model.state_dict()[name], state[name].to(kept)) and result.report.recast == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_tensors_that_transformers_keeps_wider_stay_so(dtype, tmp_path):
+    """T5's last feed-forward projection, beside a model in half precision."""
+    source = save_source(tmp_path / "source", "t5", layers=1)
+    type(tiny_model("t5")).from_pretrained(source, dtype=dtype).save_pretrained(source)
+    he.convert(source, "local", **OPTIONS).save(tmp_path / "out")
+    he.revert(he.EfficientT5ForConditionalGeneration.from_pretrained(tmp_path / "out")).save_pretrained(
+        tmp_path / "back"
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
+    assert len({tensor.dtype for tensor in before.values()}) == (2 if dtype is torch.float16 else 1)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)

@@ -446,6 +446,33 @@ def test_newest_whole_checkpoint_is_found(tmp_path, logged):
     assert len(list(tmp_path.glob("checkpoint-*"))) == 4
 
 
+DAMAGE = ("null", "[]", "3", '"text"', "{", "{}")
+
+
+@pytest.mark.parametrize("key", [None, "step", "files", "shapes", "efficient_attention"])
+@pytest.mark.parametrize("value", DAMAGE)
+def test_a_damaged_marker_is_no_traceback(key, value, tmp_path, logged):
+    """Each value of the marker in turn, and all of it."""
+    model = nn.Linear(3, 2)
+    file = checkpoint(tmp_path, 2, model) / MARKER
+    if key is None or value == "{":
+        file.write_text(value)
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: json.loads(value)}))
+    try:
+        found = last_complete_checkpoint(tmp_path, model)
+    except ValueError as error:
+        assert "does not fit the model" in str(error) or "efficient_attention=" in str(error)
+    else:
+        harmless = (key == "step" and value == "3") or (key, value) in {
+            ("files", "{}"),
+            ("efficient_attention", "null"),
+        }
+        assert (found is None) != harmless
+        assert harmless or any("can't be read" in line for line in logged)
+    rotate(tmp_path, keep=1)
+
+
 def test_rotation_never_takes_the_last_whole_checkpoint(tmp_path):
     """By age the half-written ones would stay and the only whole one would go."""
     model = nn.Linear(3, 2)
