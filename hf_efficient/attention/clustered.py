@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,19 +35,31 @@ class ClusteredAttentionConfig(EfficientAttentionConfig):
     Args:
         num_clusters: C, groups of queries per row and head.
         top_k: keys of each cluster that its queries attend to by themselves; 0 = none, the plain form of the paper.
-        iterations: steps of k-means.
+        iterations: steps of k-means; `None` = 3, and with one cluster, which takes none, only `None`.
     """
 
     mechanism: ClassVar[str] = "clustered"
 
     num_clusters: int = 64
     top_k: int = 32
-    iterations: int = 3
+    iterations: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("num_clusters")
-        self._require_at_least(0, "top_k", "iterations")
+        self._require_at_least(0, "top_k")
+        if self.iterations is not None:
+            self._require_at_least(0, "iterations")
+            self._require("iterations", self.num_clusters > 1, "None with num_clusters=1, which holds all queries")
+
+    @classmethod
+    def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("iterations",) if options.get("num_clusters") == 1 else ()
+
+    @property
+    def steps(self) -> int:
+        """Of k-means."""
+        return 3 if self.iterations is None else self.iterations
 
 
 @register_mechanism
@@ -96,7 +109,7 @@ class ClusteredAttention(EfficientAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         count = self.config.num_clusters
         token_mask = real_tokens(context.key_padding_mask, key).expand(key.shape[0], -1)
-        labels = cluster_queries(query, token_mask, count, self.config.iterations)
+        labels = cluster_queries(query, token_mask, count, self.config.steps)
         wide = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
             q, k, v = (x.to(wide) for x in (query, key, value))

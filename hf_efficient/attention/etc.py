@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -50,7 +51,7 @@ class EtcAttentionConfig(EfficientAttentionConfig):
         num_global_tokens: g learned tokens in front of the input, for the whole stack; 0 = a window only.
         sharing: which projections the four pieces of attention share: `"qkv"`: all of them, the host's; `"kv"`: queries of
             global tokens, and all keys and values they look at, have their own; `"none"`: keys and values differ by who
-            looks and who is looked at.
+            looks and who is looked at. `None` = `"qkv"`; without global tokens only `None`.
         relative_labels: m, clip distance of learned relative position labels, at most w // 2; 0 = none.
     """
 
@@ -58,7 +59,7 @@ class EtcAttentionConfig(EfficientAttentionConfig):
 
     attention_window: int = 512
     num_global_tokens: int = 64
-    sharing: str = "qkv"
+    sharing: str | None = None
     relative_labels: int = 0
 
     def __post_init__(self) -> None:
@@ -66,9 +67,14 @@ class EtcAttentionConfig(EfficientAttentionConfig):
         self._require_positive("attention_window")
         self._require("attention_window", self.attention_window % 2 == 0, "even (half of it lies on each side)")
         self._require_at_least(0, "num_global_tokens")
-        self._require("sharing", self.sharing in SHARING, f"one of {', '.join(SHARING)}")
+        fits = self.sharing is None or (self.num_global_tokens > 0 and self.sharing in SHARING)
+        self._require("sharing", fits, f"one of {', '.join(SHARING)}; None with num_global_tokens=0")
         clip, most = self.relative_labels, self.attention_window // 2
         self._require("relative_labels", type(clip) is int and 0 <= clip <= most, f"an integer from 0 to {most}")
+
+    @classmethod
+    def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return () if options.get("num_global_tokens", cls.num_global_tokens) else ("sharing",)
 
 
 @register_mechanism
@@ -118,7 +124,7 @@ class EtcAttention(EfficientAttention):
             self.label_vectors = nn.Parameter(torch.empty(2 * clip + 1 + kinds, heads, width))
         self.copies = {
             name: source
-            for name, source in SHARING[config.sharing].items()
+            for name, source in SHARING[config.sharing or "qkv"].items()
             if kinds == 3 or (kinds and name.endswith("long_to_global"))
         }
         self.needs_hidden_states = bool(self.copies)
@@ -161,7 +167,7 @@ class EtcAttention(EfficientAttention):
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
-        return replace(config, attention_window=2 * length, num_global_tokens=0, relative_labels=0)
+        return replace(config, attention_window=2 * length, num_global_tokens=0, sharing=None, relative_labels=0)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext | None) -> Tensor:
         if context is None:

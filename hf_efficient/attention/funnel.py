@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -33,25 +34,30 @@ class FunnelAttentionConfig(EfficientAttentionConfig):
         blocks: number of layers in block 0 (which may be 0), 1, …, counted from the first layer of the stack. The layers
             after the last block are the decoder: they run on all tokens. `None` = the last sixth of the layers, rounded
             down, is the decoder, and the others are three blocks as equal as can be, longer ones first.
-        separate_cls: the first token of a row is not pooled.
+        separate_cls: the first token of a row is not pooled. `None` = true; without pooling only `None`.
     """
 
     mechanism: ClassVar[str] = "funnel"
 
     pool_size: int = 2
     blocks: tuple[int, ...] | None = None
-    separate_cls: bool = True
+    separate_cls: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("pool_size")
-        self._require("separate_cls", isinstance(self.separate_cls, bool), "true or false")
+        fits = self.separate_cls is None or (self.pool_size > 1 and isinstance(self.separate_cls, bool))
+        self._require("separate_cls", fits, "true or false; None with pool_size=1")
         if isinstance(self.blocks, list):
             object.__setattr__(self, "blocks", tuple(self.blocks))
         if self.blocks is not None:
             given = self.blocks if isinstance(self.blocks, tuple) else ()
             fits = all(type(count) is int and count >= (block > 0) for block, count in enumerate(given))
             self._require("blocks", bool(given) and fits, "integers ≥ 1, of which the first may be 0, or None")
+
+    @classmethod
+    def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("separate_cls",) if options.get("pool_size") == 1 else ()
 
     def layer_blocks(self, num_layers: int) -> tuple[int, ...]:
         """Layers per block in a stack of `num_layers`."""
@@ -68,7 +74,7 @@ class FunnelAttentionConfig(EfficientAttentionConfig):
             if layer < start + count:
                 finer = block - 1 if block and layer == start else block
                 sizes = self.pool_size**block, self.pool_size**finer
-                return Pooling(*(PoolingWindow(size, self.separate_cls) for size in sizes))
+                return Pooling(*(PoolingWindow(size, self.separate_cls is not False) for size in sizes))
             start += count
         return Pooling(PoolingWindow(1), PoolingWindow(1))
 
@@ -141,7 +147,7 @@ class FunnelAttention(EfficientAttention):
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
-        return replace(config, pool_size=1)
+        return replace(config, pool_size=1, separate_cls=None)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         (queries, keys), rows = self.pooling, context.rows

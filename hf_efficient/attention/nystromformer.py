@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,21 +31,29 @@ class NystromformerAttentionConfig(EfficientAttentionConfig):
     Args:
         num_landmarks: L, segments of each row; rows of at most L tokens get full attention.
         pinv_iterations: steps of the pseudo-inverse. More of them are more exact and often further from full attention.
+            `None` = 6, and with one landmark, whose inverse is 1, only `None`.
         conv_kernel_size: odd width, in tokens, of the depth-wise convolution over values that is added; `None` = none.
     """
 
     mechanism: ClassVar[str] = "nystromformer"
 
     num_landmarks: int = 64
-    pinv_iterations: int = 6
+    pinv_iterations: int | None = None
     conv_kernel_size: int | None = 33
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("num_landmarks", "pinv_iterations")
+        self._require_positive("num_landmarks")
+        if self.pinv_iterations is not None:
+            self._require_positive("pinv_iterations")
+            self._require("pinv_iterations", self.num_landmarks > 1, "None with num_landmarks=1, whose inverse is 1")
         if self.conv_kernel_size is not None:
             self._require_positive("conv_kernel_size")
             self._require("conv_kernel_size", self.conv_kernel_size % 2 == 1, "an odd integer ≥ 1, or None")
+
+    @classmethod
+    def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("pinv_iterations",) if options.get("num_landmarks") == 1 else ()
 
 
 @register_mechanism
@@ -98,7 +107,8 @@ class NystromformerAttention(EfficientAttention):
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
-        return dataclasses.replace(config, num_landmarks=length)
+        steps = None if length == 1 else config.pinv_iterations
+        return dataclasses.replace(config, num_landmarks=length, pinv_iterations=steps)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         n, count, token_mask = key.shape[2], self.config.num_landmarks, context.key_padding_mask
@@ -137,7 +147,7 @@ class NystromformerAttention(EfficientAttention):
             unit = torch.eye(empty.shape[-1], dtype=wide, device=query.device)
             among = torch.where(empty.transpose(-1, -2), unit, among)
             pooled = self._full(landmarks_q, k, value.to(wide), context.key_padding_mask, context)
-            out = to_landmarks @ (pseudo_inverse(among, self.config.pinv_iterations) @ pooled)
+            out = to_landmarks @ (pseudo_inverse(among, self.config.pinv_iterations or 6) @ pooled)
         return out.to(query.dtype)
 
     def _convolved(self, value: Tensor, token_mask: Tensor | None) -> Tensor:

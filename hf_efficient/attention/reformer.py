@@ -35,7 +35,7 @@ class ReformerAttentionConfig(EfficientAttentionConfig):
         bucket_size: w, in tokens. Encoder: a chunk of w sorted queries, or keys. Causal: see below.
         num_chunks_before: p, look-back. Encoder: a chunk of queries sees its own chunk of keys and the p before it, in a
             circle. Causal: a query sees the last (p + 1) w tokens of its bucket, itself included. 1 as published.
-        num_hashes: R, independent hashes; a query sees what any of them shows.
+        num_hashes: R, independent hashes; a query sees what any of them shows. `None` = 4, and with one bucket only `None`.
         attention_window: in tokens, even; 0 = no window. Encoder: half of them on each side plus the token itself are seen
             as well. Causal: the last ones, the token itself included.
         shared_qk: the published form, in which keys are also the queries; without a window. It must be trained.
@@ -48,27 +48,28 @@ class ReformerAttentionConfig(EfficientAttentionConfig):
     num_buckets: int = 16
     bucket_size: int = 64
     num_chunks_before: int = 1
-    num_hashes: int = 4
+    num_hashes: int | None = None
     attention_window: int = 128
     shared_qk: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("num_buckets", "bucket_size", "num_hashes")
+        self._require_positive("num_buckets", "bucket_size")
         self._require("num_buckets", self.num_buckets == 1 or self.num_buckets % 2 == 0, "even, or 1")
         self._require_even("attention_window")
         self._require("shared_qk", type(self.shared_qk) is bool, "true or false")
         fits = self.attention_window == 0 or not self.shared_qk
         self._require("attention_window", fits, "0 with shared_qk, where a query sees its own key last")
         self._require_at_least(0, "num_chunks_before")
-        if self.seed is not None:
-            self._require_at_least(0, "seed")
-            self._require("seed", self.num_buckets > 1, "None with num_buckets=1, where nothing is hashed")
+        for name, least in (("num_hashes", 1), ("seed", 0)):
+            if getattr(self, name) is not None:
+                self._require_at_least(least, name)
+                self._require(name, self.num_buckets > 1, "None with num_buckets=1, where nothing is hashed")
 
     @classmethod
     def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("seed",) if options.get("num_buckets") == 1 else ()
+        return ("num_hashes", "seed") if options.get("num_buckets") == 1 else ()
 
 
 @register_mechanism
@@ -114,7 +115,10 @@ class ReformerAttention(EfficientAttention):
     def __init__(self, config: ReformerAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
         self.by_position = config.attention_window > 0
-        self.register_buffer("rotations", torch.empty(config.num_hashes, config.num_buckets // 2, geometry.head_dim))
+        hashed = config.num_buckets > 1
+        rounds = config.num_hashes or (4 if hashed else 1)
+        rotations = torch.empty(rounds, config.num_buckets // 2, geometry.head_dim)
+        self.register_buffer("rotations", rotations, persistent=hashed)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -125,11 +129,15 @@ class ReformerAttention(EfficientAttention):
 
     @torch.no_grad()
     def initialise_from(self, source: object) -> dict[str, str]:
+        if self.config.num_buckets == 1:
+            return {}
         return {"rotations": f"random directions of seed {self.config.seed or 0}, layer {self.geometry.layer}"}
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
-        return dataclasses.replace(config, num_buckets=1, bucket_size=2 * length, shared_qk=False, seed=None)
+        return dataclasses.replace(
+            config, num_buckets=1, bucket_size=2 * length, shared_qk=False, num_hashes=None, seed=None
+        )
 
     @classmethod
     def control_config(cls, config: Any) -> EfficientAttentionConfig | None:

@@ -66,7 +66,7 @@ def by_formula(m: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tens
         real = keep[b].nonzero().flatten()
         if not len(real):
             continue
-        labels = k_means(q[b, h, real].detach(), config.num_clusters, config.iterations)
+        labels = k_means(q[b, h, real].detach(), config.num_clusters, config.steps)
         own = SCALE * q[b, h, real] @ k[b, h, real].T
         if bias is not None:
             own = own + bias[h][real][:, real]
@@ -86,7 +86,7 @@ def by_formula(m: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tens
     [
         (37, dict(num_clusters=3, top_k=4)),
         (37, dict(num_clusters=5, top_k=0)),
-        (37, dict(num_clusters=1, top_k=6, iterations=0)),
+        (37, dict(num_clusters=1, top_k=6)),
         (23, dict(num_clusters=40, top_k=3, iterations=1)),
         (2, dict(num_clusters=3, top_k=1)),
         (1, dict(num_clusters=2, top_k=0)),
@@ -166,7 +166,7 @@ def test_the_plain_gradient_reaches_queries_through_means_alone() -> None:
     out = mechanism(q, k, v, context_of())
     upstream = heads(*q.shape, seed=3, count=1)[0]
     (gradient,) = torch.autograd.grad((out * upstream).sum(), q)
-    labels = cluster_queries(q, torch.ones(1, n, dtype=torch.bool), count, mechanism.config.iterations)[0, 0]
+    labels = cluster_queries(q, torch.ones(1, n, dtype=torch.bool), count, mechanism.config.steps)[0, 0]
     for c in range(count):
         own = labels == c
         mean = q[0, 0, own].mean(0).detach().requires_grad_()

@@ -108,7 +108,7 @@ def slow_forward(model: Any, states: Tensor, config: FunnelAttentionConfig) -> d
 
     Within a block the sequence stays short; its tokens get the difference that the whole block made.
     """
-    x, n, p, apart, layer = states, len(states), config.pool_size, config.separate_cls, 0
+    x, n, p, apart, layer = states, len(states), config.pool_size, config.separate_cls is not False, 0
     total = len(family_of(model).stacks(model)[0].layers)
     found = {0: x}
     for e, count in enumerate(config.layer_blocks(total)):

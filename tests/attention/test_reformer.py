@@ -202,7 +202,7 @@ def test_shared_queries_and_keys_equal_transformers(n: int, chunk: int, before: 
     options: dict[str, Any] = dict(num_buckets=6, bucket_size=chunk, num_hashes=1, attention_window=0, shared_qk=True)
     options["num_chunks_before"] = before
     if is_causal:
-        options |= dict(num_buckets=1, bucket_size=24)
+        options |= dict(num_buckets=1, bucket_size=24, num_hashes=None)
     mechanism = mechanism_of(is_causal, **options)
     if not is_causal:
         with_their_rotations(mechanism, 1)
