@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, EvalPrediction, Trainer
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, EvalPrediction, Trainer
 
 from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.corpus import text_use
+from hf_efficient.models.loading import read_config
 from hf_efficient.patching.exact import converted_layers, mechanism_of
 from hf_efficient.training.data.offline_tasks import offline_task
 from hf_efficient.training.data.texts import load_rows
@@ -170,9 +171,7 @@ def answers_of(start: Any, end: Any, windows: Any, contexts: list[str], longest:
 
 def with_global_question(settings: Settings) -> Settings:
     """The settings with Longformer attention on the way told that the question's tokens are global."""
-    installed = getattr(
-        AutoConfig.from_pretrained(settings.model, trust_remote_code=False), "efficient_attention", None
-    )
+    installed = getattr(read_config(settings.model), "efficient_attention", None)
     if settings.attention in ("", "none") or installed or not settings.question_global:
         return settings
     separator = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False).sep_token_id

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import Any
 
 from hf_efficient.models.provenance import Step, described
 
@@ -28,7 +27,9 @@ def commands(history: list[Step], measured: int | None, verification: str | None
         if measured == index + 1 and verification is not None:
             lines.append(verification)
         elif step["what"] in ("convert", "upcycle") and step.get("within") is None:
-            lines.append(shlex.join(["hf-efficient", "verify", out, str(_compared_with(history, index))]))
+            began = _compared_with(history, index)
+            words = ["hf-efficient", "verify", out, str(began["source"]), *_loading(began, "subfolder")]
+            lines.append(shlex.join(words))
     return lines
 
 
@@ -38,16 +39,15 @@ def _written_to(history: list[Step], index: int) -> str:
     return str(OUT if out in (None, "", history[index]["source"]) else out)
 
 
-def _compared_with(history: list[Step], index: int) -> str | None:
-    """The checkpoint without efficient attention that a converted or upcycled one came from."""
-    source: str | None = history[index]["source"]
+def _compared_with(history: list[Step], index: int) -> Step:
+    """The step that began with the checkpoint without efficient attention that a converted or upcycled one came from."""
     if history[index]["what"] == "upcycle":
         for step in reversed(history[:index]):
             if step["what"] == "revert":
                 break
             if step["what"] == "convert":
-                return step["source"]
-    return source
+                return step
+    return history[index]
 
 
 def _command(step: Step, out: str) -> str:
@@ -68,7 +68,7 @@ def _convert(step: Step, out: str) -> str:
         words += ["--max-positions", str(settings["max_positions"]), "--positions", settings["positions"]]
     if settings.get("calibration"):
         words += ["--calibration", settings["calibration"]]
-    return shlex.join(words + _revision(step))
+    return shlex.join(words + _loading(step))
 
 
 def _upcycle(step: Step, out: str) -> str:
@@ -77,7 +77,7 @@ def _upcycle(step: Step, out: str) -> str:
         if value is not None:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             words += [f"--{name.replace('_', '-')}", text]
-    return shlex.join(words + _revision(step))
+    return shlex.join(words + _loading(step))
 
 
 def _revert(step: Step, out: str) -> str:
@@ -98,5 +98,8 @@ def _run(step: Step, out: str) -> str:
     return shlex.join(["python", f"recipes/{step['what']}.py", *words])
 
 
-def _revision(step: Step) -> list[Any]:
-    return ["--revision", step["revision"]] if step.get("revision") else []
+def _loading(step: Step, *names: str) -> list[str]:
+    """How the source was found and read, as words of a command; of all that was said, or of these and the revision."""
+    given = {"revision": step.get("revision")} | (step.get("loading") or {})
+    kept = {name: value for name, value in given.items() if value and (not names or name in ("revision", *names))}
+    return [word for name, value in kept.items() for word in (f"--{name.replace('_', '-')}", str(value))]

@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from hf_efficient.cli.common import Checkpoint, Json, emit, require_source, running
+from hf_efficient.cli.common import (
+    CacheDir,
+    Checkpoint,
+    Json,
+    ModelClass,
+    Revision,
+    Subfolder,
+    Token,
+    emit,
+    require_source,
+    running,
+)
 from hf_efficient.cli.options import flag
 
 
@@ -56,13 +67,23 @@ def _meanings(config: type) -> dict[str, str]:
     return found
 
 
-def inspect_command(checkpoint: Checkpoint, as_json: Json = False) -> None:
+def inspect_command(
+    checkpoint: Checkpoint,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    model_class: ModelClass = None,
+    cache_dir: CacheDir = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
     """Show what a checkpoint uses layer by layer, and what an original could take; no weights are loaded."""
     with running():
         require_source(checkpoint)
         from hf_efficient.conversion.inspect import inspect_checkpoint
 
-        facts = inspect_checkpoint(checkpoint)
+        place = dict(revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
+        given = {name: value for name, value in place.items() if value is not None}
+        facts = inspect_checkpoint(checkpoint, model_class, **given)
     layers, possible = facts["layers"], facts["mechanisms"]
     if as_json or facts["converted"]:
         columns = ["side", "layer", "mechanism", "options", "training"]

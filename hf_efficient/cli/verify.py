@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_efficient.cli.common import Converted, Json, Texts, emit, require_source, running
+from hf_efficient.cli.common import Converted, Json, Revision, Subfolder, Texts, emit, require_source, running
 from hf_efficient.cli.options import as_text, read_texts
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -20,6 +20,8 @@ def verify(
     converted: Converted,
     source: Annotated[str, typer.Argument(help="Hub id or folder of the checkpoint it came from.")],
     texts: Texts = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per text.", show_default="the source's")] = None,
     speed: Annotated[
         str | None, typer.Option(help="Lengths at which to measure speed and memory, e.g. 512,1024.")
@@ -47,11 +49,23 @@ def verify(
             converted,
             source,
             documents,
+            revision=revision,
+            subfolder=subfolder,
             max_length=max_length,
             speed_lengths=lengths,
             progress=None if sys.stderr.isatty() else False,
         )
-        document = report.to_dict() | {"command": _command(converted, source, texts, max_length, speed)}
+        document = report.to_dict() | {
+            "command": _command(
+                converted,
+                source,
+                revision=revision,
+                subfolder=subfolder,
+                texts=texts,
+                max_length=max_length,
+                speed=speed,
+            )
+        }
         if Path(converted).is_dir():
             record_fidelity(Path(converted), document)
     rows = [[*statement, ""] for statement in report.statements().items()]
@@ -65,10 +79,10 @@ def verify(
         raise typer.Exit(1)
 
 
-def _command(converted: str, source: str, texts: Path | None, max_length: int | None, speed: str | None) -> str:
+def _command(converted: str, source: str, **options: Any) -> str:
     words = ["hf-efficient", "verify", converted, source]
-    for name, value in (("--texts", texts), ("--max-length", max_length), ("--speed", speed)):
-        words += [] if value is None else [name, str(value)]
+    for name, value in options.items():
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
 

@@ -152,7 +152,8 @@ def convert(
         recast=opened.recast,
     )
     given = None if batches is None else len(batches)
-    provenance.history[-1] |= {"source": opened.name, "revision": revision, "calibration_batches": given}
+    provenance.history[-1] |= {"source": opened.name, "revision": revision, "loading": opened.given}
+    provenance.history[-1]["calibration_batches"] = given
     provenance.reports[REPORT_NAME] = report
     return ConversionResult(opened.model, opened.tokenizer, report, opened.folder)
 

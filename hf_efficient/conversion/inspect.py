@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms, training_words
 from hf_efficient.families import AttentionLayer, ModelFamily, Stack, family_of
-from hf_efficient.models.loading import read_config
+from hf_efficient.models.loading import class_named, read_config, require_architecture
 from hf_efficient.models.provenance import REPORT_NAME
 from hf_efficient.models.registry import named_class
 from hf_efficient.patching.names import MODULE_NAME
@@ -19,8 +19,12 @@ from hf_efficient.profiling.json_files import read_json
 EXACT = "full attention"
 
 
-def inspect_checkpoint(name: str) -> dict[str, Any]:
+def inspect_checkpoint(name: str, model_class: Any = None, **location: Any) -> dict[str, Any]:
     """What a checkpoint uses, layer by layer; for an original one also what it could take. Weights are not loaded.
+
+    Args:
+        model_class: stock or Efficient class or its name, by default what the config says.
+        location: `revision`, `subfolder`, `cache_dir`, `token`, as for `convert`.
 
     Returns:
         `model_class`, `model_type`, `family`, `converted`, `max_positions` (`None` = no position table), `layers`, each
@@ -32,14 +36,17 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
     Raises:
         ValueError: an architecture without a family. OSError: no such checkpoint.
     """
-    config = read_config(name)
+    given = None if model_class is None else class_named(model_class)
+    config = read_config(name, given, **location)
+    if given is not None:
+        require_architecture(name, given, config)
     family = family_of(config.model_type)
     converted = config.model_type != family.model_type
-    cls = named_class(config)
+    cls = given or named_class(config)
     with torch.device("meta"):
         model = AutoModel.from_config(config) if cls is None else cls(config)
     stacks = family.stacks(model)
-    report = Path(name) / REPORT_NAME
+    report = Path(name, location.get("subfolder") or "") / REPORT_NAME
     return {
         "checkpoint": name,
         "model_class": type(model).__name__,

@@ -23,6 +23,7 @@ from hf_efficient.models.loading import (
     guessed_class,
     one_line,
     read_config,
+    require_architecture,
     require_host_tensors,
 )
 from hf_efficient.models.provenance import ABSENT, REPORT_NAME, UPCYCLING_NAME
@@ -31,6 +32,8 @@ from hf_efficient.profiling.json_files import read_json
 
 Loaded = tuple[PreTrainedModel, dict[str, Any]]
 LOADING_KEYWORDS = (*LOCATION_KEYWORDS, "dtype", "model_class")
+KEPT = ("subfolder", "model_class", "dtype")
+"""Of these, what the history of a checkpoint keeps beside its source and revision."""
 # those of from_pretrained that would give another model than the checkpoint's, or one that can't be read
 NOT_TAKEN = (
     "adapter_kwargs", "adapter_name", "attn_implementation", "config", "device_map", "device_mesh",
@@ -55,6 +58,7 @@ class Source:
         folder: of the checkpoint; `None` for a loaded model.
         missing, ignored: tensors that the checkpoint lacks, and those that its class does not use.
         recast: {tensor: "dtype in the checkpoint → dtype here"}, where they differ.
+        given: what was said of the checkpoint: `subfolder`, `model_class` and `dtype` by name, as far as they were given.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Source:
     missing: set[str] = field(default_factory=set)
     ignored: list[str] = field(default_factory=list)
     recast: dict[str, str] = field(default_factory=dict)
+    given: dict[str, str] = field(default_factory=dict)
 
 
 def open_source(
@@ -88,7 +93,9 @@ def open_source(
         tokenizer = load_tokenizer(name, config=model.config, **location)
     recast = {} if "dtype" in loading else _recast(name, model, info["weights"])
     _warn_of_values(name, model, recast)
-    return Source(name, model, tokenizer, folder, set(info["missing_keys"]), sorted(info["unexpected_keys"]), recast)
+    given = {key: getattr(loading[key], "__name__", _short(loading[key])) for key in KEPT if key in loading}
+    missing, ignored = set(info["missing_keys"]), sorted(info["unexpected_keys"])
+    return Source(name, model, tokenizer, folder, missing, ignored, recast, given)
 
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -140,9 +147,7 @@ def load_as_it_is(
     with _readable(name):
         tensors = weights.tensors
     cls = given or named_class(config) or guessed_class(config, {key: shape for key, (_, shape) in tensors.items()})
-    if cls.config_class.model_type != config.model_type:
-        wanted = cls.config_class.model_type
-        raise ValueError(f"{cls.__name__} loads {wanted} checkpoints, but {name} is {config.model_type}.")
+    require_architecture(name, cls, config)
     more = {"dtype": dtype} if dtype is not None else {}
     with _readable(name):
         model, info = cls.from_pretrained(

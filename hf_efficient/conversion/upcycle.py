@@ -147,7 +147,7 @@ def upcycle(
         tensors=_account(model, config, opened.missing),
         history=provenance.history,
     )
-    provenance.history[-1] |= {"source": opened.name, "revision": revision}
+    provenance.history[-1] |= {"source": opened.name, "revision": revision, "loading": opened.given}
     provenance.reports[UPCYCLING_NAME] = report
     return UpcyclingResult(model, opened.tokenizer, report, opened.folder)
 

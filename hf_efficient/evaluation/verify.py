@@ -47,6 +47,8 @@ def verify(
     texts: Sequence[str],
     *,
     tokenizer: Any = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
     batch_size: int = 4,
     max_length: int | None = None,
     speed_lengths: Sequence[int] = (),
@@ -59,6 +61,7 @@ def verify(
         source: the stock model it came from, or its folder or id; of a converted model also one with experts.
         texts: real text; each is cut to `max_length`.
         tokenizer: that of `model`'s folder if not given, or of `source`'s where it has none; needed if neither is a path.
+        revision, subfolder: where `source` is a repository or folder: which state of it, and the folder inside.
         max_length: tokens per text; `None` = the source's position table (512 where there is none).
         speed_lengths: lengths at which to measure time and memory against full SDPA attention; none by default.
         progress: show a bar; `None` = as transformers' verbosity and progress bars are set.
@@ -70,13 +73,14 @@ def verify(
     Raises:
         ValueError: no texts, no tokenizer, or a model that is not converted.
     """
+    place = {key: value for key, value in (("revision", revision), ("subfolder", subfolder)) if value is not None}
     if tokenizer is None:
-        tokenizer = _tokenizer_of(model, source)
+        tokenizer = _tokenizer_of((model, {}), (source, place))
     path = None if isinstance(model, PreTrainedModel) else Path(model)
     converted = _converted(model)
     if not texts:
         raise ValueError("no texts to verify with; hf_efficient.corpus.offline_texts() has some.")
-    stock, fresh = _source_of(converted, source)
+    stock, fresh = _source_of(converted, source, place)
     with eval_mode(converted), eval_mode(stock):
         limit = HostModel.of(stock).max_positions or 512
         length = min(max_length or limit, limit)
@@ -124,12 +128,12 @@ def _converted(model: PreTrainedModel | str | Path) -> Any:
     return model
 
 
-def _source_of(model: Any, source: PreTrainedModel | str | Path) -> tuple[Any, set[str]]:
+def _source_of(model: Any, source: PreTrainedModel | str | Path, place: dict[str, str]) -> tuple[Any, set[str]]:
     """The stock model, loaded where a folder or id is given, and the tensors that it did not have for the converted one."""
     fresh = fresh_tensors(model)
     if not isinstance(source, PreTrainedModel):
         # read as what was converted, whatever its own config leaves out
-        source, info = load_stock(str(source), model_class=type(model).stock_class)
+        source, info = load_stock(str(source), model_class=type(model).stock_class, **place)
         fresh |= set(info["missing_keys"])
         fill(source, model, fresh)
     return source, fresh
@@ -298,11 +302,12 @@ def _speed(model: Any, source: PreTrainedModel, lengths: Sequence[int]) -> Check
     return Check("speed and memory", "measured", compare_with_full_attention(model, source, lengths), rule)
 
 
-def _tokenizer_of(*places: Any) -> Any:
+def _tokenizer_of(*places: tuple[Any, dict[str, str]]) -> Any:
     """The tokenizer of the first folder, or Hub repository, that has one."""
-    named = [str(place) for place in places if not isinstance(place, PreTrainedModel)]
-    found = next(filter(None, (load_tokenizer(name, None) for name in named)), None)
+    given = [(str(name), place) for name, place in places if not isinstance(name, PreTrainedModel)]
+    found = next(filter(None, (load_tokenizer(name, **place) for name, place in given)), None)
     if found is None:
+        named = [name for name, _ in given]
         who = f"{' and '.join(named)} {'have' if len(named) == 2 else 'has'}" if named else "two loaded models have"
         raise ValueError(f"{who} no tokenizer: put its files into one of the folders, or pass tokenizer=.")
     return found

@@ -79,7 +79,7 @@ def read_config(name: Any, model_class: Any = None, **location: Any) -> Any:
         if "model_type" not in values and model_class is None:
             raise ValueError(
                 "it has no model_type: say which class the model has, e.g. --model-class BertForMaskedLM or "
-                "model_class='BertForMaskedLM', or load it with that class."
+                "model_class='BertForMaskedLM', or load it with that class; a recipe needs it there."
             )
         if "model_type" in values:
             return AutoConfig.from_pretrained(name, trust_remote_code=False, **location)
@@ -102,6 +102,13 @@ def class_named(given: Any) -> Any:
             f"model_class={given!r} is not known; it must be one of {', '.join(c.__name__ for c in MODELS)}."
         )
     return found
+
+
+def require_architecture(name: Any, model_class: Any, config: Any) -> None:
+    """Raises ValueError where a checkpoint is of another architecture than the class that was given for it."""
+    wanted = model_class.config_class.model_type
+    if wanted != config.model_type:
+        raise ValueError(f"{model_class.__name__} loads {wanted} checkpoints, but {name} is {config.model_type}.")
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------

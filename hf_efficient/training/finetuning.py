@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from hf_efficient.families import HostModel, family_of
+from hf_efficient.models.loading import read_config
 from hf_efficient.training.checkpoints import is_first_process
 from hf_efficient.training.results import RESULT_NAME, RunRecord
 from hf_efficient.training.settings import Settings
@@ -124,7 +123,7 @@ def head_labels(source: str, head: str) -> list[str]:
     Args:
         source, head: see `label_options`.
     """
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = read_config(source)
     if not any(name.endswith(head) for name in config.architectures or ()):
         return []
     return [config.id2label[index] for index in range(config.num_labels)]
@@ -231,7 +230,7 @@ def with_baseline(finetune: Callable[[Any], RunRecord], settings: FinetuningSett
     """
     if not settings.baseline:
         return finetune(settings)
-    config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
+    config = read_config(settings.model)
     is_converted = bool(getattr(config, "efficient_attention", None))
     if settings.attention == "none" or not (settings.attention or is_converted):
         raise ValueError(

@@ -19,6 +19,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 SettingsType = TypeVar("SettingsType")
 FILES = (".yaml", ".yml", ".json")
+# what says which checkpoint is meant where `convert` or `from_pretrained` reads one
+ELSEWHERE = ("dtype", "model_class", "revision", "subfolder", "variant")
 
 
 @dataclass(kw_only=True)
@@ -164,6 +166,12 @@ def parse_settings(settings: type[SettingsType], arguments: Sequence[str] | None
 
 def _unknown(given: str, known: dict[str, Any]) -> str:
     name = given.lstrip("-").replace("-", "_")
+    if name in ELSEWHERE and name not in known:
+        return (
+            f"there is no setting {given}: a recipe reads all of --model, as its config says, in fp32. Make a folder of "
+            "what you mean first: with hf-efficient convert, which takes --model-class, --subfolder and --revision, "
+            "or with save_pretrained of what from_pretrained(…) gives."
+        )
     near = [field for field in known if name in field][:3] or difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"there is no setting {given}.{hint} --help shows every setting."

@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from command_line import error, run
+from command_line import document, error, run
 from safetensors.torch import load_file, save_file
 from tiny import converted, save_source, tiny_tokenizer
 
 import hf_efficient as he
+from hf_efficient.cards.checkpoint import checkpoint_card
 from hf_efficient.conversion import revert_checkpoint
 from hf_efficient.conversion.loading import NOT_TAKEN, load_converted, load_stock
 from hf_efficient.conversion.upcycle import upcycle
+from hf_efficient.evaluation import verify as verification
 from hf_efficient.models.registry import MODELS
 from hf_efficient.testing import FAMILIES, tiny_model
+from hf_efficient.training.settings import Settings, parse_settings
 
 OPTIONS: dict[str, Any] = dict(attention_window=8)
 
@@ -164,6 +167,33 @@ def test_keywords_of_from_pretrained_are_honoured(source, tmp_path):
     assert result.tokenizer is not None and result.report.counts()["random"] == 4
     with pytest.raises(ValueError, match="model_class='BertForNothing' is not known"):
         he.convert(source, "local", model_class="BertForNothing")
+
+
+def test_a_folder_inside_is_read_by_all_commands_and_stands_in_the_card(source, tmp_path, monkeypatch):
+    """Where only the class says which architecture it is; and a recipe says that it needs a folder of its own."""
+    shutil.copytree(source, tmp_path / "repository" / "inner")
+    edit_config(tmp_path / "repository" / "inner", model_type=None, architectures=None)
+    monkeypatch.chdir(tmp_path)
+    elsewhere = verification.Check("fresh process", "passed", {}, "is not started here")
+    monkeypatch.setattr(verification, "_fresh_process", lambda *inputs: elsewhere)
+    place, attention = ["--subfolder", "inner"], ["--attention", "local", "--attention-window", 8]
+    classified = [*place, "--model-class", "BertForMaskedLM"]
+    assert document("inspect", "repository", *classified)["model_class"] == "BertForMaskedLM"
+    assert "loads gpt2 checkpoints" in error("inspect", source, "--model-class", "GPT2LMHeadModel")
+    run("convert", "repository", "out", *classified, "--dtype", "float64", *attention)
+    lines = str(checkpoint_card("out")).splitlines()
+    converting = next(line for line in lines if line.startswith("hf-efficient convert"))
+    assert converting.endswith("--subfolder inner --model-class BertForMaskedLM --dtype float64")
+    assert "hf-efficient verify converted repository --subfolder inner" in lines
+    (tmp_path / "texts.txt").write_text("w5 w6 w7\nw8 w9 w10 w11")
+    told = document("verify", "out", "repository", *place, "--texts", "texts.txt")
+    assert "--subfolder inner" in told["command"] and told["passed"]
+
+
+@pytest.mark.parametrize("option", ["--subfolder", "--model-class", "--revision", "--variant", "--dtype"])
+def test_a_recipe_says_where_a_checkpoint_of_another_form_can_be_read(option):
+    with pytest.raises(ValueError, match=f"no setting {option}: .* hf-efficient convert, which takes --model-class"):
+        parse_settings(Settings, ["--model", "m", "--output-dir", "o", option, "x"])
 
 
 @pytest.mark.parametrize("name", NOT_TAKEN)
