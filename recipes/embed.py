@@ -30,6 +30,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from transformers import AutoModel
 
 from hf_efficient.corpus import text_use
+from hf_efficient.experts.layer import expert_layers
 from hf_efficient.patching.exact import exact_attention
 from hf_efficient.training.data.offline_tasks import offline_task
 from hf_efficient.training.data.texts import load_rows
@@ -153,6 +154,11 @@ def load_encoder(settings: Settings, record: RunRecord) -> tuple[Encoder, int]:
     """The encoder, and how many tokens the unconverted model reads."""
     # efficient attention: converted on the way, or as the checkpoint has it; pooling as the original's
     model, tokenizer = load_model(settings.replaced(lora_rank=0), AutoModel, record=record)
+    if any(layer.config.has_loss for layer in expert_layers(model).values()):
+        raise ValueError(
+            f"{settings.model} has experts whose routers have a loss of their own, but that of embed is computed outside "
+            "the model and leaves it out: upcycle with --router-aux-loss-coef 0 --router-z-loss-coef 0."
+        )
     encoder = Encoder(settings.model, device="cpu" if settings.use_cpu else None)
     # the Trainer's collator cuts texts to the setting
     encoder.max_seq_length = settings.max_length = input_length(model, tokenizer, settings.max_length)

@@ -177,6 +177,11 @@ class EfficientModelMixin:
         if is_main_process:
             Provenance.of(self).write(save_directory)
 
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        # save_pretrained(push_to_hub=True) uploads before it returns
+        Provenance.of(self).write(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
 
 def _choose_weights(name: Any, config: Any, kwargs: dict[str, Any], location: dict[str, Any]) -> None:
     """Say in `kwargs` which files to load, unless the caller did; what holds more than tensors is refused."""

@@ -6,11 +6,13 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fresh
 import pytest
 import torch
+import transformers
 from command_line import document, run
 from pretraining import arguments, dataset, recipe
 from tiny import save_source, words
@@ -22,6 +24,7 @@ from hf_efficient.cards.facts import gather
 from hf_efficient.conversion.loading import load_as_it_is
 from hf_efficient.evaluation import verify as verification
 from hf_efficient.models.provenance import CHANGED, EQUAL, TRAINED, Provenance, runs
+from hf_efficient.testing import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 DISTILLED, RECIPE = "2 steps of distillation", "2 steps of the recipe mlm"
@@ -148,6 +151,25 @@ def test_a_loop_of_ones_own_is_noted_and_the_report_stays_with_the_model(tmp_pat
         "convert",
         "training",
     ]
+
+
+def test_reports_are_uploaded_with_the_model(tmp_path, monkeypatch):
+    """By `save_pretrained(push_to_hub=True)`, which uploads what changed since it began, and by `push_to_hub`."""
+    uploaded = []
+
+    def upload(self: Any, folder: Any, repository: str, files_timestamps: dict[str, float], **options: Any) -> None:
+        uploaded.append({path.name for path in Path(folder).iterdir() if path.name not in files_timestamps})
+
+    hub = SimpleNamespace(create_repo=lambda name, **options: SimpleNamespace(repo_id=name))
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("a card"))
+    for module in (transformers.modeling_utils, transformers.utils.hub):
+        monkeypatch.setattr(module, "hf_api", lambda: hub)
+        monkeypatch.setattr(module, "create_and_tag_model_card", lambda *args, **options: card)
+    monkeypatch.setattr(transformers.utils.hub.PushToHubMixin, "_upload_modified_files", upload)
+    model = he.convert(tiny_model("bert"), "local", attention_window=8).model
+    model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="me/out")
+    model.push_to_hub("me/out")
+    assert len(uploaded) == 2 and all({"conversion_report.json", "model.safetensors"} <= files for files in uploaded)
 
 
 @pytest.mark.parametrize("how", ["trained", "damaged", "damaged on disk", "mechanism only", "untouched"])

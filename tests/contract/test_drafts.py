@@ -1,4 +1,4 @@
-"""Assisted generation with drafts that are longer than what bounded caches hold in reserve."""
+"""Caches that others fill or take back: drafts longer than what bounded caches hold in reserve, and prefixes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from decoding import decode, full, prompt
 from pairs import MAIN, VARIANTS, Bench, Pair, each
+from transformers import DynamicCache
 
 import hf_efficient as he
 from hf_efficient.cache.bounded import SLACK, BoundedLayer
@@ -99,3 +100,14 @@ def test_drafts_of_many_calls_are_taken_back(pair: Pair):
         decode(model, ids, mask, (start + 20,), cache)
     actual, cache = decode(model, ids, mask, (220, 330), cache)
     assert_close(actual, full(model, ids, mask)[:, 210:], 1e-9)
+
+
+@pytest.mark.parametrize("mechanism", ["reformer", "routing_transformer", "sinkhorn"])
+def test_a_prefix_in_the_cache_is_refused_with_what_works_instead(mechanism: str):
+    model = tiny_model("gpt2")
+    config = model.config
+    cache = DynamicCache(config=config)
+    for layer in range(config.n_layer):
+        cache.update(*torch.randn(2, 1, config.n_head, 5, config.n_embd // config.n_head), layer)
+    with he.patch_attention(model, mechanism), pytest.raises(ValueError, match="use LoRA or prompt tuning instead"):
+        model(torch.randint(5, 99, (1, 20)), past_key_values=cache)

@@ -290,6 +290,29 @@ def test_a_full_disk_is_one_line(writer, overwrite, limit, source, tmp_path):
     assert "\n" not in message and state(tmp_path) == before
 
 
+def test_what_is_written_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Files, and the folders that name them; the last of all is the folder above."""
+    order: list[Any] = []
+
+    def noted(name: str, what: Callable[..., Any]) -> None:
+        does = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given: (order.append(what(*given)), does(*given))[1])
+
+    noted("fsync", lambda handle: os.fstat(handle).st_ino)
+    noted("rename", lambda *given: "renamed")
+    noted("replace", lambda *given: "renamed")
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "inner").mkdir()
+        for name in ("weights", "inner/weights"):
+            (folder / name).write_text(name)
+        written = {path.stat().st_ino for path in [folder, *folder.rglob("*")]}
+    assert written <= set(order[: order.index("renamed")]) and order[-1] == tmp_path.stat().st_ino
+    order.clear()
+    with whole_file(tmp_path / "card.md") as file:
+        file.write_text("new")
+    assert order == [(tmp_path / "card.md").stat().st_ino, "renamed"]
+
+
 def test_a_whole_file_replaces_only_if_told_to(tmp_path):
     path = tmp_path / "card.md"
     with pytest.raises(FileExistsError), whole_file(path, overwrite=False) as file:

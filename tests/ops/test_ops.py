@@ -16,6 +16,7 @@ from hf_efficient.ops.block_sparse import windows
 from hf_efficient.ops.block_sparse.gather import BlockPlan, block_list_attention
 from hf_efficient.ops.block_sparse.windows import window_attention
 from hf_efficient.ops.context import AttentionCall, ExtraKeys
+from hf_efficient.ops.global_tokens import up_to_separator
 from hf_efficient.ops.padding import first_real_token, real_length, shift_rows
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.softmax import additive_mask, attend
@@ -602,3 +603,17 @@ def test_a_query_without_a_gradient_gives_keys_none() -> None:
     out, lse = attend(q, k, v, None, scaling=SCALING, return_lse=True)
     assert lse is not None
     assert not any(g.any() for g in torch.autograd.grad(0.0 * out.sum() + 0.0 * lse.sum(), (q, k, v)))
+
+
+# ---- questions ---------------------------------------------------------------------------------------------------
+
+
+def test_a_question_ends_at_the_first_real_separator():
+    """Padding on the left may hold the separator's id; a row without real tokens needs none."""
+    ids = torch.tensor([[3, 3, 7, 8, 3, 9, 3], [7, 3, 8, 9, 3, 3, 3], [3] * 7])
+    real = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [0] * 7]).bool()
+    expected = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0], [0] * 7]).bool()
+    assert torch.equal(up_to_separator(ids, 3, real), expected)
+    real[0, 4] = real[0, 6] = False
+    with pytest.raises(ValueError, match=r"no separator \(separator_token_id=3\).* question and context as a pair"):
+        up_to_separator(ids, 3, real)

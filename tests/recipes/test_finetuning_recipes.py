@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hf_efficient.conversion.upcycle import upcycle
 from hf_efficient.ops.global_tokens import up_to_separator
 from hf_efficient.patching.exact import converted_layers, mechanism_of
 from hf_efficient.testing import VOCABULARY
@@ -238,6 +239,13 @@ def test_embed_saves_what_sentence_transformers_loads(sources, datasets_of, tmp_
         hits = [documents[i] == text for i, text in zip(cosine.argmax(1), rows["positive"], strict=True)]
         assert record.metrics[name]["recall_at_1"] == pytest.approx(np.mean(hits), abs=1e-6)
     assert record.metrics["trained"]["loss"] < record.metrics["converted"]["loss"]
+
+
+def test_embed_refuses_routers_whose_loss_it_would_leave_out(sources, datasets_of, tmp_path):
+    upcycle(sources["bert"], 2, router_z_loss_coef=0.1).save(tmp_path / "experts")
+    settings = ["--model", str(tmp_path / "experts"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    with pytest.raises(ValueError, match="upcycle with --router-aux-loss-coef 0 --router-z-loss-coef 0"):
+        recipe("embed").main([*settings, "--dataset", datasets_of["embed"], "--max_steps", "1"])
 
 
 def test_attention_pooling_starts_as_the_mean_learns_and_is_saved(sources, datasets_of, tmp_path):
