@@ -134,8 +134,14 @@ class FunnelAttention(EfficientAttention):
                 f"funnel: blocks={config.blocks} are {sum(config.blocks or ())} layers, but the {geometry.side} has "
                 f"{geometry.num_layers}: give fewer, or None"
             )
-        if geometry.chunk_size_feed_forward and config.pooling(geometry.layer, geometry.num_layers).queries.size > 1:
+        is_pooled = config.pooling(geometry.layer, geometry.num_layers).queries.size > 1
+        if geometry.chunk_size_feed_forward and is_pooled:
             reasons.append(f"funnel {geometry.chunking_refusal}")
+        if not geometry.has_residual_module and is_pooled:
+            reasons.append(
+                "funnel runs layers on fewer tokens, which can't be where the layer itself adds the residual of its "
+                "attention: use linformer or longt5"
+            )
         chosen = range(geometry.num_layers) if config.layers is None else config.layers
         sizes = [config.pooling(layer, geometry.num_layers).queries.size for layer in chosen]
         if config.pool_size > 1 and max(sizes) == 1:

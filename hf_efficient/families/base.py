@@ -30,7 +30,10 @@ class ModelFamily:
         stack_classes, attention_classes: class names in the architecture's modeling module.
         module_name: of that module, where it does not follow from `model_type`: `"clip"` for `clip_vision_model`.
         projections: names of the projections inside an attention module.
-        projection_bias: whether they have a bias vector.
+        projection_bias: whether they may have a bias vector.
+        key_norm: name of the norm of keys inside an attention module, before their rotation, where it has one.
+        rotary_module: name of the module inside a stack that makes the cosines and sines of rotary positions.
+        rotary_interleaved: neighbouring entries turn together (see `Rotary`).
         position_table: name of the `nn.Embedding` of absolute positions inside a stack, or `None`.
         position_buffers: non-persistent buffers next to that table, with one entry per position, by name and fill:
             `"arange"` or `"zeros"`.
@@ -47,6 +50,9 @@ class ModelFamily:
     module_name: str | None = None
     projections: tuple[str, ...] = ("query", "key", "value")
     projection_bias: bool = True
+    key_norm: str | None = None
+    rotary_module: str | None = None
+    rotary_interleaved: bool = False
     position_table: str | None = None
     position_buffers: tuple[tuple[str, str], ...] = ()
     embeddings_module: str | None = None
@@ -103,7 +109,7 @@ class ModelFamily:
             side=stack.side,
             is_causal=is_causal,
             has_relative_bias=self.has_relative_bias,
-            projection_bias=self.projection_bias,
+            projection_bias=self.has_projection_bias(layer.module),
             max_positions=max_positions or self.positions(stack),
             num_relative_buckets=getattr(config, "relative_attention_num_buckets", 0) if self.has_relative_bias else 0,
             chunk_size_feed_forward=getattr(stack.block_around(layer), "chunk_size_feed_forward", 0),
@@ -113,6 +119,7 @@ class ModelFamily:
             rotary=self.rotary(stack, layer),
             sliding_window=self.sliding_window(config, layer),
             softcap=self.softcap(config, layer),
+            has_residual_module=stack.residual_module(layer) is not None,
             has_sinks=self.sinks(layer.module) is not None,
             position_scheme=self.position_scheme,
         )
@@ -122,8 +129,18 @@ class ModelFamily:
     """Without `position_ids` the host counts its tokens, without padding, instead of their indices."""
 
     def heads(self, module: Any) -> Heads:
-        """Numbers of heads of an attention module, and their widths."""
-        return Heads.alike(module.num_attention_heads, module.attention_head_size)
+        """Numbers of heads of an attention module, and their widths: under their usual names, there or in its config."""
+        names = ("num_attention_heads", "num_heads", "n_heads")
+        query = _first(module, names) or _first(module.config, names)
+        width = _first(module, ("attention_head_size", "head_dim", "head_size"))
+        if query is None or width is None:
+            raise ValueError(f"{type(module).__name__}: the number of its heads, or their width, is not known.")
+        key_value = query // (_first(module, ("num_key_value_groups",)) or 1)
+        return Heads(query, key_value, width, width)
+
+    def has_projection_bias(self, module: Any) -> bool:
+        """Whether the projections of an attention module have a bias vector."""
+        return self.projection_bias and getattr(module.get_submodule(self.projections[-1]), "bias", None) is not None
 
     def is_causal(self, stack: Stack, layer: AttentionLayer) -> bool:
         """Query i of this layer may only see keys j ≤ i. Masks and keywords of a call are checked against it."""
@@ -131,7 +148,10 @@ class ModelFamily:
 
     def rotary(self, stack: Stack, layer: AttentionLayer) -> Rotary | None:
         """How queries and keys of this layer are rotated by their positions; `None` = they are not."""
-        return None
+        if self.rotary_module is None or not getattr(layer.module, "use_rope", True):
+            return None
+        angles: Any = stack.module.get_submodule(self.rotary_module)
+        return Rotary(2 * angles.inv_freq.shape[-1], self.rotary_interleaved)
 
     def sliding_window(self, config: Any, layer: AttentionLayer) -> tuple[int, int] | None:
         """(left, right) keys beside the token itself that the host's config lets a query of this layer see; `None` = all."""
@@ -148,7 +168,9 @@ class ModelFamily:
     @property
     def position_scheme(self) -> str:
         """How positions enter the model: see `AttentionGeometry.position_scheme`."""
-        return "relative" if self.has_relative_bias else "none" if self.position_table is None else "table"
+        if self.has_relative_bias:
+            return "relative"
+        return "table" if self.position_table else "rotary" if self.rotary_module else "none"
 
     def pretrained(self, stack: Stack, layer: AttentionLayer) -> SourceAttention:
         """What a mechanism of this layer starts from; weights are read, and must be plain, only as far as it takes them."""
@@ -157,7 +179,7 @@ class ModelFamily:
     def source_attention(self, module: Any) -> SourceAttention:
         """The host's q, k, v projections as (out, in) weights and biases; they must be plain (`ops.plain`)."""
         query, key, value = (
-            LinearWeights(p.weight.detach(), _detach(p.bias)) for p in (module.query, module.key, module.value)
+            LinearWeights(p.weight.detach(), _detach(p.bias)) for p in map(module.get_submodule, self.projections)
         )
         return SourceAttention(query, key, value)
 
@@ -166,12 +188,21 @@ class ModelFamily:
         return None
 
     def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, G, hidden) states through the host's key and value projections: two tensors (B, H or fewer, G, D)."""
+        """(B, G, hidden) states through the host's key and value projections: two tensors (B, H or fewer, G, D).
+
+        Keys are normalised where the host does that; they are not rotated.
+        """
         heads = self.heads(module)
-        key, value = (
-            p(hidden).unflatten(-1, (heads.key_value, -1)).transpose(1, 2) for p in (module.key, module.value)
-        )
-        return key, value
+        key, value = (module.get_submodule(name)(hidden) for name in self.projections[1:])
+        norm: Any = getattr(module, self.key_norm, None) if self.key_norm else None
+        weight = getattr(norm, "weight", None)
+        if weight is not None and weight.shape[-1] == key.shape[-1] != heads.width:  # over all heads of a token
+            key, norm = norm(key), None
+        key, value = (x.unflatten(-1, (heads.key_value, -1)) for x in (key, value))
+        if norm is not None and weight is not None:
+            key, norm = norm(key), None
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        return (key if norm is None else norm(key)), value  # StableLM has a norm for each head
 
     def attention_input(self, part: Any, hidden: Tensor) -> Tensor:
         """(B, G, hidden) states that enter a layer, as its projections get them.
@@ -349,6 +380,10 @@ def fill_linear(linear: Any, weight: Tensor, bias: Tensor | None) -> None:
     linear.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone())
+
+
+def _first(owner: Any, names: tuple[str, ...]) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(owner, name, None), int)), None)
 
 
 def _detach(tensor: Tensor | None) -> Tensor | None:

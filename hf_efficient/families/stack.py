@@ -65,6 +65,11 @@ class Stack:
         device = getattr(hook, "execution_device", None) if like.is_meta else None
         return Place(like.device if device is None else torch.device(device), like.dtype)
 
-    def block_around(self, layer: AttentionLayer) -> nn.Module:
-        """The host's own layer (self-attention, feed-forward, norms) around a self-attention module."""
-        return next(m for m in self.modules_around(layer) if isinstance(m, GradientCheckpointingLayer))
+    def block_around(self, layer: AttentionLayer) -> nn.Module | None:
+        """The host's own layer (self-attention, feed-forward, norms) around self-attention; `None` = there is none."""
+        return next((m for m in self.modules_around(layer) if isinstance(m, GradientCheckpointingLayer)), None)
+
+    def residual_module(self, layer: AttentionLayer) -> nn.Module | None:
+        """The module that adds the residual of attention and nothing else; `None` = the host's own layer does that."""
+        around = self.modules_around(layer)
+        return around[-1] if around and around[-1] is not self.block_around(layer) else None

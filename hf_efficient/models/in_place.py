@@ -103,6 +103,11 @@ def convert_in_place(
     require_convertible(host, "convert")
     before = host.max_positions
     _check_positions(before, max_positions, positions)
+    if max_positions is not None and host.family.position_scheme == "rotary":
+        raise ValueError(
+            f"max_positions={max_positions}: {host.family.model_type} rotates queries and keys by their positions and has "
+            "no table to lengthen. Leave it out; longer inputs run as far as rope_parameters in its config carry."
+        )
     sides = [stack.side for stack in host.stacks]
     length = max_positions or before
     configs = [replace(config, side=_stored_side(config, sides)).for_length(length) for config in configs]

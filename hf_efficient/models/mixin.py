@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, ClassVar
@@ -270,9 +271,9 @@ def naming_global_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def honours_loss_kwargs(stock: Any) -> bool:
-    """Whether a stock head's loss divides by `num_items_in_batch`, which it then takes from `loss_function`.
+    """Whether a stock head's loss divides by `num_items_in_batch`, which it then hands on to `loss_function`.
 
     The Trainer passes that number to every forward with `**kwargs` and leaves out its own division; a head that ignores it
     would get loss and gradients multiplied by accumulation steps and processes.
     """
-    return "self.loss_function(" in inspect.getsource(stock.forward)
+    return re.search(r"self\.loss_function\([^()]*\*\*", inspect.getsource(stock.forward)) is not None

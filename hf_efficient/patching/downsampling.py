@@ -59,9 +59,11 @@ def install(family: ModelFamily, stack: Stack) -> None:
         if mechanism is None or mechanism.pooling is None or mechanism.pooling.queries.size == 1:
             continue
         state = _Shortened(layer.module, family)
-        attach(stack.modules_around(layer)[-1], PART, state, before=_enter_attention)
+        residual, block = stack.residual_module(layer), stack.block_around(layer)
+        assert residual is not None and block is not None, "mechanisms that pool are refused there"
+        attach(residual, PART, state, before=_enter_attention)
         # before all others: what is recorded is the layer's output at full length
-        attach(stack.block_around(layer), PART, state, after=_leave_layer, after_first=True)
+        attach(block, PART, state, after=_leave_layer, after_first=True)
 
 
 # ---- hooks -------------------------------------------------------------------------------------------------------

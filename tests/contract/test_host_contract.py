@@ -140,7 +140,7 @@ def test_one_neutral_name_is_registered_in_both_interfaces() -> None:
 @pytest.mark.parametrize("model_type", sorted(TINY))
 def test_every_attention_layer_is_dispatched_once(model_type: str, probe: Probe) -> None:
     """Some architectures accept a registered name and never call it; none of the supported ones may."""
-    assert set(TINY) == set(families()), "a family without a tiny model"
+    assert set(TINY) <= set(families()), "a tiny model without a family"
     model = probed(model_type)
     model(**inputs_for(model, length=12))
     stacks = family_of(model).stacks(model)
@@ -426,7 +426,10 @@ def test_trainer_does_not_rescale_the_loss(checkpoint: Any, tmp_path: Any) -> No
     # only the heads whose loss divides by num_items_in_batch may be given it
     honouring = {stock.__name__ for stock, cls in he.models.MODELS.items() if cls.accepts_loss_kwargs}
     assert {"GPT2LMHeadModel", "BertLMHeadModel", "RobertaForCausalLM"} <= honouring
-    assert not {name for name in honouring if not name.endswith(("LMHeadModel", "ForCausalLM"))}
+    assert "LlamaForCausalLM" in honouring
+    heads = {name for name in honouring if not name.endswith(("LMHeadModel", "ForCausalLM"))}
+    # Llama's share their heads: those for classes leave the number out, the one for answers takes it
+    assert all(name.endswith("ForQuestionAnswering") for name in heads), heads
 
 
 # ---- calls that can't be honoured --------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ class AttentionGeometry:
         has_sinks: one learned logit per head stands in the denominator of the softmax, with no value.
         position_scheme: how positions enter: `"table"`, `"sinusoidal"`, `"rotary"`, `"relative"`, `"grid"` or `"none"`.
         num_calls: layers that run this very module.
+        has_residual_module: a module of its own adds the residual of attention, so that the layer can run on fewer tokens.
     """
 
     num_heads: int
@@ -76,6 +77,7 @@ class AttentionGeometry:
     has_sinks: bool = False
     position_scheme: str = "table"
     num_calls: int = 1
+    has_residual_module: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_heads)
