@@ -55,6 +55,13 @@ def sparse_layers(stack: Stack, config: ExpertsConfig) -> list[AttentionLayer]:
     return [layer for layer in stack.layers if layer.index in wanted]
 
 
+def _block_around(stack: Stack, layer: AttentionLayer) -> nn.Module:
+    block = stack.block_around(layer)
+    if block is None:
+        raise ValueError(f"there is no layer of the model's own around {layer.name}: it can't be upcycled.")
+    return block
+
+
 def install_experts(host: HostModel, config: ExpertsConfig) -> None:
     """Put experts into a model in place, each a copy of the layer's feed-forward part.
 
@@ -64,7 +71,7 @@ def install_experts(host: HostModel, config: ExpertsConfig) -> None:
     """
     family, stacks, model = host.family, host.stacks, host.model
     # refuse before anything changes
-    blocks = {layer.name: stack.block_around(layer) for stack in stacks for layer in sparse_layers(stack, config)}
+    blocks = {layer.name: _block_around(stack, layer) for stack in stacks for layer in sparse_layers(stack, config)}
     names = {name: family.feed_forward_name(block) for name, block in blocks.items()}
     if any(getattr(block, "chunk_size_feed_forward", 0) for block in blocks.values()):
         raise ValueError(
@@ -117,7 +124,7 @@ def uninstall_experts(host: HostModel) -> None:
         for layer in stack.layers:
             experts: ExpertLayer | None = state_of(layer.module, PART)
             if experts is not None:
-                block = stack.block_around(layer)
+                block = _block_around(stack, layer)
                 host.family.restore_feed_forward(block, experts.dense(0), stack.module.config)
                 block.train(block.training)
     _detach(host.model)
