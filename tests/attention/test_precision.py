@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pairs import MAIN, Pair, each, logits
+from pairs import MAIN, VARIANTS, Pair, each, logits
 
 from hf_efficient.testing import inputs_for
 
@@ -16,7 +16,7 @@ def default_double():
     torch.set_default_dtype(before)
 
 
-@each([pair for pair in MAIN if pair.family in ("bert", "gpt2", "t5")])
+@each([pair for pair in MAIN + VARIANTS if pair.family == "bert" or (pair.family == "gpt2" and pair in MAIN)])
 def test_nothing_depends_on_the_default_dtype(pair: Pair, default_double):
     """In a quotient of integers, or a constant, it would be the precision of a model in fp64."""
     model = pair.model().double()
