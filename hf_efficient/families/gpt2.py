@@ -58,7 +58,49 @@ class GPT2Family(ModelFamily):
         mark_initialised(layer.mlp)
 
 
+class GPTBigCodeFamily(GPT2Family):
+    """`c_attn` is an `nn.Linear`: all queries, then the one key and value that they share; without sharing, by head."""
+
+    def heads(self, module: Any) -> Heads:
+        return Heads(module.num_heads, module.kv_heads, module.head_dim, module.head_dim)
+
+    def source_attention(self, module: Any) -> SourceAttention:
+        weights = self._parts(module, module.c_attn.weight.detach().T)
+        biases = self._parts(module, module.c_attn.bias.detach())
+        query, key, value = (LinearWeights(weight.T, bias) for weight, bias in zip(weights, biases, strict=True))
+        return SourceAttention(query, key, value)
+
+    def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        heads = self.heads(module)
+        _, key, value = self._parts(module, module.c_attn(hidden))
+        return tuple(x.unflatten(-1, (heads.key_value, -1)).transpose(1, 2) for x in (key, value))  # type: ignore[return-value]
+
+    def _parts(self, module: Any, fused: Tensor) -> list[Tensor]:
+        """q, k, v of (…, heads · D) each, from all of them in the last dimension."""
+        heads = self.heads(module)
+        if heads.key_value == 1:
+            return list(fused.split([heads.query * heads.width, heads.width, heads.width], dim=-1))
+        return [x.flatten(-2) for x in fused.unflatten(-1, (heads.query, 3, -1)).unbind(-2)]
+
+    def feed_forward(self, layer: Any) -> Dense:
+        dense = super().feed_forward(layer)
+        return dense._replace(up=dense.up.T, down=dense.down.T)
+
+    def restore_feed_forward(self, layer: Any, dense: Dense, config: Any) -> None:
+        layer.mlp = self.modeling.GPTBigCodeMLP(dense.up.shape[1], config)
+        fill_linear(layer.mlp.c_fc, dense.up.T, dense.up_bias)
+        fill_linear(layer.mlp.c_proj, dense.down.T, dense.down_bias)
+        mark_initialised(layer.mlp)
+
+
 FAMILIES = (
+    GPTBigCodeFamily(
+        model_type="gpt_bigcode",
+        stack_classes=("GPTBigCodeModel",),
+        attention_classes=("GPTBigCodeAttention",),
+        projections=("c_attn",),
+        position_table="wpe",
+    ),
     GPT2Family(
         model_type="gpt2",
         stack_classes=("GPT2Model",),

@@ -16,8 +16,9 @@ DENSE: tuple[set[str], ...] = (
     {"gate_up_proj", "down_proj"},
     {"up_proj", "down_proj"},
     {"fc1", "fc2"},
+    {"dense_h_to_4h", "dense_4h_to_h"},
 )
-ACTIVATIONS = ("act_fn", "activation_fn")
+ACTIVATIONS = ("act_fn", "activation_fn", "act")
 
 
 class LlamaFamily(ModelFamily):
@@ -72,7 +73,7 @@ class NormAfterRotationFamily(LlamaFamily):
 
 def _products(mlp: nn.Module) -> list[str]:
     """Names of the linear layers of a feed-forward part: gate, where it has one of its own, up, down."""
-    names = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "down_proj", "fc2")
+    names = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h", "down_proj", "fc2", "dense_4h_to_h")
     return [name for name in names if hasattr(mlp, name)]
 
 

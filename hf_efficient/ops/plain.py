@@ -17,6 +17,8 @@ READABLE = (
     "torch.nn.modules.sparse.Embedding",
     "transformers.pytorch_utils.Conv1D",
 )
+# whose subclasses of these are what the model's own class has there: OPT's table of positions
+OWN = ("hf_efficient.", "transformers.models.")
 ADAPTER_LIBRARIES = ("peft", "adapters", "loralib")
 PACKED = ("torch.ao.", "torchao.", "bitsandbytes.", "optimum.quanto.")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -62,7 +64,7 @@ def altered(module: nn.Module) -> str | None:
     if reasons:
         return reasons[0]
     readable = [name.rpartition(".")[2] for name in map(_full_name, type(module).__mro__[1:]) if name in READABLE]
-    if readable and not type(module).__module__.startswith("hf_efficient."):
+    if readable and not type(module).__module__.startswith(OWN):
         return f"is a {type(module).__name__}, which may compute otherwise than the {readable[0]} that it was: put that back"
     return None
 
