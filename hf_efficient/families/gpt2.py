@@ -73,7 +73,8 @@ class GPTBigCodeFamily(GPT2Family):
     def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         heads = self.heads(module)
         _, key, value = self._parts(module, module.c_attn(hidden))
-        return tuple(x.unflatten(-1, (heads.key_value, -1)).transpose(1, 2) for x in (key, value))  # type: ignore[return-value]
+        key, value = (x.unflatten(-1, (heads.key_value, -1)).transpose(1, 2) for x in (key, value))
+        return key, value
 
     def _parts(self, module: Any, fused: Tensor) -> list[Tensor]:
         """q, k, v of (…, heads · D) each, from all of them in the last dimension."""
