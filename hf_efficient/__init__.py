@@ -14,7 +14,7 @@ import importlib
 from typing import Any
 
 from hf_efficient import models, patching  # noqa: F401  (importing them registers with transformers)
-from hf_efficient._version import __version__
+from hf_efficient._version import __version__  # noqa: F401
 
 _PUBLIC = {
     "attention.base.geometry": ("AttentionGeometry",),
@@ -26,23 +26,24 @@ _PUBLIC = {
     "conversion.convert": ("ConversionReport", "convert"),
     "conversion.upcycle": ("UpcyclingReport", "upcycle"),
     "evaluation.verify": ("FidelityReport", "verify"),
-    "families": ("ModelFamily",),
+    "families": ("ModelFamily", "register_family"),
     "models.in_place": ("revert",),
     "ops.backend": ("set_implementation",),
     "ops.context": ("AttentionContext",),
-    "patching.install": ("patch_attention",),
+    "patching.temporary": ("patch_attention",),
     "training.reversible": ("ReversibleSequence",),
     "visualize.show": ("show",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-
-__all__ = ["__version__", *_HOME, *models.__all__]
+_MODELS = ("CONFIGS", "MODELS", "EfficientModelMixin")
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    if name in models.__all__:
+    if name == "__all__":
+        return ["__version__", *_HOME, *models.__all__]
+    if name in _MODELS or (name.startswith("Efficient") and hasattr(models, name)):
         return getattr(models, name)
     if name.endswith(("Attention", "AttentionConfig")):  # he.LongformerAttentionConfig
         from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
@@ -55,4 +56,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(__getattr__("__all__"))

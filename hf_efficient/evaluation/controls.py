@@ -15,7 +15,7 @@ from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientA
 from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.evaluation.fidelity import compare
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.patching.install import patch_attention
+from hf_efficient.patching.temporary import patch_attention
 
 
 class MeanOfValues(EfficientAttention):

@@ -30,7 +30,7 @@ from hf_efficient.families import HostModel, family_of
 from hf_efficient.models import EfficientModelMixin
 from hf_efficient.models.provenance import Provenance
 from hf_efficient.patching.exact import eval_mode
-from hf_efficient.patching.install import patch_attention
+from hf_efficient.patching.temporary import patch_attention
 from hf_efficient.profiling.json_files import finite
 from hf_efficient.profiling.memory import fresh_python
 

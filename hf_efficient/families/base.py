@@ -103,7 +103,7 @@ class ModelFamily:
         return AttentionGeometry(
             num_heads=heads.query,
             head_dim=heads.width,
-            hidden_size=config.hidden_size,
+            hidden_size=self.hidden_size(stack),
             layer=layer.index,
             num_layers=len(stack.layers),
             side=stack.side,
@@ -125,8 +125,15 @@ class ModelFamily:
         )
 
     has_relative_bias = False
+    needs_proof = False
+    """What is known was found by introspection: a model is compared with itself before it is called converted."""
     positions_skip_padding = False
     """Without `position_ids` the host counts its tokens, without padding, instead of their indices."""
+
+    def hidden_size(self, stack: Stack) -> int:
+        """Width of the states between layers."""
+        size: int = stack.module.config.hidden_size
+        return size
 
     def heads(self, module: Any) -> Heads:
         """Numbers of heads of an attention module, and their widths: under their usual names, there or in its config."""

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from hf_efficient.attention.base.plugins import entry_points
 from hf_efficient.families.base import ModelFamily
+from hf_efficient.families.generic import GenericFamily
 from hf_efficient.families.readable import require_plain, require_unaltered
 from hf_efficient.families.stack import Stack
 
@@ -23,32 +26,77 @@ def efficient_type(model_type: str) -> str:
     return PREFIX + model_type
 
 
-@cache
+_REGISTERED: dict[str, ModelFamily] = {}
+ORIGINS: dict[str, dict[str, str]] = {}
+"""{model_type: name and version of the distribution} of families that came by entry points."""
+
+
 def families() -> dict[str, ModelFamily]:
-    """Every family by its stock `model_type`."""
+    """Every written family by its stock `model_type`: those of this package, of entry points, and registered ones."""
+    return _found() | _REGISTERED
+
+
+@cache
+def _own() -> dict[str, ModelFamily]:
     names = [f"{__package__}.{module.name}" for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
     rows = [family for name in names for family in getattr(importlib.import_module(name), "FAMILIES", ())]
     return {family.model_type: family for family in rows}
 
 
-def family_of(model_or_type: nn.Module | str) -> ModelFamily:
-    """The family of a model or of a `model_type`, stock or converted.
+@cache
+def _found() -> dict[str, ModelFamily]:
+    found = dict(_own())
+    for given, entry in entry_points("families"):
+        for family in given if isinstance(given, tuple | list) else (given,):
+            _require_new(family, found | _REGISTERED)
+            found[family.model_type] = family
+            if entry.dist is not None:
+                ORIGINS[family.model_type] = {"name": entry.dist.name, "version": entry.dist.version}
+    return found
+
+
+def register_family(family: ModelFamily) -> ModelFamily:
+    """Make a model family known to every verb, and its Efficient classes to the Auto classes when they are asked for.
 
     Raises:
-        ValueError: no family knows this architecture; the message lists the known ones and says what to do.
+        TypeError: no `ModelFamily`. ValueError: its `model_type` has a family already.
+    """
+    _require_new(family, families())
+    _REGISTERED[family.model_type] = family
+    return family
+
+
+def _require_new(family: Any, known: dict[str, ModelFamily]) -> None:
+    if not isinstance(family, ModelFamily):
+        raise TypeError(f"{family!r:.80} is no ModelFamily.")
+    if family.model_type in known:
+        raise ValueError(f"model_type {family.model_type!r} has a family already: {type(known[family.model_type])}.")
+
+
+def is_family(model_type: str) -> bool:
+    """Whether something is known about a stock `model_type`: a written family, or where transformers keeps its parts."""
+    return model_type in families() or model_type in CONFIG_MAPPING_NAMES
+
+
+def family_of(model_or_type: nn.Module | str) -> ModelFamily:
+    """The family of a model or of a `model_type`, stock or converted; without a written one, the generic family.
+
+    Raises:
+        ValueError: neither transformers nor a family knows this architecture; the message lists the written families.
     """
     model_type = (
         model_or_type
         if isinstance(model_or_type, str)
         else getattr(getattr(model_or_type, "config", None), "model_type", type(model_or_type).__name__)
-    )
-    family = families().get(model_type.removeprefix(PREFIX))
-    if family is None:
+    ).removeprefix(PREFIX)
+    if model_type in families():
+        return families()[model_type]
+    if model_type not in CONFIG_MAPPING_NAMES:
         raise ValueError(
             f"no model family for model_type {model_type!r}; supported are {', '.join(families())}. A BERT-like model "
             "can often be loaded with one of their classes; for a new family see CONTRIBUTING.md."
         )
-    return family
+    return GenericFamily(model_type=model_type)
 
 
 @dataclass(frozen=True)

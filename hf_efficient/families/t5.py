@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.models.mt5.modeling_mt5 import MT5Attention
-from transformers.models.t5.modeling_t5 import T5Attention
-from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
 from hf_efficient.families.base import ModelFamily, fill_linear
@@ -21,71 +18,9 @@ from hf_efficient.families.stack import AttentionLayer, Heads, Stack
 from hf_efficient.ops.relative_bias import RelativeBias
 
 
-def _table(attention: Any, device: Any) -> Tensor:
-    """(buckets, H) biases, from a call of the embedding that holds them."""
-    return attention.relative_attention_bias(torch.arange(attention.relative_attention_num_buckets, device=device))
-
-
-class _LazyBias:
-    """Host attention whose relative bias is a table over offsets instead of a dense (1, H, N, S) tensor."""
-
-    # UMT5 told its decoder layers only in later releases that they are causal
-    is_causal = property(lambda self: self.is_decoder)
-
-    def compute_bias(
-        self: Any, query_length: int, key_length: int, device: Any = None, *args: Any, **kwargs: Any
-    ) -> RelativeBias:
-        return RelativeBias(
-            partial(_table, self, device), self._bucket_of_offsets, self.relative_attention_max_distance
-        )
-
-    def _bucket_of_offsets(self: Any, offsets: Any) -> Any:
-        return self._relative_position_bucket(
-            offsets,
-            bidirectional=not self.is_decoder,
-            num_buckets=self.relative_attention_num_buckets,
-            max_distance=self.relative_attention_max_distance,
-        )
-
-
-class _NoBias:
-    """Host cross-attention without its dense zero bias."""
-
-    # the host builds zeros exactly where it has no table, so claim one and answer with nothing
-    has_relative_attention_bias = property(lambda self: True)
-    # the host's weight initialisation then fills that table
-    relative_attention_bias: Any = SimpleNamespace(weight=torch.empty(0))
-
-    def compute_bias(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-class LazyBiasT5Attention(_LazyBias, T5Attention): ...
-
-
-class NoBiasT5Attention(_NoBias, T5Attention): ...
-
-
-class LazyBiasMT5Attention(_LazyBias, MT5Attention): ...
-
-
-class NoBiasMT5Attention(_NoBias, MT5Attention): ...
-
-
-class LazyBiasUMT5Attention(_LazyBias, UMT5Attention):
-    def _bucket_of_offsets(self, offsets: Any) -> Any:
-        return self._relative_position_bucket(offsets)
-
-
-class NoBiasUMT5Attention(_NoBias, UMT5Attention): ...
-
-
-SWAPS = {
-    T5Attention: (LazyBiasT5Attention, NoBiasT5Attention),
-    MT5Attention: (LazyBiasMT5Attention, NoBiasMT5Attention),
-    UMT5Attention: (LazyBiasUMT5Attention, NoBiasUMT5Attention),
-}
-HOSTS = {swapped: host for host, pair in SWAPS.items() for swapped in pair}
+def _swaps() -> Any:
+    """The classes that attention is swapped to; importing them imports the modeling files."""
+    return importlib.import_module("hf_efficient.families.swaps.t5")
 
 
 class T5Family(ModelFamily):
@@ -109,13 +44,14 @@ class T5Family(ModelFamily):
     def relative_bias(self, stack: Stack, layer: AttentionLayer) -> RelativeBias | None:
         # one table in the first layer serves the whole stack, but UMT5 has one in every layer
         owner: Any = layer.module if layer.module.has_relative_attention_bias else stack.layers[0].module
-        lazy: Any = SWAPS.get(type(owner), (type(owner),))[0]
+        swaps = _swaps()
+        lazy: Any = swaps.SWAPS.get(type(owner), (type(owner),))[0]
         embedding = owner.relative_attention_bias
         # a hook that brings the table in also moves the ids there
         device = "cpu" if hasattr(embedding, "_hf_hook") else next(embedding.parameters()).device
         with torch.no_grad():
             return RelativeBias(
-                partial(_table, owner, device),
+                partial(swaps.table, owner, device),
                 partial(lazy._bucket_of_offsets, owner),
                 owner.relative_attention_max_distance,
             )
@@ -132,14 +68,15 @@ class T5Family(ModelFamily):
         return None
 
     def swap_in(self, stack: Stack) -> None:
+        swaps = _swaps().SWAPS
         for layer in stack.layers:
-            layer.module.__class__ = SWAPS[type(layer.module)][0]
+            layer.module.__class__ = swaps[type(layer.module)][0]
         for module in stack.cross_attention:
-            module.__class__ = SWAPS[type(module)][1]
+            module.__class__ = swaps[type(module)][1]
 
     def swap_out(self, stack: Stack) -> None:
         for module in [layer.module for layer in stack.layers] + stack.cross_attention:
-            module.__class__ = HOSTS.get(type(module), type(module))
+            module.__class__ = _swaps().HOSTS.get(type(module), type(module))
 
     # no biases, with or without a gate
 

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-from hf_efficient.families import efficient_type, families
+from hf_efficient.families import PREFIX, efficient_type
 
 TABLES = "peft.utils.constants"
 
@@ -22,9 +22,8 @@ def add_targets(tables: ModuleType) -> None:
     """Give every table of the module that names a stock `model_type` the same entry for its Efficient form."""
     for name, table in vars(tables).items():
         if name.endswith("_MAPPING") and isinstance(table, dict):
-            for model_type in families():
-                if model_type in table:
-                    table.setdefault(efficient_type(model_type), table[model_type])
+            for model_type in [t for t in table if isinstance(t, str) and not t.startswith(PREFIX)]:
+                table.setdefault(efficient_type(model_type), table[model_type])
 
 
 class _WhenImported(MetaPathFinder):

@@ -9,14 +9,15 @@ from transformers import PreTrainedModel
 
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.experts.install import mark_experts, uninstall_experts
-from hf_efficient.families import HostModel
+from hf_efficient.families import GenericFamily, HostModel
 from hf_efficient.families.base import POSITION_METHODS
 from hf_efficient.families.readable import refuse_adapters
 from hf_efficient.models.config import is_hub_id
 from hf_efficient.models.provenance import ATTRIBUTE, REPORT_NAME, UPCYCLING_NAME, Provenance, watch
-from hf_efficient.models.registry import MODELS, is_efficient
+from hf_efficient.models.registry import MODELS, heads, is_efficient
 from hf_efficient.patching.install import install, plan, resolve_side, uninstall
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
+from hf_efficient.patching.proof import prove
 
 
 def stock_class(model: PreTrainedModel) -> Any:
@@ -78,7 +79,7 @@ def require_convertible(host: HostModel, verb: str) -> None:
     if stock_class(model) not in MODELS:
         raise ValueError(
             f"{type(model).__name__} is not a model class of transformers' {model_type}; load the checkpoint with one "
-            f"of {', '.join(cls.__name__ for cls in MODELS if cls.config_class.model_type == model_type)}."
+            f"of {', '.join(cls.__name__ for cls in heads(model_type))}."
         )
     if any(p.is_meta for p in model.parameters()):
         raise ValueError(
@@ -112,6 +113,10 @@ def convert_in_place(
     length = max_positions or before
     configs = [replace(config, side=_stored_side(config, sides)).for_length(length) for config in configs]
     chosen = plan(host, configs, max_positions if before is not None else None)
+    if isinstance(host.family, GenericFamily):
+        if max_positions is not None:
+            host.family.refuse_lengthening()
+        prove(host)
     tables = host.family.position_tables(host.stacks)
     resized = []
     if max_positions is not None and before is not None and max_positions != before:

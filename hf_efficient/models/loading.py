@@ -26,7 +26,7 @@ from transformers.utils import (
 )
 
 from hf_efficient.families import HostModel, family_of
-from hf_efficient.models.registry import MODELS
+from hf_efficient.models.registry import MODELS, NAME, class_by_name, efficient_names, heads, is_efficient
 
 LOCATION_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -95,12 +95,11 @@ def class_named(given: Any) -> Any:
     Raises:
         ValueError: there is none of that name.
     """
-    classes = {cls.__name__: cls for pair in MODELS.items() for cls in pair}
-    found = given if given in classes.values() else classes.get(given)
-    if found is None:
-        raise ValueError(
-            f"model_class={given!r} is not known; it must be one of {', '.join(c.__name__ for c in MODELS)}."
-        )
+    is_class = isinstance(given, type) and (given in MODELS or is_efficient(given))
+    found = given if is_class else class_by_name(given) if isinstance(given, str) else None
+    if found is None or issubclass(found, PreTrainedConfig):
+        names = [name.removeprefix(NAME) for name in efficient_names() if not name.endswith("Config")]
+        raise ValueError(f"model_class={given!r} is not known; it must be one of {', '.join(names)}.")
     return found
 
 
@@ -200,9 +199,7 @@ def guessed_class(config: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
     family_of(config.model_type)  # an unsupported architecture is refused
     there = {(_today(name), shape) for name, shape in shapes.items()}
     ranked = []
-    for order, cls in enumerate(MODELS):
-        if cls.config_class.model_type != config.model_type:
-            continue
+    for order, cls in enumerate(heads(config.model_type)):
         with torch.device("meta"):
             try:
                 model = cls(copy.deepcopy(config))  # some heads change it

@@ -237,13 +237,16 @@ def _check_complete(name: Any, model: Any, missing_keys: list[str]) -> None:
 
 
 def stock_heads(model_type: str) -> list[Any]:
-    """Every model class with weights that transformers exports for an architecture."""
+    """Every model class with weights that an architecture's modeling file exports for a model type."""
     modeling = family_of(model_type).modeling
     exported = [getattr(modeling, name) for name in modeling.__all__]
     return [
         cls
         for cls in exported
-        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and not cls.__name__.endswith("PreTrainedModel")
+        if isinstance(cls, type)
+        and issubclass(cls, PreTrainedModel)
+        and not cls.__name__.endswith("PreTrainedModel")
+        and getattr(cls.config_class, "model_type", None) == model_type
     ]
 
 

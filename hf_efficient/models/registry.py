@@ -1,24 +1,132 @@
-"""The Efficient class of each stock class, and the Efficient config of each model type; filled by `models`."""
+"""The Efficient class of each stock class, and the Efficient config of each model type, made when they are asked for."""
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
-CONFIGS: dict[str, type[PreTrainedConfig]] = {}
-"""Efficient config classes by stock `model_type`."""
-MODELS: dict[Any, Any] = {}
-"""Efficient model classes by stock class."""
+from hf_efficient.families import PREFIX, families, is_family
+
+NAME = "Efficient"
+# what transformers calls model classes, among the other names that its modeling files export
+MODEL_NAME = re.compile(r"(?<!PreTrained)(Model|ModelWithProjection|For[A-Z]\w*)$")
+made_configs: dict[str, type[PreTrainedConfig]] = {}
+made_models: dict[Any, Any] = {}
+
+
+def define(model_type: str) -> None:
+    """Make and register the classes of a stock model type, once; this imports its modeling file."""
+    if model_type not in made_configs:
+        # by name, since these classes are made of modules that import this one
+        importlib.import_module("hf_efficient.models.classes").make(model_type)
+
+
+class _Configs(Mapping[str, type[PreTrainedConfig]]):
+    def __getitem__(self, model_type: str) -> type[PreTrainedConfig]:
+        if not is_family(model_type):
+            raise KeyError(model_type)
+        define(model_type)
+        return made_configs[model_type]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(families())
+
+    def __len__(self) -> int:
+        return len(families())
+
+
+class _Models(Mapping[Any, Any]):
+    def __getitem__(self, stock: Any) -> Any:
+        model_type = getattr(getattr(stock, "config_class", None), "model_type", None)
+        if stock not in made_models and model_type is not None and is_family(model_type):
+            define(model_type)
+        return made_models[stock]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (stock for model_type in families() for stock in heads(model_type))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+CONFIGS = _Configs()
+"""Efficient config classes by stock `model_type`; lists the written families, and finds others too."""
+MODELS = _Models()
+"""Efficient model classes by stock class; lists those of the written families, which imports all their modeling files."""
+
+
+class ConfigsByType(dict[str, Any]):
+    """What was registered with `AutoConfig`; the Efficient model types are found in it before they have been."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or (
+            isinstance(key, str) and key.startswith(PREFIX) and is_family(key.removeprefix(PREFIX))
+        )
+
+    def __missing__(self, key: str) -> Any:
+        return CONFIGS[key.removeprefix(PREFIX)]
+
+
+def find_configs_by_type() -> None:
+    """Have `AutoConfig` know every Efficient model type, without importing what it belongs to."""
+    if not isinstance(CONFIG_MAPPING._extra_content, ConfigsByType):
+        CONFIG_MAPPING._extra_content = ConfigsByType(CONFIG_MAPPING._extra_content)
+
+
+def heads(model_type: str) -> list[Any]:
+    """The stock model classes of a model type that have an Efficient form."""
+    define(model_type)
+    return [stock for stock in made_models if stock.config_class.model_type == model_type]
 
 
 def is_efficient(cls: type) -> bool:
     """Whether a model class is one of the Efficient ones, or a subclass of one."""
-    return issubclass(cls, tuple(MODELS.values()))
+    return issubclass(cls, tuple(made_models.values()))
+
+
+def class_by_name(name: str) -> Any:
+    """The model or config class of that name, stock or Efficient, as far as it has both forms; else `None`."""
+    bare = name.removeprefix(NAME)
+    stock = getattr(transformers, bare, None) or _of_registered(bare)
+    is_config = isinstance(stock, type) and issubclass(stock, PreTrainedConfig)
+    try:
+        efficient = CONFIGS[stock.model_type] if is_config else MODELS[stock]
+    except (KeyError, TypeError):
+        return None
+    return {stock.__name__: stock, efficient.__name__: efficient}.get(name)
+
+
+def _of_registered(name: str) -> Any:
+    """A class of a family whose host is no part of transformers."""
+    for model_type in families():
+        if model_type not in CONFIG_MAPPING_NAMES:
+            define(model_type)
+            for stock in (*heads(model_type), made_configs[model_type].__mro__[2]):
+                if stock.__name__ == name:
+                    return stock
+    return None
+
+
+def efficient_names() -> list[str]:
+    """Names of the Efficient classes of all written families, without importing any modeling file."""
+    folders = {model_type_to_module_name(model_type) for model_type in families()}
+    exported: dict[str, str] = vars(sys.modules["transformers"])["_class_to_module"]
+    names = [CONFIG_MAPPING_NAMES[model_type] for model_type in families() if model_type in CONFIG_MAPPING_NAMES]
+    for name, module in exported.items():
+        _, folder, file = [*module.split("."), "", ""][:3]
+        if folder in folders and file.startswith("modeling_") and MODEL_NAME.search(name):
+            names.append(name)
+    return [NAME + name for name in dict.fromkeys(names)]
 
 
 def named_class(config: PreTrainedConfig) -> Any:
     """The model class, stock or Efficient, that a checkpoint's config names; `None` = it names none of them."""
-    classes = {cls.__name__: cls for pair in MODELS.items() for cls in pair}
-    named = [classes[name] for name in config.architectures or () if name in classes]
+    named = [cls for name in config.architectures or () if (cls := class_by_name(name)) is not None]
     return next((cls for cls in named if cls.config_class.model_type == config.model_type), None)

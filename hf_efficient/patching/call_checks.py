@@ -45,10 +45,12 @@ class StackInfo:
         self.positions_skip_padding = family.positions_skip_padding
         # the decoder of a model with an encoder of its own
         config: Any = stack.module.config
-        self.is_other_decoder = bool(config.is_encoder_decoder and config.is_decoder)
+        self.is_other_decoder = bool(config.is_encoder_decoder and stack.side == "decoder")
         self.names = OTHER_NAMES if self.is_other_decoder else {}
         causal: list[Any] = [
-            (layer.module.layer_idx, layer.module._modules[MODULE_NAME]) for layer in stack.layers if self.is_causal
+            (getattr(layer.module, "layer_idx", layer.index), layer.module._modules[MODULE_NAME])
+            for layer in stack.layers
+            if self.is_causal
         ]
         self.bounded = {i: m for i, m in causal if m is not None and m.cache_layer() is not None}
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
-from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.families import AttentionLayer, HostModel, ModelFamily, Stack
 from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.patching import call_checks, downsampling, extra_tokens
@@ -78,6 +77,11 @@ def _choose(
             problems.append(f"{stack.side} layer {layer.index} is named by more than one config")
         chosen[layer.name] = config
         problems += config.attention_class.unsupported(config, family.geometry(stack, layer, max_positions))
+        if family.needs_proof and config.attention_class.needs_project:
+            problems.append(
+                f"{config.mechanism} calls projections of a layer, and {family.model_type} has no model family of its own "
+                "that knows them"
+            )
     return problems
 
 
@@ -192,42 +196,3 @@ def uninstall(host: HostModel, before: list[tuple[Any, str]], otherwise: str = "
     for config, _ in [*implementations(host.model), *before]:
         config._attn_implementation = former.get(id(config), otherwise)
         config.__dict__.pop("attn_implementation", None)
-
-
-class PatchHandle:
-    """Undoes one `patch_attention`: as a context manager at its end, or by `undo()`."""
-
-    def __init__(self, model: PreTrainedModel, before: list[tuple[Any, str]]):
-        self.model = model
-        self._before = before
-        self.active = True
-
-    def undo(self) -> None:
-        """Give the model back as it was; a second call does nothing."""
-        if self.active:
-            uninstall(HostModel.of(self.model), self._before, self._before[0][1])
-            self.active = False
-
-    def __enter__(self) -> PreTrainedModel:
-        return self.model
-
-    def __exit__(self, *exc: object) -> None:
-        self.undo()
-
-
-def patch_attention(model: PreTrainedModel, attention: ConfigLike, **options: Any) -> PatchHandle:
-    """Replace self-attention in a loaded model, in place, until undone.
-
-        with patch_attention(model, "longformer", attention_window=512):
-            model(**batch)
-        handle = patch_attention(model, [config_for_low_layers, config_for_high_layers]); …; handle.undo()
-
-    Cross-attention and layers that no config names keep exact attention. New parameters are initialised from the
-    model's weights.
-
-    Raises:
-        ValueError: unsupported model, setting or combination: all reasons at once; the model is unchanged then.
-    """
-    host, before = HostModel.of(model), implementations(model)
-    install(host, plan(host, attention_configs(attention, **options)))
-    return PatchHandle(model, before)

@@ -501,8 +501,8 @@ def test_inspect_loads_no_weights(sources, tmp_path):
 
 
 def test_inspect_refuses_other_architectures(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "distilbert"}')
-    assert "no model family for model_type 'distilbert'" in error("inspect", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    assert "no model family for model_type 'bloom'" in error("inspect", tmp_path)
 
 
 # ---- the program -------------------------------------------------------------------------------------------------

@@ -407,7 +407,7 @@ def test_refusals():
         he.upcycle(tiny_model("bert", layers=1), 2)
     with pytest.raises(ValueError, match="chunk_size_feed_forward"):
         he.upcycle(tiny_model("bert", chunk_size_feed_forward=4), 2)
-    with pytest.raises(ValueError, match="no model family for model_type 'distilbert'"):
+    with pytest.raises(ValueError, match="feed-forward parts of distilbert are not known"):
         he.upcycle(
             transformers.DistilBertModel(transformers.DistilBertConfig(dim=8, hidden_dim=8, n_heads=2, n_layers=1))
         )
@@ -553,4 +553,4 @@ def test_command_errors(sources, tmp_path):
     assert "is not a checkpoint folder" in error("upcycle", source, tmp_path / "mine", "--overwrite")
     config = transformers.DistilBertConfig(dim=8, hidden_dim=8, n_heads=2, n_layers=1, vocab_size=99)
     transformers.DistilBertModel(config).save_pretrained(tmp_path / "distil")
-    assert "no model family for model_type 'distilbert'" in error("upcycle", tmp_path / "distil", tmp_path / "new")
+    assert "feed-forward parts of distilbert are not known" in error("upcycle", tmp_path / "distil", tmp_path / "new")

@@ -525,7 +525,7 @@ def test_bias_of_pooled_keys(n: int, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5"])
 def test_saturation_is_what_the_host_computes(model_type: str, side: str, buckets: int, distance: int) -> None:
     """`pooled` rests on it: beyond `saturation` the host's own bucket function is constant on each side."""
-    from hf_efficient.patching.install import patch_attention
+    from hf_efficient.patching.temporary import patch_attention
     from hf_efficient.testing import tiny_model
 
     model = tiny_model(

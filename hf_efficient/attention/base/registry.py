@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
+from hf_efficient.attention.base.plugins import entry_points
 from hf_efficient.attention.base.suggestions import did_you_mean
 
 _REGISTRY: dict[str, type[EfficientAttention]] = {}
@@ -38,6 +39,8 @@ def _discover() -> None:
     attention = importlib.import_module(__package__.removesuffix(".base"))
     for module in pkgutil.iter_modules(attention.__path__):
         importlib.import_module(f"{attention.__name__}.{module.name}")
+    for mechanism, _ in entry_points("mechanisms"):
+        register_mechanism(mechanism)
 
 
 def _registry() -> dict[str, type[EfficientAttention]]:

@@ -1,0 +1,1 @@
+"""Subclasses of hosts' attention that a model has while it is patched: only these files import modeling files."""

@@ -1,0 +1,146 @@
+"""Model types without a family of their own: converted after a proof on the very model, or refused with what was found."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import hf_efficient as he
+from hf_efficient.attention.base import plugins
+from hf_efficient.families import GenericFamily, families, family_of, registry
+from hf_efficient.testing import assert_close
+
+SIZES: dict[str, Any] = dict(vocab_size=99, num_hidden_layers=2, num_attention_heads=4, hidden_size=32)
+
+
+def helium(**options: Any) -> Any:
+    """A causal model with grouped heads that no family is written for."""
+    torch.manual_seed(0)
+    config = transformers.HeliumConfig(
+        **SIZES, head_dim=8, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=160, **options
+    )
+    model = transformers.HeliumForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@torch.no_grad()
+def test_converts_saves_and_reverts(tmp_path):
+    model = helium()
+    assert type(family_of(model)) is GenericFamily
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.randint(5, 99, (2, 50), generator=torch.Generator().manual_seed(0))
+    source = model(ids).logits
+    for window in (200, 8):
+        model.train()
+        state = torch.get_rng_state()
+        result = he.convert(model, "local", attention_window=window)
+        assert result.model.training and torch.equal(torch.get_rng_state(), state)
+        result.model.eval()
+        converted = result.model(ids).logits
+        if window == 200:
+            assert_close(converted, source, 1e-5)
+        else:
+            assert (converted - source).abs().max() > 1e-2
+            loaded = AutoModelForCausalLM.from_pretrained(result.save(tmp_path / "saved")).eval()
+            assert type(loaded) is he.EfficientHeliumForCausalLM and loaded.config.model_type == "efficient_helium"
+            assert torch.equal(loaded(ids).logits, converted)
+            options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
+            with_cache, without = (loaded.generate(ids[:, :20], use_cache=c, **options) for c in (True, False))
+            assert torch.equal(with_cache, without)
+        he.revert(result.model)
+        assert type(model) is transformers.HeliumForCausalLM
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "its own attention code": (
+        lambda: transformers.BloomModel(transformers.BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=4)),
+        {},
+        "'bloom'.*its attention does not go through AttentionInterface",
+    ),
+    "positions": (helium, {"max_positions": 400}, "nothing is known about its positions, which max_positions"),
+    "projections": (
+        helium,
+        {"attention": "longformer", "global_tokens": "first"},
+        "helium has no model family of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_known_is_refused(case):
+    make, options, message = REFUSED[case]
+    model = make()
+    options = {"attention": "local"} | options
+    with pytest.raises(ValueError, match=message):
+        he.convert(model, **options)
+    assert not he.patching.is_installed(model)
+
+
+@pytest.mark.parametrize(
+    "fault", ["differs from its eager form", "small windows changed nothing", "could not be proved: ZeroDiv"]
+)
+def test_a_proof_that_fails_refuses_and_leaves_the_model_as_it_was(fault, monkeypatch):
+    """Hosts whose layers do something that the generic family can't see."""
+    model = helium()
+    attention = type(model.model.layers[0].self_attn)
+    forward = attention.forward
+
+    def strange(self, hidden_states, *args, **kwargs):
+        installed = self._modules.get("efficient")
+        if installed is not None and fault.startswith("differs"):
+            hidden_states = hidden_states * 1.01
+        if installed is not None and fault.startswith("could"):
+            raise ZeroDivisionError("in the host")
+        if installed is not None and fault.startswith("small"):
+            self.config._attn_implementation = "eager"
+        return forward(self, hidden_states, *args, **kwargs)
+
+    ids = torch.randint(5, 99, (2, 50), generator=torch.Generator().manual_seed(0))
+    before = model(ids).logits
+    monkeypatch.setattr(attention, "forward", strange)
+    monkeypatch.setattr("hf_efficient.families.generic.dispatches", lambda cls: cls is attention)
+    for verb in (he.convert, he.patch_attention):
+        with pytest.raises(ValueError, match=r"2 decoder layers in model.*|" + fault):
+            verb(model, "local", attention_window=8)
+        assert torch.equal(model(ids).logits, before) and not he.patching.is_installed(model)
+        assert model.config._attn_implementation == "sdpa" and type(model) is transformers.HeliumForCausalLM
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    registry._found.cache_clear()
+    yield
+    registry._found.cache_clear()
+
+
+def entry(name: str, load: Any) -> Any:
+    return SimpleNamespace(name=name, value=f"{name}:X", dist=SimpleNamespace(name="theirs", version="1.2"), load=load)
+
+
+def test_families_of_other_distributions(clean, monkeypatch, caplog):
+    theirs = GenericFamily(model_type="helium")
+
+    def broken() -> Any:
+        raise ImportError("no such module")
+
+    found = [entry("broken", broken), entry("good", lambda: (theirs,))]
+    monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: found if group.endswith("families") else [])
+    with caplog.at_level("WARNING", logger="transformers"):
+        monkeypatch.setattr(plugins.logger, "propagate", True)
+        assert family_of("helium") is theirs
+        families()
+    assert registry.ORIGINS["helium"] == {"name": "theirs", "version": "1.2"}
+    with pytest.raises(ValueError, match="'helium' has a family already"):
+        he.register_family(theirs)
+    with pytest.raises(TypeError, match="is no ModelFamily"):
+        he.register_family("helium")  # type: ignore[arg-type]
