@@ -14,7 +14,6 @@ from paths import ROOT
 LAYERS = {
     "_version": "",
     "corpus": "",
-    "testing": "",
     "profiling": "_version",
     "patterns": "",
     "kernels": "patterns",
@@ -28,10 +27,11 @@ LAYERS = {
     "models": "experts patching families attention.base profiling",
     "conversion": "models experts patching families attention.base ops profiling corpus",
     "evaluation": "conversion models experts patching families attention.base ops profiling corpus",
+    "testing": "conversion models patching families attention.base",
     "training": "evaluation conversion models experts patching families attention.base cache ops profiling corpus",
     "visualize": "attention.base patterns profiling",
-    "benchmarks": "training evaluation conversion models experts patching families attention.base cache ops patterns "
-    "profiling corpus",
+    "benchmarks": "training testing evaluation conversion models experts patching families attention.base cache ops "
+    "patterns profiling corpus",
     "cards": "training conversion models experts attention.base profiling",
     "cli": "cards benchmarks visualize training evaluation conversion models attention.base profiling corpus _version",
     "hf_efficient": "models patching attention.base _version",

@@ -103,7 +103,7 @@ print([name for name in {HEAVY!r} if name in sys.modules and name not in theirs]
 
 
 # programs of their own, whose output it is
-PRINTING = {"profiling/memory.py", "training/recipe.py", "visualize/show.py"}
+PRINTING = {"benchmarks/sweep.py", "profiling/memory.py", "training/recipe.py", "visualize/show.py"}
 
 
 def test_all_that_is_said_obeys_the_verbosity_of_transformers():

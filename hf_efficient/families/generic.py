@@ -6,7 +6,7 @@ import importlib
 import inspect
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -51,7 +51,8 @@ class GenericFamily(ModelFamily):
         found: dict[str, Stack] = {}
         home = self.modeling.__name__
         for name, module in model.named_modules():
-            if type(module).__module__ != home or not dispatches(type(module)):
+            kind = cast("Any", type(module))
+            if kind.__module__ != home or not dispatches(kind):
                 continue
             around = [n for n in owners if n == "" or name.startswith(f"{n}.")]
             owner = max(around, key=len) if around else ""

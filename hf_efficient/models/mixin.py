@@ -245,7 +245,7 @@ def stock_heads(model_type: str) -> list[Any]:
         for cls in exported
         if isinstance(cls, type)
         and issubclass(cls, PreTrainedModel)
-        and not cls.__name__.endswith("PreTrainedModel")
+        and "pretrained" not in cls.__name__.lower()
         and getattr(cls.config_class, "model_type", None) == model_type
     ]
 
@@ -259,11 +259,14 @@ def naming_global_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(forward)
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-    own = inspect.Parameter(GLOBAL, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Tensor | None)
+    # behind `*args` or a keyword-only parameter there can be no positional one
+    kind = max([inspect.Parameter.POSITIONAL_OR_KEYWORD, *(p.kind for p in named)])
+    kind = inspect.Parameter.KEYWORD_ONLY if kind > inspect.Parameter.POSITIONAL_OR_KEYWORD else kind
+    own = inspect.Parameter(GLOBAL, kind, default=None, annotation=Tensor | None)
 
     @functools.wraps(forward)
     def naming(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == len(named):  # without `self`, so that the last one is ours
+        if kind is own.POSITIONAL_OR_KEYWORD and len(args) == len(named):  # without `self`: the last one is ours
             args, kwargs[GLOBAL] = args[:-1], args[-1]
         if kwargs.get(GLOBAL) is None:
             kwargs.pop(GLOBAL, None)

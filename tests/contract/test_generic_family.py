@@ -68,9 +68,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "positions": (helium, {"max_positions": 400}, "nothing is known about its positions, which max_positions"),
     "projections": (
-        helium,
-        {"attention": "longformer", "global_tokens": "first"},
-        "helium has no model family of its own",
+        lambda: transformers.ElectraModel(
+            transformers.ElectraConfig(**SIZES, embedding_size=32, intermediate_size=48)
+        ),
+        {"attention": "longformer", "global_tokens": "first", "attention_window": 8},
+        "electra has no model family of its own, so nothing is known about the projections",
     ),
 }
 

@@ -1,17 +1,16 @@
-"""Public tools for tests of mechanisms, here and elsewhere: tiny models of every family, inputs, closeness with names.
-
-from hf_efficient.testing import FAMILIES, assert_close, inputs_for, tiny_model
-"""
+"""Tiny models of every architecture, their inputs, closeness with names."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-VOCABULARY = 99
+from hf_efficient.families.probe import probe_inputs
+from hf_efficient.testing.sizes import LEFT_OUT, VOCABULARY, tiny_sizes
+
 BERT_LIKE: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
@@ -61,15 +60,22 @@ TINY: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "umt5": ("UMT5Config", "UMT5ForConditionalGeneration", T5_LIKE, "num_layers"),
 }
 FAMILIES = ("bert", "roberta", "gpt2", "t5")
+LARGEST = 3e7
+"""Parameters of a tiny model at most."""
 
 
 def tiny_model(model_type: str, *, layers: int = 2, positions: int = 128, seed: int = 0, **overrides: Any) -> Any:
     """A random model of a few thousand parameters in eval mode, fp32, with weights large enough that attention matters.
 
     Args:
-        model_type: a key of `TINY`. positions: usable positions (ignored by T5). overrides: further config fields.
+        model_type: a key of `TINY`, or any other that transformers has a model for, which gets sizes by the usual names of
+            its config's fields. positions: usable positions (ignored by T5). overrides: further config fields.
+
+    Raises:
+        ValueError: no model of that type, or one that is not tiny with these sizes.
     """
-    transformers = importlib.import_module("transformers")
+    if model_type not in TINY:
+        return _tiny_by_names(model_type, layers, positions, seed, overrides)
     config_name, model_name, sizes, layers_name = TINY[model_type]
     sizes = sizes | {layers_name: layers} | overrides
     if not model_type.endswith("t5"):
@@ -82,6 +88,46 @@ def tiny_model(model_type: str, *, layers: int = 2, positions: int = 128, seed: 
             # T5 does not scale its logits
             nn.init.normal_(parameter, std=0.1 if "SelfAttention.q" in name or "SelfAttention.k" in name else 0.25)
     return model.eval()
+
+
+def _tiny_by_names(model_type: str, layers: int, positions: int, seed: int, overrides: dict[str, Any]) -> Any:
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    failure: Exception | None = None
+    for left_out in LEFT_OUT:
+        sizes = tiny_sizes(config_class, positions + 4, left_out)
+        sizes = {name: layers if "layers" in name else size for name, size in sizes.items()} | overrides
+        try:
+            model = _built(config_class, config_class(**sizes), seed)
+            with torch.no_grad():
+                model(**probe_inputs(model, 8))
+            return model
+        except Exception as error:
+            failure = failure or error
+    raise ValueError(f"no tiny model of {model_type}: {type(failure).__name__}: {failure}") from failure
+
+
+def _built(config_class: Any, config: Any, seed: int) -> Any:
+    autos = (getattr(transformers, f"AutoModel{head}") for head in ("ForSeq2SeqLM", "ForMaskedLM", "ForCausalLM", ""))
+    found: Any = next(
+        (auto._model_mapping.get(config_class, None) for auto in autos if config_class in auto._model_mapping), None
+    )
+    if found is None:
+        raise ValueError("no Auto class has a model for it")
+    cls = found[0] if isinstance(found, tuple) else found
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in cls(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size / 1e6:.0f} million parameters with the usual names of sizes")
+    torch.manual_seed(seed)
+    model = cls(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+        elif "sink" in name:
+            nn.init.normal_(parameter, std=2.0)
+        elif not torch.isfinite(parameter).all() or parameter.abs().max() > 1e3:
+            nn.init.ones_(parameter)
+    return model
 
 
 def inputs_for(
