@@ -94,6 +94,9 @@ class GenericFamily(ModelFamily):
         key_value = _number(module, ("num_key_value_heads",)) or (query // groups if groups else query)
         return Heads(query, key_value, width, _number(module, ("v_head_dim",)) or width)
 
+    def has_projection_bias(self, module: Any) -> bool:
+        return False
+
     def hidden_size(self, stack: Stack) -> int:
         return _number(stack.module.config, HIDDEN) or 0
 

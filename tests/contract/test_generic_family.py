@@ -16,15 +16,14 @@ from hf_efficient.families import GenericFamily, families, family_of, registry
 from hf_efficient.testing import assert_close
 
 SIZES: dict[str, Any] = dict(vocab_size=99, num_hidden_layers=2, num_attention_heads=4, hidden_size=32)
+VISION: dict[str, Any] = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48)
 
 
-def helium(**options: Any) -> Any:
-    """A causal model with grouped heads that no family is written for."""
+def persimmon(**options: Any) -> Any:
+    """A causal model with a fused projection that no family is written for."""
     torch.manual_seed(0)
-    config = transformers.HeliumConfig(
-        **SIZES, head_dim=8, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=160, **options
-    )
-    model = transformers.HeliumForCausalLM(config).eval()
+    config = transformers.PersimmonConfig(**SIZES, intermediate_size=48, max_position_embeddings=160, **options)
+    model = transformers.PersimmonForCausalLM(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -33,7 +32,7 @@ def helium(**options: Any) -> Any:
 
 @torch.no_grad()
 def test_converts_saves_and_reverts(tmp_path):
-    model = helium()
+    model = persimmon()
     assert type(family_of(model)) is GenericFamily
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = torch.randint(5, 99, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -50,13 +49,15 @@ def test_converts_saves_and_reverts(tmp_path):
         else:
             assert (converted - source).abs().max() > 1e-2
             loaded = AutoModelForCausalLM.from_pretrained(result.save(tmp_path / "saved")).eval()
-            assert type(loaded) is he.EfficientHeliumForCausalLM and loaded.config.model_type == "efficient_helium"
+            assert (
+                type(loaded) is he.EfficientPersimmonForCausalLM and loaded.config.model_type == "efficient_persimmon"
+            )
             assert torch.equal(loaded(ids).logits, converted)
             options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
             with_cache, without = (loaded.generate(ids[:, :20], use_cache=c, **options) for c in (True, False))
             assert torch.equal(with_cache, without)
         he.revert(result.model)
-        assert type(model) is transformers.HeliumForCausalLM
+        assert type(model) is transformers.PersimmonForCausalLM
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -66,13 +67,13 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         "'bloom'.*its attention does not go through AttentionInterface",
     ),
-    "positions": (helium, {"max_positions": 400}, "nothing is known about its positions, which max_positions"),
+    "positions": (persimmon, {"max_positions": 400}, "nothing is known about its positions, which max_positions"),
     "projections": (
-        lambda: transformers.ElectraModel(
-            transformers.ElectraConfig(**SIZES, embedding_size=32, intermediate_size=48)
-        ),
+        lambda: transformers.YolosModel(
+            transformers.YolosConfig(**VISION, image_size=[16, 16], patch_size=8, num_detection_tokens=3)
+        ).eval(),
         {"attention": "longformer", "global_tokens": "first", "attention_window": 8},
-        "electra has no model family of its own, so nothing is known about the projections",
+        "yolos has no model family of its own, so nothing is known about the projections",
     ),
 }
 
@@ -92,7 +93,7 @@ def test_what_is_not_known_is_refused(case):
 )
 def test_a_proof_that_fails_refuses_and_leaves_the_model_as_it_was(fault, monkeypatch):
     """Hosts whose layers do something that the generic family can't see."""
-    model = helium()
+    model = persimmon()
     attention = type(model.model.layers[0].self_attn)
     forward = attention.forward
 
@@ -114,7 +115,7 @@ def test_a_proof_that_fails_refuses_and_leaves_the_model_as_it_was(fault, monkey
         with pytest.raises(ValueError, match=r"2 decoder layers in model.*|" + fault):
             verb(model, "local", attention_window=8)
         assert torch.equal(model(ids).logits, before) and not he.patching.is_installed(model)
-        assert model.config._attn_implementation == "sdpa" and type(model) is transformers.HeliumForCausalLM
+        assert model.config._attn_implementation == "sdpa" and type(model) is transformers.PersimmonForCausalLM
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def entry(name: str, load: Any) -> Any:
 
 
 def test_families_of_other_distributions(clean, monkeypatch, caplog):
-    theirs = GenericFamily(model_type="helium")
+    theirs = GenericFamily(model_type="persimmon")
 
     def broken() -> Any:
         raise ImportError("no such module")
@@ -139,10 +140,10 @@ def test_families_of_other_distributions(clean, monkeypatch, caplog):
     monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: found if group.endswith("families") else [])
     with caplog.at_level("WARNING", logger="transformers"):
         monkeypatch.setattr(plugins.logger, "propagate", True)
-        assert family_of("helium") is theirs
+        assert family_of("persimmon") is theirs
         families()
-    assert registry.ORIGINS["helium"] == {"name": "theirs", "version": "1.2"}
-    with pytest.raises(ValueError, match="'helium' has a family already"):
+    assert registry.ORIGINS["persimmon"] == {"name": "theirs", "version": "1.2"}
+    with pytest.raises(ValueError, match="'persimmon' has a family already"):
         he.register_family(theirs)
     with pytest.raises(TypeError, match="is no ModelFamily"):
-        he.register_family("helium")  # type: ignore[arg-type]
+        he.register_family("persimmon")  # type: ignore[arg-type]
