@@ -19,11 +19,24 @@ SIZES: dict[str, Any] = dict(vocab_size=99, num_hidden_layers=2, num_attention_h
 VISION: dict[str, Any] = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48)
 
 
-def persimmon(**options: Any) -> Any:
-    """A causal model with a fused projection that no family is written for."""
+@pytest.fixture(autouse=True)
+def unwritten(monkeypatch):
+    """The registry without the families of the models here, as it is for most model types."""
+    written = {name: family for name, family in registry._own().items() if name not in ("helium", "yolos")}
+    monkeypatch.setattr(registry, "_own", lambda: written)
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    registry._found.cache_clear()
+    yield
+    registry._found.cache_clear()
+
+
+def helium(**options: Any) -> Any:
+    """A causal model with grouped heads that has no family of its own here."""
     torch.manual_seed(0)
-    config = transformers.PersimmonConfig(**SIZES, intermediate_size=48, max_position_embeddings=160, **options)
-    model = transformers.PersimmonForCausalLM(config).eval()
+    config = transformers.HeliumConfig(
+        **SIZES, head_dim=8, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=160, **options
+    )
+    model = transformers.HeliumForCausalLM(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -32,7 +45,7 @@ def persimmon(**options: Any) -> Any:
 
 @torch.no_grad()
 def test_converts_saves_and_reverts(tmp_path):
-    model = persimmon()
+    model = helium()
     assert type(family_of(model)) is GenericFamily
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = torch.randint(5, 99, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -49,15 +62,13 @@ def test_converts_saves_and_reverts(tmp_path):
         else:
             assert (converted - source).abs().max() > 1e-2
             loaded = AutoModelForCausalLM.from_pretrained(result.save(tmp_path / "saved")).eval()
-            assert (
-                type(loaded) is he.EfficientPersimmonForCausalLM and loaded.config.model_type == "efficient_persimmon"
-            )
+            assert type(loaded) is he.EfficientHeliumForCausalLM and loaded.config.model_type == "efficient_helium"
             assert torch.equal(loaded(ids).logits, converted)
             options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
             with_cache, without = (loaded.generate(ids[:, :20], use_cache=c, **options) for c in (True, False))
             assert torch.equal(with_cache, without)
         he.revert(result.model)
-        assert type(model) is transformers.PersimmonForCausalLM
+        assert type(model) is transformers.HeliumForCausalLM
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -67,7 +78,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         "'bloom'.*its attention does not go through AttentionInterface",
     ),
-    "positions": (persimmon, {"max_positions": 400}, "nothing is known about its positions, which max_positions"),
+    "positions": (helium, {"max_positions": 400}, "nothing is known about its positions, which max_positions"),
     "projections": (
         lambda: transformers.YolosModel(
             transformers.YolosConfig(**VISION, image_size=[16, 16], patch_size=8, num_detection_tokens=3)
@@ -93,7 +104,7 @@ def test_what_is_not_known_is_refused(case):
 )
 def test_a_proof_that_fails_refuses_and_leaves_the_model_as_it_was(fault, monkeypatch):
     """Hosts whose layers do something that the generic family can't see."""
-    model = persimmon()
+    model = helium()
     attention = type(model.model.layers[0].self_attn)
     forward = attention.forward
 
@@ -115,23 +126,15 @@ def test_a_proof_that_fails_refuses_and_leaves_the_model_as_it_was(fault, monkey
         with pytest.raises(ValueError, match=r"2 decoder layers in model.*|" + fault):
             verb(model, "local", attention_window=8)
         assert torch.equal(model(ids).logits, before) and not he.patching.is_installed(model)
-        assert model.config._attn_implementation == "sdpa" and type(model) is transformers.PersimmonForCausalLM
-
-
-@pytest.fixture
-def clean(monkeypatch):
-    monkeypatch.setattr(registry, "_REGISTERED", {})
-    registry._found.cache_clear()
-    yield
-    registry._found.cache_clear()
+        assert model.config._attn_implementation == "sdpa" and type(model) is transformers.HeliumForCausalLM
 
 
 def entry(name: str, load: Any) -> Any:
     return SimpleNamespace(name=name, value=f"{name}:X", dist=SimpleNamespace(name="theirs", version="1.2"), load=load)
 
 
-def test_families_of_other_distributions(clean, monkeypatch, caplog):
-    theirs = GenericFamily(model_type="persimmon")
+def test_families_of_other_distributions(monkeypatch, caplog):
+    theirs = GenericFamily(model_type="helium")
 
     def broken() -> Any:
         raise ImportError("no such module")
@@ -140,10 +143,10 @@ def test_families_of_other_distributions(clean, monkeypatch, caplog):
     monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: found if group.endswith("families") else [])
     with caplog.at_level("WARNING", logger="transformers"):
         monkeypatch.setattr(plugins.logger, "propagate", True)
-        assert family_of("persimmon") is theirs
+        assert family_of("helium") is theirs
         families()
-    assert registry.ORIGINS["persimmon"] == {"name": "theirs", "version": "1.2"}
-    with pytest.raises(ValueError, match="'persimmon' has a family already"):
+    assert registry.ORIGINS["helium"] == {"name": "theirs", "version": "1.2"}
+    with pytest.raises(ValueError, match="'helium' has a family already"):
         he.register_family(theirs)
     with pytest.raises(TypeError, match="is no ModelFamily"):
-        he.register_family("persimmon")  # type: ignore[arg-type]
+        he.register_family("helium")  # type: ignore[arg-type]
