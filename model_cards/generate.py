@@ -19,6 +19,7 @@ from typing import Any
 from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.attention.base.registry import describe, get_mechanism, list_mechanisms
 from hf_efficient.cards.markdown import table
+from hf_efficient.cards.sizes import sizes_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "model_cards" / "results"
@@ -373,6 +374,7 @@ def part(name: str) -> str:
         "perplexity": perplexity_table,
         "places": places_table,
         "recovery": recovery_table,
+        "sizes": sizes_table,
         "speed": speed_table,
         "support": support_table,
     }

@@ -45,6 +45,7 @@ class BigBirdAttentionConfig(PatternAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "bigbird"
+    sizes: ClassVar[Mapping[str, str]] = {"num_random_blocks": "block_size"}
 
     block_size: int = 64
     num_random_blocks: int = 3

@@ -39,6 +39,7 @@ class ClusteredAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "clustered"
+    sizes: ClassVar[Mapping[str, str]] = {"num_clusters": "", "top_k": ""}
 
     num_clusters: int = 64
     top_k: int = 32

@@ -55,7 +55,7 @@ class LinformerAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "linformer"
-
+    sizes: ClassVar[Mapping[str, str]] = {"rank": ""}
     rank: int | tuple[int, ...] = 256
     head_ranks: tuple[int, ...] | None = None
     max_length: int | None = None

@@ -36,6 +36,7 @@ class NystromformerAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "nystromformer"
+    sizes: ClassVar[Mapping[str, str]] = {"num_landmarks": ""}
 
     num_landmarks: int = 64
     pinv_iterations: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,6 +34,7 @@ class SetTransformerAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "set_transformer"
+    sizes: ClassVar[Mapping[str, str]] = {"num_inducing": ""}
 
     num_inducing: int = 64
     segment_bias: float = 4.0

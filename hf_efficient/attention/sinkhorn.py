@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,6 +49,7 @@ class SinkhornAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "sinkhorn"
+    sizes: ClassVar[Mapping[str, str]] = {"num_sorted_blocks": "block_size"}
 
     block_size: int = 64
     num_sorted_blocks: int = 2

@@ -251,8 +251,8 @@ _watched: WeakSet[Any] = WeakSet()
 def watch(model: Any) -> None:
     """From now on the steps that a PyTorch optimiser takes with parameters of `model` are noted in its history.
 
-    So whoever trains it, with the Trainer or in a loop, saves a checkpoint that says so. Optimisers of sharded parameters
-    (FSDP, ZeRO) hold others than the model's own; recipes describe such runs themselves.
+    So whoever trains it, with the Trainer or in a loop, saves a checkpoint that says so. An optimiser of copies, such as
+    ZeRO's, holds others than the model's own; recipes describe such runs themselves.
     """
     _listen()
     _watched.add(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from cases import CASES
 
 import hf_efficient as he
 from hf_efficient.attention.base.pattern import PatternAttentionConfig
-from hf_efficient.attention.base.registry import stored_attention
+from hf_efficient.attention.base.registry import describe, stored_attention
+from hf_efficient.cards.sizes import sizes_table
 from hf_efficient.testing import tiny_model
 
 # mechanism, an option and a value, options beside which it is dead, others beside which it matters
@@ -131,3 +133,20 @@ def test_every_option_matters_or_is_refused(mechanism: str):
                 for one in seen
             ]
             assert len(seen) < 2 or not all(same), f"{mechanism}: {name} changes nothing beside {beside}"
+
+
+@pytest.mark.parametrize("mechanism", sorted(set(CASES) - {"combined"}))
+def test_sizes_that_do_not_follow_the_length_are_options_and_stand_in_the_card(mechanism: str):
+    """What stands for a share of the input: numbers by default, in units that are options too."""
+    config: Any = he.attention_config(mechanism).attention_class.Config
+    numbers = {field.name for field in dataclasses.fields(config) if type(field.default) is int}
+    units = {unit for unit in config.sizes.values() if unit}
+    assert config.sizes.keys() | units <= numbers
+    card = (Path(he.__file__).parents[1] / "model_cards" / f"{mechanism}.md").read_text()
+    assert bool(config.sizes) == (f"<!-- generated: sizes {mechanism} -->" in card)
+    text = sizes_table(mechanism)
+    for option, unit in config.sizes.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{option}` |"))
+        default = describe(mechanism)["options"]
+        share = 100 * default[option] * (default[unit] if unit else 1) / 4096
+        assert f" {share:.3g} % " in row and f"`{32 * default[option]}`" in row

@@ -45,6 +45,8 @@ class EfficientAttentionConfig:
     attention_class: ClassVar[type[EfficientAttention]]
     stored_defaults: ClassVar[Mapping[str, Any]] = {}
     """{option: what checkpoints saved before it existed compute}, where that is not its default."""
+    sizes: ClassVar[Mapping[str, str]] = {}
+    """{option whose default stands for a smaller share of longer inputs: the option that is its unit in tokens, "" = 1}."""
 
     layers: tuple[int, ...] | None = None
     side: str | None = None
