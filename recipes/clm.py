@@ -1,4 +1,4 @@
-"""Continue pretraining a decoder (GPT-2) by causal language modelling, converted to efficient attention or not.
+"""Continue pretraining a decoder (GPT-2, Llama, …) by causal language modelling, converted to efficient attention or not.
 
     python recipes/clm.py --model openai-community/gpt2 --attention local --max-positions 4096 --pack --output-dir clm
     python recipes/clm.py --model clm/model --dataset corpus.jsonl --pack --bf16 --save-steps 500 --output-dir clm-2

@@ -48,6 +48,10 @@ def convert(
     ] = None,
     positions: Annotated[str, typer.Option(help="How to lengthen the position table: tile or interpolate.")] = "tile",
     layers: Annotated[str | None, typer.Option(help="0,1,2 or 0-5.", show_default="all")] = None,
+    exact_every: Annotated[
+        int | None,
+        typer.Option(help="K: layers K - 1, 2K - 1, … keep full attention; instead of --layers.", show_default="none"),
+    ] = None,
     side: Annotated[
         str | None, typer.Option(help="encoder, decoder or both.", show_default="the encoder, if there is one")
     ] = None,
@@ -84,6 +88,7 @@ def convert(
 
         target = OutputFolder(out, overwrite, [source, config, calibration])
         places: dict[str, Any] = dict(max_positions=max_positions, positions=positions, revision=revision)
+        places["exact_every"] = exact_every
         places |= dict(subfolder=subfolder, model_class=model_class, dtype=dtype, cache_dir=cache_dir, token=token)
         result = convert_checkpoint(source, configs, **places, calibration=_calibration_texts(calibration))
         report = result.report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_efficient.attention.base import EfficientAttentionConfig
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.conversion.calibrate import bound_coverage, calibrate, calibration_batches, calibration_use
 from hf_efficient.conversion.loading import Source, load_stock, open_source, refuse_converted, split_options
@@ -22,6 +23,7 @@ from hf_efficient.families import HostModel
 from hf_efficient.families.readable import require_model
 from hf_efficient.models.in_place import convert_in_place, revert, stock_class
 from hf_efficient.models.provenance import ABSENT, REPORT_NAME, Provenance, earlier_steps
+from hf_efficient.patching.install import resolve_side
 from hf_efficient.profiling.environment import versions
 
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -88,6 +90,7 @@ def convert(
     tokenizer: Any = None,
     revision: str | None = None,
     calibration: Sequence[str] | Sequence[Mapping[str, Tensor]] | None = None,
+    exact_every: int | None = None,
     **options: Any,
 ) -> ConversionResult:
     """Convert a pretrained checkpoint to efficient attention.
@@ -103,6 +106,7 @@ def convert(
         revision: of the Hub repository.
         calibration: texts, or batches of inputs, from which mechanisms set constants such as centroids; see `calibrate`.
             Without it they start without data, and the report says so.
+        exact_every: k ≥ 2: layers k - 1, 2k - 1, … keep full attention, all others are converted; instead of `layers`.
         options: of the mechanism; and for a checkpoint as in `from_pretrained`: `subfolder`, `token`, `dtype`, `cache_dir`,
             `force_download`, `local_files_only`, `proxies`. `model_class`, a stock class or its name, says which head
             the checkpoint has; by default its config does, or its tensors do.
@@ -121,6 +125,7 @@ def convert(
     refuse_converted(opened.name, opened.model.config)
     earlier = earlier_steps(opened.model, opened.folder)
     host = HostModel.of(opened.model)
+    configs = _with_exact_layers(configs, host, exact_every)
     length = max_positions or host.max_positions or _length_of(opened.tokenizer)
     configs = [config.for_length(length) for config in configs]
     batches = read = None
@@ -156,6 +161,30 @@ def convert(
     provenance.history[-1]["calibration_batches"] = given
     provenance.reports[REPORT_NAME] = report
     return ConversionResult(opened.model, opened.tokenizer, report, opened.folder)
+
+
+def _with_exact_layers(
+    configs: list[EfficientAttentionConfig], host: HostModel, exact_every: int | None
+) -> list[EfficientAttentionConfig]:
+    """The configs for all layers but every k-th."""
+    if exact_every is None:
+        return configs
+    if type(exact_every) is not int or exact_every < 2:
+        raise ValueError(f"exact_every={exact_every!r} is not possible; it must be an integer ≥ 2, or None.")
+    if any(config.layers is not None for config in configs) or len(configs) > 1:
+        raise ValueError(
+            f"exact_every={exact_every} and layers both say which layers are converted: give one mechanism without layers, "
+            "or leave exact_every out."
+        )
+    wanted = resolve_side(configs[0], [stack.side for stack in host.stacks])
+    counts = {len(stack.layers) for stack in host.stacks if stack.side in wanted}
+    if len(counts) > 1:
+        raise ValueError(
+            f"exact_every={exact_every} with stacks of {' and '.join(map(str, sorted(counts)))} layers: give a list with "
+            "one config per side, each with its layers."
+        )
+    layers = tuple(i for i in range(max(counts, default=0)) if (i + 1) % exact_every)
+    return [replace(configs[0], layers=layers)] if layers else configs
 
 
 def _length_of(tokenizer: Any) -> int | None:

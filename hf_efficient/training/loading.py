@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.conversion.convert import convert
 from hf_efficient.conversion.loading import load_tokenizer
-from hf_efficient.families import PREFIX, family_of
+from hf_efficient.families import HostModel, family_of
 from hf_efficient.models.in_place import revert
 from hf_efficient.models.loading import find_weights, read_config, require_host_tensors
 from hf_efficient.models.mixin import honours_loss_kwargs
@@ -23,12 +26,12 @@ from hf_efficient.training.results import RunRecord
 
 logger = logging.getLogger(f"transformers.{__name__}")
 
-# attention projections by architecture, as the pattern that PEFT matches whole module names with
-LORA_TARGETS = {
-    "bert": r".*attention\.(self\.(query|key|value)|output\.dense)",
-    "gpt2": r".*attn\.(c_attn|q_attn|c_proj)",
-    "t5": r".*(SelfAttention|EncDecAttention)\.(q|k|v|o)",
-}
+# attention projections that are not all linear layers of self-attention modules, as patterns of whole module names
+LORA_TARGETS = (
+    r".*attention\.(self\.(query|key|value)|output\.dense)",  # BERT
+    r".*attn\.(c_attn|q_attn|c_proj)",  # GPT-2
+    r".*(SelfAttention|EncDecAttention)\.(q|k|v|o)",  # T5
+)
 
 
 def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = None, **kwargs: Any) -> tuple[Any, Any]:
@@ -124,13 +127,20 @@ def _check_attention(name: str, config: Any, attention: str, max_positions: int,
         )
 
 
+def attention_projections(model: Any) -> list[str]:
+    """Qualified names of the linear layers around attention, which adapters are put on; those of mechanisms are not."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    for pattern in LORA_TARGETS:
+        if found := [name for name in linear if re.fullmatch(pattern, name)]:
+            return found
+    attention = {layer.name for stack in HostModel.of(model).stacks for layer in stack.layers}
+    return [name for name in linear if name.rpartition(".")[0] in attention]
+
+
 def _with_lora(model: Any, rank: int, fresh: list[str]) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    model_type = model.config.model_type.removeprefix(PREFIX)
-    kind = next((k for k in ("t5", "gpt2", "bert") if k in model_type.replace("roberta", "bert")), None)
-    if kind is None:
-        raise ValueError(f"lora_rank={rank}: the attention projections of {model_type} models are not known.")
+    targets = attention_projections(model)
     mechanisms = [mechanism_of(layer) for layer in converted_layers(model).values()]
     shared = sorted({name for mechanism in mechanisms for name in mechanism.shared_parameters()})
     if shared:
@@ -147,8 +157,8 @@ def _with_lora(model: Any, rank: int, fresh: list[str]) -> Any:
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=LORA_TARGETS[kind],
+        target_modules=targets,
         modules_to_save=saved or None,
-        fan_in_fan_out=kind == "gpt2",
+        fan_in_fan_out=all(isinstance(modules[name], Conv1D) for name in targets),
     )
     return get_peft_model(model, config)

@@ -11,6 +11,7 @@ from pathlib import Path
 import fresh
 import pytest
 import torch
+from decoders import save_decoder
 from paths import SCRIPTS
 from tiny import save_source
 from transformers import AutoConfig
@@ -71,6 +72,13 @@ RUNS = {
         {"extended": 1, "initialised": 0, "random": 0},
         256,
     ),
+    "convert_llama_to_local.py": (
+        "llama",
+        ["--attention-window", "8", "--sink-tokens", "1", "--exact-every", "2"],
+        {"mechanism": "local", "attention_window": 8, "sink_tokens": 1, "layers": [0]},
+        {"extended": 0, "initialised": 0, "random": 0},
+        None,
+    ),
     "convert_t5_to_longformer.py": (
         "t5",
         ["--attention-window", "8", "--global-tokens", "question"],
@@ -109,7 +117,9 @@ def test_scripts_are_short_and_say_their_command():
 @pytest.mark.parametrize("script", sorted(RUNS))
 def test_script_converts(script, tmp_path, monkeypatch, capsys):
     family, options, expected, counts, positions = RUNS[script]
-    source = save_source(tmp_path / "source", family)
+    source = (
+        save_decoder(tmp_path / "source", family) if family == "llama" else save_source(tmp_path / "source", family)
+    )
     run_here(monkeypatch, script, source, tmp_path / "out", *options, "--no-verify")
     output = capsys.readouterr().out
 
@@ -142,7 +152,9 @@ def test_script_verifies_what_it_saved(script, status, tmp_path, monkeypatch, ca
     monkeypatch.setattr("hf_efficient.evaluation.verify.verify", verify)
     monkeypatch.setattr("hf_efficient.corpus.offline_texts", lambda: ["w10 w11"])
     family, options, *_ = RUNS[script]
-    source = save_source(tmp_path / "source", family)
+    source = (
+        save_decoder(tmp_path / "source", family) if family == "llama" else save_source(tmp_path / "source", family)
+    )
     with pytest.raises(SystemExit) as done:
         run_here(monkeypatch, script, source, tmp_path / "out", *options)
     assert done.value.code == (0 if status == "passed" else 1)

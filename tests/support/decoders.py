@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -53,6 +55,13 @@ def tiny_decoder(model_type: str, **overrides: Any) -> Any:
         elif parameter.requires_grad:  # norms and biases too say something
             nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
     return model
+
+
+def save_decoder(path: Path, model_type: str) -> Path:
+    """An original tiny checkpoint with its tokenizer, as `tiny.save_source` makes one of a tested family."""
+    tiny_decoder(model_type).save_pretrained(path)
+    tiny_tokenizer("gpt2").save_pretrained(path)
+    return path
 
 
 def prompts(model: Any) -> dict[str, Tensor]:
