@@ -182,13 +182,14 @@ def load_converted(name: str | Path) -> PreTrainedModel:
 
 def _absent_in_the_source(folder: Path) -> set[str]:
     """The tensors that started anew, as the checkpoint's reports say."""
-    reports = [read_json(folder / file) for file in (REPORT_NAME, UPCYCLING_NAME) if (folder / file).is_file()]
-    return {
-        name
-        for report in reports
-        for name, tensor in (report.get("tensors") or {}).items()
-        if isinstance(tensor, dict) and tensor.get("from") == ABSENT
-    }
+    files = [folder / file for file in (REPORT_NAME, UPCYCLING_NAME) if (folder / file).is_file()]
+    absent: set[str] = set()
+    for file in files:
+        tensors = read_json(file).get("tensors") or {}
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, dict) for tensor in tensors.values()):
+            raise ValueError(f"{file} is damaged: what it says of tensors is not an object for each of them.")
+        absent |= {name for name, tensor in tensors.items() if tensor.get("from") == ABSENT}
+    return absent
 
 
 def _readable(name: str | Path) -> Any:

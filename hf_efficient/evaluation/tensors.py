@@ -74,9 +74,9 @@ def fresh_tensors(model: Any) -> set[str]:
     """Tensors of a converted model that its source's checkpoint lacked, a new head for example, as its reports name them."""
     found = set()
     for report in Provenance.of(model).reports.values():
-        tensors = report.get("tensors", {}) if isinstance(report, dict) else report.tensors
-        absent = "absent from the source checkpoint"
-        found |= {name for name, tensor in tensors.items() if tensor["status"] == "random" or tensor["from"] == absent}
+        tensors = (report.get("tensors") or {}) if isinstance(report, dict) else report.tensors
+        absent = ("random", "absent from the source checkpoint")
+        found |= {name for name, told in tensors.items() if told.get("status") in absent or told.get("from") in absent}
     return found
 
 

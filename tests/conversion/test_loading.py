@@ -279,6 +279,18 @@ def test_damaged_json_is_one_line(file, value, source, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("value", ['{"tensors": 3}', '{"tensors": {"a": 3}}', '{"tensors": ["a"]}'])
+@pytest.mark.parametrize("file", ["conversion_report.json", "upcycling_report.json"])
+def test_a_report_that_tells_nothing_of_tensors_is_one_line(file, value, source, tmp_path):
+    """To `revert`, and to `verify`, which loads a checkpoint in the same way."""
+    out = he.convert(source, "local", **OPTIONS).save(tmp_path / "converted")
+    (out / file).write_text(value)
+    message = error("revert", out, tmp_path / "out")
+    assert f"{file} is damaged" in message and "\n" not in message
+    with pytest.raises(ValueError, match=f"{file} is damaged"):
+        load_converted(out)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_broken_tokenizer_is_not_taken_for_none(family, tmp_path):
     source, out = (
