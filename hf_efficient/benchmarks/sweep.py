@@ -24,7 +24,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_efficient.conversion.convert import convert
-from hf_efficient.families import HostModel, families
+from hf_efficient.families import GenericFamily, HostModel, families
 from hf_efficient.families.probe import probe_inputs, real_part, token_outputs
 from hf_efficient.models.in_place import revert
 from hf_efficient.patching.temporary import patch_attention
@@ -69,6 +69,8 @@ def check(model_type: str) -> dict[str, Any]:
     config_class: Any = CONFIG_MAPPING[model_type]
     parts = sorted({getattr(c, "model_type", "") for c in (getattr(config_class, "sub_configs", None) or {}).values()})
     try:
+        if not GenericFamily(model_type=model_type).has_attention and model_type not in families():
+            return {"outcome": "composite" if parts else "own attention code", "parts": parts}
         model = tiny_model(model_type, positions=160)
         model.set_attn_implementation("eager")
         inputs = probe_inputs(model, LENGTH, seed=1)

@@ -39,7 +39,19 @@ class GenericFamily(ModelFamily):
     @property
     def modeling(self) -> Any:
         config = CONFIG_MAPPING[self.model_type]
-        return importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+        try:
+            return importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"no model family for model_type {self.model_type!r}, and transformers has no modeling file for it: {error}"
+            ) from error
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether some class of the modeling file calls transformers' AttentionInterface."""
+        modeling = self.modeling
+        kinds: list[Any] = [cls for _, cls in inspect.getmembers(modeling, inspect.isclass)]
+        return any(dispatches(kind) for kind in kinds if kind.__module__ == modeling.__name__)
 
     def stacks(self, model: nn.Module) -> list[Stack]:
         """All stacks with self-attention: the innermost models around it.

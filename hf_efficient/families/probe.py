@@ -32,11 +32,11 @@ def probe_inputs(model: Any, length: int = 48, seed: int = 0) -> dict[str, Tenso
     if main == "input_ids":
         inputs = {"input_ids": ids, "attention_mask": mask}
     elif main == "pixel_values":
-        size = config.image_size
+        size = getattr(config, "image_size", 64)
         sides = (size, size) if isinstance(size, int) else tuple(size)[-2:]
         inputs = {main: noise(2, getattr(config, "num_channels", 3), *sides)}
     elif main == "input_features":
-        inputs = {main: noise(2, config.num_mel_bins, 2 * config.max_source_positions)}
+        inputs = {main: noise(2, _channels(config), 2 * getattr(config, "max_source_positions", 60))}
     elif main == "input_values":
         inputs = {main: noise(2, 16000)}
     else:
@@ -44,6 +44,11 @@ def probe_inputs(model: Any, length: int = 48, seed: int = 0) -> dict[str, Tenso
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids[:, : max(length // 2, 1)]
     return inputs
+
+
+def _channels(config: Any) -> int:
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_size", "feature_projection_input_dim")
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 80)
 
 
 def token_outputs(output: Any) -> Tensor:

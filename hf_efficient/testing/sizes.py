@@ -18,8 +18,9 @@ SIZES: tuple[tuple[Any, str], ...] = (
     (0.0, "hidden_dropout_prob attention_probs_dropout_prob attn_pdrop resid_pdrop embd_pdrop dropout"),
     (0.0, "hidden_dropout attention_dropout activation_dropout dropout_rate"),
     (24, "sliding_window local_attention"),
-    (1, "pad_token_id num_experts_per_tok"),
-    (16, "moe_intermediate_size num_mel_bins"),
+    (1, "pad_token_id num_experts_per_tok n_group topk_group"),
+    (16, "moe_intermediate_size num_mel_bins kv_lora_rank q_lora_rank"),
+    (8, "qk_nope_head_dim qk_rope_head_dim v_head_dim"),
     (60, "max_source_positions"),
     (100, "max_target_positions"),
     (VOCABULARY, "vocab_size"),
@@ -33,7 +34,8 @@ POSITIONS = ("max_position_embeddings", "n_positions")
 LEFT_OUT: tuple[tuple[str, ...], ...] = (
     (),
     ("head_dim",),
-    ("head_dim", "num_key_value_heads"),
+    ("mlp_ratio",),
+    ("head_dim", "mlp_ratio", "num_key_value_heads"),
     tuple(name for name in SIZE_OF if "layers" not in name),
 )
 

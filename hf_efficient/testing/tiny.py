@@ -97,7 +97,7 @@ def _tiny_by_names(model_type: str, layers: int, positions: int, seed: int, over
         sizes = tiny_sizes(config_class, positions + 4, left_out)
         sizes = {name: layers if "layers" in name else size for name, size in sizes.items()} | overrides
         try:
-            model = _built(config_class, config_class(**sizes), seed)
+            model = random_model(config_class(**sizes), seed)
             with torch.no_grad():
                 model(**probe_inputs(model, 8))
             return model
@@ -106,7 +106,13 @@ def _tiny_by_names(model_type: str, layers: int, positions: int, seed: int, over
     raise ValueError(f"no tiny model of {model_type}: {type(failure).__name__}: {failure}") from failure
 
 
-def _built(config_class: Any, config: Any, seed: int) -> Any:
+def random_model(config: Any, seed: int = 0) -> Any:
+    """A random model of a config's first of these classes: with two stacks, for masked or causal text, any.
+
+    Raises:
+        ValueError: there is none, or it has more than `LARGEST` parameters.
+    """
+    config_class = type(config)
     autos = (getattr(transformers, f"AutoModel{head}") for head in ("ForSeq2SeqLM", "ForMaskedLM", "ForCausalLM", ""))
     found: Any = next(
         (auto._model_mapping.get(config_class, None) for auto in autos if config_class in auto._model_mapping), None

@@ -1,0 +1,60 @@
+"""Every written family passes what a family of anybody must pass, and a wrong one does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_efficient.families import GenericFamily, families, registry
+from hf_efficient.families.base import ModelFamily
+from hf_efficient.families.bert import BertFamily
+from hf_efficient.families.llama import LlamaFamily
+from hf_efficient.testing import check_family, tiny_model
+
+# fields whose usual sizes make another model of it than the family is for
+DIFFERENT: dict[str, dict[str, Any]] = {"phimoe": {"sliding_window": None}}
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_family(model_type: str):
+    config = tiny_model(model_type, **DIFFERENT[model_type]).config if model_type in DIFFERENT else None
+    found = check_family(families()[model_type], config)
+    assert found["local"] == "possible"
+
+
+class _NotCausal(LlamaFamily):
+    def is_causal(self, stack: Any, layer: Any) -> bool:
+        return False
+
+
+class _OtherTable(BertFamily):
+    def _resize_table(self, stack: Any, max_positions: int, method: str) -> None:
+        super()._resize_table(stack, max_positions, method)
+        with torch.no_grad():
+            stack.module.embeddings.position_embeddings.weight[0] += 1
+
+
+def row(kind: type[ModelFamily], model_type: str) -> ModelFamily:
+    return kind(**vars(families()[model_type]))
+
+
+@pytest.mark.parametrize(
+    "kind, model_type, message",
+    [(_NotCausal, "llama", "asks for causal"), (_OtherTable, "bert", "revert from more positions")],
+)
+def test_a_wrong_family_fails(kind, model_type, message, monkeypatch):
+    wrong = row(kind, model_type)
+    monkeypatch.setitem(registry._found(), model_type, wrong)
+    with pytest.raises((AssertionError, ValueError), match=message):
+        check_family(wrong)
+
+
+def test_tiny_model_of_any_type():
+    for model_type in ("bart", "vit", "whisper"):
+        model = tiny_model(model_type, layers=1)
+        assert sum(p.numel() for p in model.parameters()) < 1e6 and not model.training
+    with pytest.raises(ValueError, match="no tiny model of timm_wrapper"):
+        tiny_model("timm_wrapper")
+    assert GenericFamily(model_type="vit").has_attention and not GenericFamily(model_type="bloom").has_attention
