@@ -96,7 +96,7 @@ def upcycle(
     apart, so train on; `revert` goes back as long as nobody did. Attention is left as it is, efficient or not.
 
     Args:
-        source: Hub id or folder of a BERT, RoBERTa, GPT-2 or T5 checkpoint (or a relative), converted or not, or a loaded
+        source: Hub id or folder of a BERT, RoBERTa, GPT-2, Llama or T5 checkpoint (or relative), converted or not, or loaded
             model, which is then changed in place. Optimiser states are not taken over.
         tokenizer: for a loaded model, or to use another than the source's.
         revision: of the Hub repository. loading: as for `convert`: `subfolder`, `token`, `dtype`, `model_class`, …

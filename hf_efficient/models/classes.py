@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
@@ -42,8 +43,21 @@ def make(model_type: str) -> None:
             accepts_loss_kwargs=honours_loss_kwargs(stock),
         )
     AutoConfig.register(config.model_type, config, exist_ok=True)
+    _keep_form_of_files({model_type: config.model_type} | {stock.__name__: NAME + stock.__name__ for stock in stocks})
     made_configs[model_type] = config
     _register(model_type, config, {stock.__name__: made_models[stock] for stock in stocks})
+
+
+def _keep_form_of_files(names: dict[str, str]) -> None:
+    """Files hold the weights of Efficient classes as they hold those of stock ones: Mixtral's experts one by one, say.
+
+    Args:
+        names: {what transformers calls a stock class or its type: what it is called here}.
+    """
+    for stock, own in names.items():
+        conversions = get_checkpoint_conversion_mapping(stock)
+        if conversions is not None:
+            register_checkpoint_conversion_mapping(own, conversions, overwrite=True)
 
 
 def _class(name: str, bases: tuple[type, ...], **namespace: Any) -> Any:

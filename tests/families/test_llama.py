@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoders import prompts, tiny_decoder
+from decoders import prompts, save_decoder, tiny_decoder
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_efficient as he
@@ -132,3 +133,37 @@ def test_what_rotary_positions_refuse():
         he.convert(tiny_decoder("llama"), "local", max_positions=512)
     with pytest.raises(ValueError, match="cosformer weighs keys by their distance"):
         he.convert(tiny_decoder("llama"), "cosformer", max_length=64)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi", "gpt_neox", "smollm3"])
+def test_packed_sequences_and_checkpointed_layers(model_type: str):
+    """Positions that start again are those of the rotation as well; a layer that is computed again gets the same."""
+    model = he.convert(tiny_decoder(model_type), "local", attention_window=8).model
+    first, second = torch.arange(10, 23)[None], torch.arange(40, 49)[None]
+    positions = torch.cat([torch.arange(13), torch.arange(9)])[None]
+    with torch.no_grad():
+        packed = model(input_ids=torch.cat([first, second], 1), position_ids=positions).logits
+        expected = torch.cat([model(input_ids=first).logits, model(input_ids=second).logits], 1)
+    assert_close(packed, expected, 1e-5)
+    gradients = []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable()
+        model.train().zero_grad()
+        model(input_ids=first, labels=first, use_cache=False).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "ernie4_5_moe"])
+def test_files_hold_experts_as_those_of_the_source_do(model_type: str, tmp_path):
+    """One by one, where the loaded model has all experts of a layer in one tensor."""
+    source = save_decoder(tmp_path / "source", model_type)
+    result = he.convert(source, "local", attention_window=8)
+    result.save(tmp_path / "out")
+    files = [load_file(path / "model.safetensors") for path in (source, tmp_path / "out")]
+    assert any(".experts.0.up_proj" in name for name in files[0]) and files[0].keys() == files[1].keys()
+    assert all(torch.equal(tensor, files[0][name]) for name, tensor in files[1].items())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    state = result.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
