@@ -37,14 +37,15 @@ LENGTH, WIDE, NARROW = 96, 2**14, 8
 OUTCOMES = ("exact", "refused", "own attention code", "composite", "no tiny model", "crash", "silent")
 FAULTS = ("crash", "silent")
 REASONS = {
-    "WINDOW": "custom mask function|sliding|window",
+    "WINDOW": "custom mask function|sliding.window",
     "MASK": "which its model made itself",
     "BIAS": "position_bias|relative bias|toeplitz",
     "KEYWORD": "does not honour",
     "CAUSALITY": "asks for (causal|bidirectional|is_causal)|config.is_causal",
-    "MLA": "width of values|value_dim",
-    "SHARED": "share",
-    "CACHE": "cache whose keys are longer|keys for [0-9]+ tokens",
+    "MLA": r"width of values|value_dim|do not fit: \(B, H",
+    "SHARED": "layers that share a module|share one module",
+    "CACHE": "cache whose keys are longer|keys for [0-9]+ tokens|cache of its own",
+    "WEIGHTS": "these weights can't be read",
     "PROOF": "could not be proved",
     "NO FAMILY": "no model family",
 }
