@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # style needs ruff alone, and takes it from the full environment where there is one
 FORMATTER := $(VENV)/.formatter
 
-.PHONY: help demo test test-fast suite lint format typecheck coverage bench docs clean
+.PHONY: help demo test test-fast suite lint format typecheck coverage bench sweep docs clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,6 +48,9 @@ bench: $(INSTALLED)  ## record time and memory under model_cards/results/
 	$(BIN)/hf-efficient bench encoder --out model_cards/results/encoder.json
 	$(BIN)/hf-efficient bench memory --out model_cards/results/memory.json
 	$(BIN)/hf-efficient bench fidelity --out model_cards/results/fidelity.json
+
+sweep: $(INSTALLED)  ## every model type of the installed transformers, recorded under model_cards/results/; goes on where it was
+	$(BIN)/python -m hf_efficient.benchmarks.sweep --out model_cards/results/model_types.json
 
 docs: $(INSTALLED)  ## rewrite the generated tables of README.md and the model cards
 	$(BIN)/python model_cards/generate.py

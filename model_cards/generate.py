@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from model_types import model_types_table
+
 from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.attention.base.registry import describe, get_mechanism, list_mechanisms
 from hf_efficient.cards.markdown import table
@@ -363,13 +365,14 @@ def demo_output() -> str:
 
 def part(name: str) -> str:
     """The text of a generated part: a table's name, and a mechanism's name where it takes one."""
-    kind, _, mechanism = name.partition(" ")
+    kind, mechanism = (name, "") if name == "model types" else name.partition(" ")[::2]
     makers: dict[str, Any] = {
         "attention": attention_table,
         "demo": demo_output,
         "fidelity": closeness_tables,
         "linear": linear_table,
         "memory": cost_tables,
+        "model types": lambda: model_types_table(record("model_types")),
         "options": options_table,
         "perplexity": perplexity_table,
         "places": places_table,

@@ -12,6 +12,7 @@ from cases import CASES
 from formulas import FORMULAS
 from pairs import MAIN, PLACES, REFUSED, mostly_skipped
 from paths import ROOT
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import hf_efficient as he
 
@@ -126,6 +127,14 @@ def test_a_mechanism_that_is_mostly_skipped_is_reported():
 
 def test_generated_tables_are_what_registry_and_records_say():
     assert generate.main(["--check"]) == 0, "README.md or a model card is out of date: run `make docs`"
+
+
+def test_no_model_family_is_claimed_outside_the_table():
+    text = re.sub(r"(?s)<!-- generated: .*?<!-- end -->", "", (ROOT / "README.md").read_text())
+    names = {name.replace("_", "-").lower() for name in CONFIG_MAPPING_NAMES if len(name) > 2}
+    for line in text.splitlines():
+        named = names & {word.lower() for word in re.findall(r"[\w-]+", line)}
+        assert len(named) < 5, f"README.md lists {sorted(named)}: `make docs` says which models work"
 
 
 def test_a_changed_figure_makes_a_generated_table_stale():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 
+import hf_efficient as he
 from hf_efficient.families import GenericFamily, families, registry
 from hf_efficient.families.base import ModelFamily
 from hf_efficient.families.bert import BertFamily
@@ -49,6 +52,24 @@ def test_a_wrong_family_fails(kind, model_type, message, monkeypatch):
     monkeypatch.setitem(registry._found(), model_type, wrong)
     with pytest.raises((AssertionError, ValueError), match=message):
         check_family(wrong)
+
+
+def test_the_family_of_another_package_in_the_guide(monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "check_family" in block]
+    assert len(code.splitlines()) <= 15
+    written = {name: family for name, family in registry._own().items() if name != "electra"}
+    monkeypatch.setattr(registry, "_own", lambda: written)
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    registry._found.cache_clear()
+    try:
+        made: dict[str, Any] = {}
+        exec(code, made)
+        assert families()["electra"] is made["family"]
+        result = he.convert(tiny_model("electra"), "longformer", global_tokens="first", max_positions=256)
+        assert result.report.max_positions == 256 and type(result.model) is he.EfficientElectraForMaskedLM
+    finally:
+        registry._found.cache_clear()
 
 
 def test_tiny_model_of_any_type():
