@@ -78,7 +78,7 @@ def check(model_type: str) -> dict[str, Any]:
         expected = _run(model, inputs)
     except Exception as error:  # the stock model itself: nothing of ours has run
         outcome = "composite" if parts else "no tiny model"
-        return {"outcome": outcome, "parts": parts, "reason": f"{type(error).__name__}: {error}"[:200]}
+        return {"outcome": outcome, "parts": parts, "reason": _text(error)[:200]}
     own = model.config.model_type
     facts: dict[str, Any] = {"written": own in families()}
     try:
@@ -87,12 +87,17 @@ def check(model_type: str) -> dict[str, Any]:
         facts |= {"sides": sides, "layers": sum(len(stack.layers) for stack in stacks)}
         return _compared(model, inputs, expected, "both" if len(sides) == 2 else sides[0]) | facts
     except Exception as error:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"[-300:]
+        text = _text(error)[-300:]
         if "does not go through AttentionInterface" in str(error):
             return {"outcome": "composite" if parts else "own attention code", "reason": text} | facts
         reason = reason_of(error)
         outcome = "crash" if reason is None else "refused"
         return {"outcome": outcome, "reason": reason or "", "error": text} | facts
+
+
+def _text(error: Exception) -> str:
+    """An error on one line, without paths of this machine."""
+    return re.sub(r"/\S+/\S*", "…", f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _compared(model: Any, inputs: dict[str, Tensor], expected: Tensor, side: str) -> dict[str, Any]:
