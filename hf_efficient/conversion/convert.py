@@ -19,7 +19,7 @@ from hf_efficient.conversion.loading import Source, load_stock, open_source, ref
 from hf_efficient.conversion.saving import Report, Result
 from hf_efficient.conversion.sentence_transformers import max_seq_length
 from hf_efficient.corpus import TextUse
-from hf_efficient.families import HostModel
+from hf_efficient.families import ORIGINS, HostModel
 from hf_efficient.families.readable import require_model
 from hf_efficient.models.in_place import convert_in_place, revert, stock_class
 from hf_efficient.models.provenance import ABSENT, REPORT_NAME, Provenance, earlier_steps
@@ -43,6 +43,7 @@ class ConversionReport(Report):
         ignored: tensors of the source checkpoint that its class does not use.
         calibration: how much of the calibration texts or rows was read, see `TextUse`; `None` = there were none.
         recast: {tensor: "dtype in the source checkpoint → dtype here"}, where they differ unasked.
+        family: name and version of the distribution that the model's family came from; `None` = this package.
         fidelity: filled by `verify`, if it was run.
         history: every step that led to the model, see `Provenance`; later ones are added.
     """
@@ -58,6 +59,7 @@ class ConversionReport(Report):
     calibration: dict[str, int] | None = None
     recast: dict[str, str] = field(default_factory=dict)
     fidelity: dict[str, Any] | None = None
+    family: dict[str, str] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=versions)
     statuses: ClassVar[tuple[str, ...]] = ("copied", "extended", "initialised", "random")
@@ -155,6 +157,7 @@ def convert(
         calibration=None if read is None else asdict(read),
         history=provenance.history,
         recast=opened.recast,
+        family=ORIGINS.get(host.family.model_type),
     )
     given = None if batches is None else len(batches)
     provenance.history[-1] |= {"source": opened.name, "revision": revision, "loading": opened.given}

@@ -25,7 +25,8 @@ from transformers.utils import (
     cached_file,
 )
 
-from hf_efficient.families import HostModel, family_of
+from hf_efficient.families import PREFIX, HostModel, family_of, is_family
+from hf_efficient.models.provenance import REPORT_NAME
 from hf_efficient.models.registry import MODELS, NAME, class_by_name, efficient_names, heads, is_efficient
 
 LOCATION_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -82,11 +83,26 @@ def read_config(name: Any, model_class: Any = None, **location: Any) -> Any:
                 "model_class='BertForMaskedLM', or load it with that class; a recipe needs it there."
             )
         if "model_type" in values:
+            _require_family(name, str(values["model_type"]), **location)
             return AutoConfig.from_pretrained(name, trust_remote_code=False, **location)
         is_converted = values.get("efficient_attention") or values.get("efficient_experts")
         config = (model_class if is_converted else stock).config_class.from_dict(values)
         config._name_or_path = str(name)
         return config
+
+
+def _require_family(name: Any, model_type: str, **location: Any) -> None:
+    """Refuse a converted checkpoint of a family that is not installed, by the distribution that its report names."""
+    if not model_type.startswith(PREFIX) or is_family(model_type.removeprefix(PREFIX)):
+        return
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    path = cached_file(str(name), REPORT_NAME, **quiet, **location)
+    origin = json.loads(Path(path).read_text(encoding="utf-8")).get("family") if path else None
+    source = "{name} {version}".format(**origin) if origin else "a package that its report does not name"
+    raise Refused(
+        f"{name} is {model_type!r}, whose model family is not installed: it came from {source}. Install that, or call "
+        "hf_efficient.register_family first."
+    )
 
 
 def class_named(given: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,7 +134,7 @@ def entry(name: str, load: Any) -> Any:
     return SimpleNamespace(name=name, value=f"{name}:X", dist=SimpleNamespace(name="theirs", version="1.2"), load=load)
 
 
-def test_families_of_other_distributions(monkeypatch, caplog):
+def test_families_of_other_distributions(monkeypatch, caplog, tmp_path):
     theirs = GenericFamily(model_type="helium")
 
     def broken() -> Any:
@@ -150,3 +151,10 @@ def test_families_of_other_distributions(monkeypatch, caplog):
         he.register_family(theirs)
     with pytest.raises(TypeError, match="is no ModelFamily"):
         he.register_family("helium")  # type: ignore[arg-type]
+    saved = he.convert(helium(), "local", attention_window=8).save(tmp_path / "theirs")
+    report = json.loads((saved / "conversion_report.json").read_text())
+    assert report["family"] == {"name": "theirs", "version": "1.2"}
+    config = saved / "config.json"
+    config.write_text(config.read_text().replace("efficient_helium", "efficient_of_theirs"))
+    with pytest.raises(ValueError, match=r"whose model family is not installed: it came from theirs 1\.2"):
+        he.convert(saved, "local")
