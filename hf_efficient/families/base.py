@@ -117,7 +117,7 @@ class ModelFamily:
             num_key_value_heads=heads.key_value,
             value_dim=heads.value_width,
             rotary=self.rotary(stack, layer),
-            sliding_window=self.sliding_window(config, layer),
+            sliding_window=self.sliding_window(stack, layer),
             softcap=self.softcap(config, layer),
             has_residual_module=stack.residual_module(layer) is not None,
             has_sinks=self.sinks(layer.module) is not None,
@@ -158,19 +158,40 @@ class ModelFamily:
         if self.rotary_module is None or not getattr(layer.module, "use_rope", True):
             return None
         angles: Any = stack.module.get_submodule(self.rotary_module)
-        return Rotary(2 * angles.inv_freq.shape[-1], self.rotary_interleaved)
+        kinds = getattr(stack.module.config, "layer_types", None)
+        frequencies = getattr(angles, "inv_freq", None)
+        if frequencies is None and kinds:  # each kind of layer turns at its own speeds
+            frequencies = getattr(angles, f"{kinds[layer.index]}_inv_freq")
+        return Rotary(2 * frequencies.shape[-1], self.rotary_interleaved)
 
-    def sliding_window(self, config: Any, layer: AttentionLayer) -> tuple[int, int] | None:
-        """(left, right) keys beside the token itself that the host's config lets a query of this layer see; `None` = all."""
-        return None
+    def sliding_window(self, stack: Stack, layer: AttentionLayer) -> tuple[int, int] | None:
+        """(left, right) keys beside the token itself that the host lets a query of this layer see; `None` = all.
+
+        By the usual names: `sliding_window` of the config, which counts the token itself where attention is causal, in the
+        layers that `layer_types` or the attention module's `sliding_window` and `is_sliding` name, without these in all.
+        """
+        config: Any = stack.module.config
+        size = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None)
+        is_full = (
+            not getattr(config, "use_sliding_window", True)
+            or getattr(layer.module, "sliding_window", size) is None
+            or not getattr(layer.module, "is_sliding", True)
+            or (kinds is not None and kinds[layer.index] != "sliding_attention")
+        )
+        if not size or is_full:
+            return None
+        return (size - 1, 0) if self.is_causal(stack, layer) else (size, size)
 
     def softcap(self, config: Any, layer: AttentionLayer) -> float | None:
-        """c where the host's logits become `c · tanh(logits / c)`."""
-        return None
+        """c where the host's logits become `c · tanh(logits / c)`: `attn_logit_softcapping`."""
+        cap: float | None = getattr(config, "attn_logit_softcapping", None)
+        return cap
 
     def sinks(self, module: Any) -> Tensor | None:
         """(H,) learned logits in the denominator of each head's softmax, with no value; `None` = there are none."""
-        return None
+        sinks = getattr(module, "sinks", None)
+        return sinks if isinstance(sinks, Tensor) else None
 
     @property
     def position_scheme(self) -> str:

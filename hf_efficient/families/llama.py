@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
 from hf_efficient.families.base import ModelFamily, fill_linear
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
@@ -61,6 +62,28 @@ class LlamaFamily(ModelFamily):
         mark_initialised(mlp)
 
 
+class FusedFamily(LlamaFamily):
+    """One projection gives all queries, then all keys, then all values."""
+
+    def source_attention(self, module: Any) -> SourceAttention:
+        fused: Any = module.get_submodule(self.projections[0])
+        weights = self._parts(module, fused.weight.detach().T)
+        biases: Any = (None,) * 3 if fused.bias is None else self._parts(module, fused.bias.detach())
+        query, key, value = (LinearWeights(weight.T, bias) for weight, bias in zip(weights, biases, strict=True))
+        return SourceAttention(query, key, value)
+
+    def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        heads = self.heads(module)
+        _, key, value = self._parts(module, module.get_submodule(self.projections[0])(hidden))
+        key, value = (x.unflatten(-1, (heads.key_value, -1)).transpose(1, 2) for x in (key, value))
+        return key, value
+
+    def _parts(self, module: Any, fused: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v of (…, heads · D) each, from all of them side by side."""
+        heads = self.heads(module)
+        return fused.split([n * heads.width for n in (heads.query, heads.key_value, heads.key_value)], dim=-1)
+
+
 class NormAfterRotationFamily(LlamaFamily):
     """Keys are normalised after their rotation, so that the layer's own projections alone do not give them."""
 
@@ -101,6 +124,17 @@ RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("SeedOss", {}),
     "smollm3": ("SmolLM3", {}),
     "stablelm": ("StableLm", {"key_norm": "k_layernorm"}),
+    # layers with a window of their own, by the config
+    "cohere2": ("Cohere2", {"rotary_interleaved": True}),
+    "exaone4": ("Exaone4", {"key_norm": "k_norm"}),
+    "gemma2": ("Gemma2", {}),
+    "gemma3_text": ("Gemma3Text", {"module_name": "gemma3", "attention_classes": ("Gemma3Attention",), "key_norm": "k_norm"}),
+    "gpt_oss": ("GptOss", {}),
+    "ministral": ("Ministral", {}),
+    "mistral": ("Mistral", {}),
+    "mixtral": ("Mixtral", {}),
+    "olmo3": ("Olmo3", {"key_norm": "k_norm"}),
+    "starcoder2": ("Starcoder2", {}),
     # sparse experts from the start
     "ernie4_5_moe": ("Ernie4_5_Moe", {"rotary_interleaved": True}),
     "flex_olmo": ("FlexOlmo", {"key_norm": "k_norm"}),
@@ -122,17 +156,14 @@ NORM_AFTER_ROTATION = {
 
 
 def _family(kind: type[LlamaFamily], model_type: str, prefix: str, **different: Any) -> LlamaFamily:
-    return kind(
-        model_type=model_type,
-        stack_classes=(f"{prefix}Model",),
-        attention_classes=(f"{prefix}Attention",),
-        projections=("q_proj", "k_proj", "v_proj"),
-        rotary_module="rotary_emb",
-        **different,
+    usual = dict(
+        attention_classes=(f"{prefix}Attention",), projections=("q_proj", "k_proj", "v_proj"), rotary_module="rotary_emb"
     )
+    return kind(model_type=model_type, stack_classes=(f"{prefix}Model",), **usual | different)
 
 
 FAMILIES = (
     *(_family(LlamaFamily, name, prefix, **different) for name, (prefix, different) in RELATIVES.items()),
+    _family(FusedFamily, "phi3", "Phi3", projections=("qkv_proj",)),
     *(_family(NormAfterRotationFamily, name, prefix) for name, prefix in NORM_AFTER_ROTATION.items()),
 )

@@ -5,8 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.softmax import masked_attention
+from hf_efficient.ops.softmax import masked_attention, with_sinks
+from hf_efficient.patterns.kinds import Window
+
+
+def exact_attention(
+    query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, window: tuple[int, int] | None = None
+) -> Tensor:
+    """What the host computes: full softmax attention, or that of its window, and its sinks.
+
+    Args:
+        window: (left, right) keys beside the token itself; `None` = all. O(N · window) then, and never an N×S tensor.
+    """
+    if window is None and context.sinks is None:
+        return dense_attention(query, key, value, context)
+    left, right = (key.shape[2], key.shape[2]) if window is None else window
+    pattern = Window(left=left, right=right)
+    if context.sinks is None:
+        return block_sparse_attention(query, key, value, pattern, context)
+    return with_sinks(*block_sparse_attention(query, key, value, pattern, context, return_lse=True), context.sinks)
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:

@@ -175,3 +175,15 @@ def _merged(first: Partial, second: Partial) -> Partial:
     a, b = (torch.where(empty, 0.0, x) for x in (a, b))
     out = torch.lerp(one, other, (b - a).sigmoid()[..., None].to(one.dtype))
     return out, torch.where(empty, float("-inf"), torch.logaddexp(a, b))
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Softmax attention with one more logit per head in the denominator, which has no value.
+
+    With L the log-sum-exp of a row's logits: `y σ(L - sink)`; a row that sees nothing stays 0.
+
+    Args:
+        out: (B, H, N, D). lse: (B, H, N). sinks: (H,).
+    """
+    share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
+    return out * share[..., None].to(out.dtype)

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from hf_efficient.cache.bounded import BoundedLayer
 from hf_efficient.ops.graph import is_captured
+from hf_efficient.patterns.kinds import Window
 
 if TYPE_CHECKING:
+    from hf_efficient.attention.base.geometry import AttentionGeometry
     from hf_efficient.attention.base.mechanism import EfficientAttention
 
 
+class HostWindow(NamedTuple):
+    """The cache of an unconverted layer whose host has a window: ours as well, so that masks count all layers alike."""
+
+    left: int
+
+    @classmethod
+    def of(cls, geometry: AttentionGeometry | None) -> HostWindow | None:
+        return None if geometry is None or geometry.sliding_window is None else cls(geometry.sliding_window[0])
+
+    def cache_layer(self) -> BoundedLayer:
+        return BoundedLayer(Window(left=self.left, right=0))
+
+
 def bounded_cache(
-    cache: Cache | None, mechanisms: Mapping[int, EfficientAttention], config: Any, has_cross_attention: bool
+    cache: Cache | None, mechanisms: Mapping[int, EfficientAttention | HostWindow], config: Any, has_cross_attention: bool
 ) -> tuple[Cache, Cache]:
     """A cache whose layers at the indices of `mechanisms` are the mechanisms' own; all others stay what they are.
 
@@ -33,7 +48,7 @@ def bounded_cache(
             cache = EncoderDecoderCache(cache, DynamicCache(config=config))
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     plain = isinstance(own, DynamicCache) and all(
-        type(layer) is DynamicLayer or isinstance(layer, BoundedLayer) for layer in own.layers
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or isinstance(layer, BoundedLayer) for layer in own.layers
     )
     if plain and own.get_seq_length() == 0 and not is_captured():
         own.layers.extend(DynamicLayer() for _ in range(max(mechanisms) + 1 - len(own.layers)))
@@ -48,7 +63,7 @@ def bounded_cache(
 
 def prepare_layers(
     cache: Cache,
-    mechanisms: Mapping[int, EfficientAttention],
+    mechanisms: Mapping[int, EfficientAttention | HostWindow],
     rows: int,
     device: torch.device,
     mask: Tensor | None,

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from hf_efficient.families import ModelFamily, Stack
 from hf_efficient.ops.graph import is_captured, leaves_torch
 from hf_efficient.ops.packing import PackedSequences, Steps, position_steps
-from hf_efficient.patching.caches import bounded_cache, prepare_layers
+from hf_efficient.patching.caches import HostWindow, bounded_cache, prepare_layers
 from hf_efficient.patching.call_inputs import CallShape, checked_inputs, shape_of
 from hf_efficient.patching.hooks import state_of
-from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
+from hf_efficient.patching.names import IMPLEMENTATION, LAYER, MODULE_NAME
 
 # what the caller of an encoder-decoder model calls the inputs of its decoder
 OTHER_NAMES = {"attention_mask": "decoder_attention_mask", "encoder_attention_mask": "attention_mask"}
@@ -47,12 +47,11 @@ class StackInfo:
         config: Any = stack.module.config
         self.is_other_decoder = bool(config.is_encoder_decoder and stack.side == "decoder")
         self.names = OTHER_NAMES if self.is_other_decoder else {}
-        causal: list[Any] = [
-            (getattr(layer.module, "layer_idx", layer.index), layer.module._modules[MODULE_NAME])
-            for layer in stack.layers
-            if self.is_causal
-        ]
-        self.bounded = {i: m for i, m in causal if m is not None and m.cache_layer() is not None}
+        self.bounded = {}
+        for layer in stack.layers if self.is_causal else ():
+            source: Any = layer.module._modules[MODULE_NAME] or HostWindow.of(state_of(layer.module, LAYER))
+            if source is not None and source.cache_layer() is not None:
+                self.bounded[getattr(layer.module, "layer_idx", layer.index)] = source
 
     def without_mechanism(self) -> StackInfo:
         plain = copy.copy(self)

@@ -14,14 +14,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import causal_mask_function
 
 from hf_efficient.attention.base import AttentionGeometry, EfficientAttention
 from hf_efficient.cache.bounded import BoundedLayer
 from hf_efficient.cache.recurrent import RecurrentLayer
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.decoding import entries_at
-from hf_efficient.ops.dense import dense_attention
+from hf_efficient.ops.dense import exact_attention
 from hf_efficient.ops.graph import is_captured
 from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.packing import PackedSequences
@@ -30,8 +30,13 @@ from hf_efficient.ops.pooling import PackedRows
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patching.hooks import state_of
 from hf_efficient.patching.keywords import refuse_unknown
+from hf_efficient.patching.mask_facts import MaskFacts, mask_facts
 from hf_efficient.patching.names import IMPLEMENTATION, LAYER, MODULE_NAME
 from hf_efficient.patching.packing import attend_packed_rows
+
+# by (is_causal, has a window): the rank of a mask
+RANKS = {(False, False): 2, (True, False): 3, (True, True): 4, (False, True): 5}
+KINDS = {2: "bidirectional", 3: "causal", 4: "causal windowed", 5: "bidirectional windowed"}
 
 
 def efficient_mask(
@@ -47,27 +52,43 @@ def efficient_mask(
     """transformers' mask interface: a bool mask of real keys, never N×S, whose rank says what kind of mask was asked for.
 
     Returns:
-        Bidirectional: (B, S), or `None` where every key is real. Causal: (B, 1, S), or (1, 1, 0) where every key is real.
+        Bidirectional: (B, S), or `None` where every key is real. Causal: (B, 1, S); causal with a window: (B, 1, 1, S);
+        a window to both sides: (B, 1, 1, 1, S). Of these the last size is 0 where every key is real.
 
     Raises:
         ValueError: the call needs a mask that is neither causal nor bidirectional, or a cache whose keys are longer than
             the tokens seen (static caches).
     """
     # for a graph transformers always assumes packing; `check_call` refuses it there, and elsewhere finds the segments
-    if mask_function not in (causal_mask_function, bidirectional_mask_function) and not is_captured():
+    facts = MaskFacts(mask_function is causal_mask_function) if is_captured() else mask_facts(mask_function)
+    if facts.unknown:
         raise ValueError(
-            "efficient attention got a custom mask function, which it can't honour: a mechanism decides alone who sees whom."
+            f"efficient attention got a custom mask function ({', '.join(facts.unknown)}), which it can't honour: it keeps "
+            "to causal masks, windows of the config and padding."
         )
-    if isinstance(q_offset, Tensor) or (mask_function is causal_mask_function and kv_length != q_offset + q_length):
+    _require_window_of(kwargs.get("config"), facts)
+    if isinstance(q_offset, Tensor) or (facts.is_causal and kv_offset + kv_length != q_offset + q_length):
         raise ValueError(
             "efficient attention got a cache whose keys are longer than the tokens seen so far; use the default dynamic "
             "cache (cache_implementation=None) instead of a static one."
         )
-    is_causal = mask_function is causal_mask_function
+    rank = RANKS[facts.is_causal, facts.has_window]
     keep = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
     if keep is None or (not is_captured() and bool(keep.all())):
-        return torch.ones(1, 1, 0, dtype=torch.bool, device=kwargs.get("device")) if is_causal else None
-    return keep[:, None] if is_causal else keep
+        if rank == 2:
+            return None
+        return torch.ones(*[1] * (rank - 1), 0, dtype=torch.bool, device=kwargs.get("device"))
+    return keep.view(keep.shape[0], *[1] * (rank - 2), keep.shape[1])
+
+
+def _require_window_of(config: Any, facts: MaskFacts) -> None:
+    """Raise ValueError for a window that is not the one of the config, which layers go by."""
+    size = getattr(config, "sliding_window", None)
+    if facts.has_window and facts.left != (size if size is None or not facts.is_causal else size - 1):
+        raise ValueError(
+            f"efficient attention got a mask that shows {facts.left} keys to the left, but the config has "
+            f"sliding_window={size}: it keeps to the window of the config."
+        )
 
 
 def efficient_attention_forward(
@@ -86,16 +107,18 @@ def efficient_attention_forward(
     efficient_sequences: PackedSequences | None = None,
     efficient_rows: PackedRows | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: forwards to the child module `efficient`, or computes exact attention.
 
-    Whether the layer is causal is said by its family; the mask and the keyword are witnesses, which must agree.
+    Whether the layer is causal, and has a window or sinks, is said by its family; the mask and keywords are witnesses,
+    which must agree.
 
     Args:
         query: (B, H, N, D); key, value: (B, H or fewer, S, D). attention_mask: from `efficient_mask`.
         efficient_sequences: the sequences of packed rows, each of which attends to itself alone.
-        efficient_rows: the layer runs on pooled tokens, in these rows.
+        efficient_rows: the layer runs on pooled tokens, in these rows. s_aux: (H,) logits of the sinks.
 
     Returns:
         (B, N, H, D) and `None`: there are no attention weights to show.
@@ -112,27 +135,32 @@ def efficient_attention_forward(
     refuse_unknown(module, kwargs)
     mechanism = cast("EfficientAttention | None", module._modules[MODULE_NAME])
     geometry: AttentionGeometry | None = state_of(module, LAYER)  # cross-attention has none
-    layer_is_causal = geometry is not None and geometry.is_causal
     if efficient_rows is None:
-        _require_agreement(module, layer_is_causal, attention_mask, is_causal)
-    keep = _real_keys(attention_mask)
+        _require_agreement(module, geometry, attention_mask, is_causal)
+    if (s_aux is not None) != (geometry is not None and geometry.has_sinks):
+        raise ValueError(f"{type(module).__name__} got s_aux, or none, against what is known of its sinks.")
+    keep = None if attention_mask is None or not attention_mask.shape[-1] else attention_mask.flatten(0, -2)
     key, value = expand_heads(query, key, value)
     context = AttentionContext(
-        is_causal=layer_is_causal,
+        is_causal=geometry is not None and geometry.is_causal,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         key_padding_mask=keep,
         query_offset=key.shape[2] - query.shape[2],
         dropout=dropout,
         relative_bias=position_bias,
+        sinks=s_aux,
     )
+    layer: Any = None if efficient_cache is None else efficient_cache.layers[module.layer_idx]  # type: ignore[index]
+    if isinstance(layer, BoundedLayer) and layer.key_positions is not None:
+        context = _with_key_positions(context, layer.key_positions, layer.seen - query.shape[2])
     if mechanism is None:
+        attend = partial(exact_attention, window=None if geometry is None else geometry.sliding_window)
         if efficient_sequences is not None:
-            out = attend_packed_rows(dense_attention, query, key, value, context, efficient_sequences)
+            out = attend_packed_rows(attend, query, key, value, context, efficient_sequences)
         else:
-            out = dense_attention(query, key, value, context)
+            out = attend(query, key, value, context)
         return out.transpose(1, 2), None
     project = mechanism.host_projection
-    layer = None if efficient_cache is None else efficient_cache.layers[module.layer_idx]  # type: ignore[index]
     context = replace(
         context,
         global_attention_mask=global_attention_mask,
@@ -142,35 +170,30 @@ def efficient_attention_forward(
         rows=efficient_rows,
         recurrent=layer if isinstance(layer, RecurrentLayer) else None,
     )
-    if isinstance(layer, BoundedLayer) and layer.key_positions is not None:
-        context = _with_key_positions(context, layer.key_positions, layer.seen - query.shape[2])
     if efficient_sequences is not None:
         # every segment starts at the left edge of a row of its own
         return attend_packed_rows(mechanism, query, key, value, context, efficient_sequences).transpose(1, 2), None
     return aligned_call(mechanism, query, key, value, context).transpose(1, 2), None
 
 
-def _real_keys(mask: Tensor | None) -> Tensor | None:
-    """(B, S) of a mask from `efficient_mask`; `None` = every key is real."""
-    if mask is None or mask.dim() == 2:
-        return mask
-    return mask[:, 0] if mask.shape[-1] else None
-
-
-def _require_agreement(module: nn.Module, is_causal: bool, mask: Tensor | None, keyword: bool | None) -> None:
+def _require_agreement(
+    module: nn.Module, geometry: AttentionGeometry | None, mask: Tensor | None, keyword: bool | None
+) -> None:
     """Raise ValueError where the mask or the keyword `is_causal` of a call says something else than the layer's family."""
-    if mask is not None and not (mask.dtype == torch.bool and mask.dim() in (2, 3)):
+    if mask is not None and not (mask.dtype == torch.bool and mask.dim() in KINDS):
         raise ValueError(
             f"{type(module).__name__} got an attention mask of {mask.dtype} {tuple(mask.shape)}, which its model made "
             "itself: efficient attention takes padding masks of (batch, tokens) only, and never a mask of N × N."
         )
-    asked = mask is not None and mask.dim() == 3
-    if asked != is_causal or (keyword is not None and bool(keyword) != is_causal):
-        kinds = {True: "causal", False: "bidirectional"}
-        said = kinds[asked] if asked != is_causal else f"is_causal={keyword}"
+    if is_captured():
+        return  # transformers' masks of graphs do not tell
+    is_causal, has_window = geometry is not None and geometry.is_causal, bool(geometry and geometry.sliding_window)
+    rank, asked = RANKS[is_causal, has_window], 2 if mask is None else mask.dim()
+    if rank != asked or (keyword is not None and bool(keyword) != is_causal):
+        said = KINDS[asked] if rank != asked else f"is_causal={keyword}"
         raise ValueError(
-            f"{type(module).__name__} was converted as {kinds[is_causal]} attention, but its model asks for {said} "
-            "attention in this call: this layer can't be converted."
+            f"{type(module).__name__} was converted as {KINDS[rank]} attention, but its model asks for {said} attention "
+            "in this call: this layer can't be converted."
         )
 
 

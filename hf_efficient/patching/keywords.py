@@ -6,6 +6,7 @@ from typing import Any
 
 HARMLESS = {
     "cache_position": "indices of the new tokens in the cache, of which the cache itself tells",
+    "deterministic": "asks FlashAttention for the same sums each time, which all forms here give",
     "efficient_tokens": "counts for the losses of sparse experts",
     "encoder_attention_mask": "belongs to cross-attention, which gets its mask as attention_mask",
     "encoder_hidden_states": "belongs to cross-attention, which projects them itself",
@@ -16,6 +17,7 @@ HARMLESS = {
     "output_router_logits": "is for sparse experts",
     "position_ids": "are in queries and keys already; packed rows are told apart before any layer runs",
     "return_dict": "is for the stack",
+    "sliding_window": "is said by the mask, whose rank is compared with the config's window",
     "token_type_ids": "are in the embeddings already",
     "use_cache": "is for the stack",
 }

@@ -245,7 +245,36 @@ class EfficientAttention(nn.Module):
             reasons.append(f"{cls.Config.mechanism} can't carry a T5 relative bias: {cls.relative_bias_refusal}")
         if geometry.chunk_size_feed_forward and cls.num_extra_tokens(config):
             reasons.append(f"{cls.Config.mechanism} {geometry.chunking_refusal}")
+        return reasons + cls._unhonoured(config, geometry)
+
+    @classmethod
+    def _unhonoured(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
+        """What the host does to logits and keys that this mechanism would leave out."""
+        name, reasons = cls.Config.mechanism, []
+        if geometry.sliding_window is not None and not cls.honours_sliding_window(config):
+            reasons.append(
+                f"{name} can't keep to the host's own window of {sum(geometry.sliding_window) + 1} tokens: convert only the "
+                "layers without one, with layers=…, or use local"
+            )
+        if geometry.has_sinks and not cls.honours_sinks(config, geometry):
+            reasons.append(f"{name} can't have the learned sinks of the host's softmax: use local")
+        if geometry.softcap is not None:
+            reasons.append(f"no mechanism computes softcap={geometry.softcap} of the host's logits yet")
+        if geometry.value_dim != geometry.head_dim:
+            reasons.append(
+                f"values of {geometry.value_dim} beside keys of {geometry.head_dim} entries (latent attention) are not possible"
+            )
         return reasons
+
+    @classmethod
+    def honours_sliding_window(cls, config: Any) -> bool:
+        """Whether a query sees no key outside the host's own window of the layer (`geometry.sliding_window`)."""
+        return False
+
+    @classmethod
+    def honours_sinks(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        """Whether `context.sinks` stand in the denominator of its softmax."""
+        return False
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig | None:

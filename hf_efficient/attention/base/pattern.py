@@ -16,8 +16,10 @@ from hf_efficient.ops.backend import IMPLEMENTATIONS, require_torch
 from hf_efficient.ops.block_sparse.attention import DECODING, block_sparse_attention
 from hf_efficient.ops.context import AttentionCall, AttentionContext
 from hf_efficient.ops.decoding import rows_attention
+from hf_efficient.ops.softmax import with_sinks
 from hf_efficient.patterns.pattern import Pattern
-from hf_efficient.patterns.sets import PerHead
+from hf_efficient.patterns.kinds import Window
+from hf_efficient.patterns.sets import PerHead, within
 
 SHARED_OPTIONS: dict[str, Any] = {"layers": None, "side": None, "implementation": "auto"}
 """What a pattern inside a combination leaves to the combination."""
@@ -65,18 +67,39 @@ class PatternAttentionConfig(EfficientAttentionConfig):
 class PatternAttention(EfficientAttention):
     """`y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j` over the keys j that the config's pattern shows query i.
 
-    Causal layers additionally require j ≤ i. Where a bounded number of past keys is enough, the cache keeps no more.
+    Causal layers additionally require j ≤ i, layers with a window of the host's that it shows key j. Where a bounded number
+    of past keys is enough, the cache keeps no more.
     """
 
     config: PatternAttentionConfig
 
+    @classmethod
+    def honours_sliding_window(cls, config: Any) -> bool:
+        return cls.forward is PatternAttention.forward
+
     def __init__(self, config: PatternAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
         self.pattern = config.visible_keys(geometry)
+        if geometry.sliding_window is not None:
+            left, right = geometry.sliding_window
+            self.pattern = within(self.pattern, Window(left=left, right=right))
         self.left_aligned = not self.pattern.shift_invariant
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        return self.attend(query, key, value, context)
+        if context.sinks is None:
+            return self.attend(query, key, value, context)
+        return with_sinks(
+            *block_sparse_attention(
+                query, key, value, self.pattern, context, return_lse=True, implementation=self.config.implementation
+            ),
+            context.sinks,
+        )
+
+    @classmethod
+    def honours_sinks(cls, config: PatternAttentionConfig, geometry: AttentionGeometry) -> bool:
+        """Where the log-sum-exp is known in every call: decoding gives it for windows alone."""
+        is_plain = cls.forward is PatternAttention.forward
+        return is_plain and (not geometry.is_causal or isinstance(config.visible_keys(geometry), Window))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, pattern: Pattern | None = None
