@@ -14,11 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_efficient.attention.base.geometry import AttentionGeometry, LinearWeights, Rotary, SourceAttention
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
+from hf_efficient.families.positions import resize_rows
 from hf_efficient.families.readable import require_plain
 from hf_efficient.families.stack import AttentionLayer, Heads, Stack
 from hf_efficient.ops.relative_bias import RelativeBias
-
-POSITION_METHODS = ("tile", "interpolate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,26 +380,6 @@ class PretrainedAttention:
     @property
     def relative_bias(self) -> RelativeBias | None:
         return self._family.relative_bias(self._stack, self._layer)
-
-
-def resize_rows(rows: Tensor, count: int, method: str) -> Tensor:
-    """(count, width) position rows made from (n, width) learned ones: see `ModelFamily.resize_positions`."""
-    n = len(rows)
-    if method == "tile":
-        return rows[torch.arange(count, device=rows.device) % n].clone()
-    if method != "interpolate":
-        raise ValueError(f"positions={method!r} is not possible; it must be one of {', '.join(POSITION_METHODS)}.")
-    if count % n and n % count:
-        raise ValueError(
-            f"interpolating {n} positions to {count} can't be undone; give a multiple of {n}, or positions='tile'."
-        )
-    if count < n:
-        return rows[:: n // count].clone()
-    factor = count // n
-    at = torch.arange(count, device=rows.device)
-    low = at // factor
-    share = ((at % factor) / factor)[:, None].to(rows.dtype)
-    return torch.where(share == 0, rows[low], torch.lerp(rows[low], rows[(low + 1).clamp(max=n - 1)], share))
 
 
 def fill_linear(linear: Any, weight: Tensor, bias: Tensor | None) -> None:

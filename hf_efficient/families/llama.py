@@ -128,7 +128,10 @@ RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", {"rotary_interleaved": True}),
     "exaone4": ("Exaone4", {"key_norm": "k_norm"}),
     "gemma2": ("Gemma2", {}),
-    "gemma3_text": ("Gemma3Text", {"module_name": "gemma3", "attention_classes": ("Gemma3Attention",), "key_norm": "k_norm"}),
+    "gemma3_text": (
+        "Gemma3Text",
+        {"module_name": "gemma3", "attention_classes": ("Gemma3Attention",), "key_norm": "k_norm"},
+    ),
     "gpt_oss": ("GptOss", {}),
     "ministral": ("Ministral", {}),
     "mistral": ("Mistral", {}),
@@ -157,7 +160,9 @@ NORM_AFTER_ROTATION = {
 
 def _family(kind: type[LlamaFamily], model_type: str, prefix: str, **different: Any) -> LlamaFamily:
     usual = dict(
-        attention_classes=(f"{prefix}Attention",), projections=("q_proj", "k_proj", "v_proj"), rotary_module="rotary_emb"
+        attention_classes=(f"{prefix}Attention",),
+        projections=("q_proj", "k_proj", "v_proj"),
+        rotary_module="rotary_emb",
     )
     return kind(model_type=model_type, stack_classes=(f"{prefix}Model",), **usual | different)
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.experts.install import mark_experts, uninstall_experts
 from hf_efficient.families import GenericFamily, HostModel
-from hf_efficient.families.base import POSITION_METHODS
+from hf_efficient.families.positions import POSITION_METHODS
 from hf_efficient.families.readable import refuse_adapters
 from hf_efficient.models.config import is_hub_id
 from hf_efficient.models.provenance import ATTRIBUTE, REPORT_NAME, UPCYCLING_NAME, Provenance, watch

@@ -32,7 +32,10 @@ class HostWindow(NamedTuple):
 
 
 def bounded_cache(
-    cache: Cache | None, mechanisms: Mapping[int, EfficientAttention | HostWindow], config: Any, has_cross_attention: bool
+    cache: Cache | None,
+    mechanisms: Mapping[int, EfficientAttention | HostWindow],
+    config: Any,
+    has_cross_attention: bool,
 ) -> tuple[Cache, Cache]:
     """A cache whose layers at the indices of `mechanisms` are the mechanisms' own; all others stay what they are.
 
@@ -48,7 +51,8 @@ def bounded_cache(
             cache = EncoderDecoderCache(cache, DynamicCache(config=config))
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     plain = isinstance(own, DynamicCache) and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or isinstance(layer, BoundedLayer) for layer in own.layers
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or isinstance(layer, BoundedLayer)
+        for layer in own.layers
     )
     if plain and own.get_seq_length() == 0 and not is_captured():
         own.layers.extend(DynamicLayer() for _ in range(max(mechanisms) + 1 - len(own.layers)))

@@ -262,7 +262,8 @@ class EfficientAttention(nn.Module):
             reasons.append(f"no mechanism computes softcap={geometry.softcap} of the host's logits yet")
         if geometry.value_dim != geometry.head_dim:
             reasons.append(
-                f"values of {geometry.value_dim} beside keys of {geometry.head_dim} entries (latent attention) are not possible"
+                f"values of {geometry.value_dim} beside keys of {geometry.head_dim} entries (latent attention) are not "
+                "possible"
             )
         return reasons
 

@@ -17,8 +17,8 @@ from hf_efficient.ops.block_sparse.attention import DECODING, block_sparse_atten
 from hf_efficient.ops.context import AttentionCall, AttentionContext
 from hf_efficient.ops.decoding import rows_attention
 from hf_efficient.ops.softmax import with_sinks
-from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.kinds import Window
+from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead, within
 
 SHARED_OPTIONS: dict[str, Any] = {"layers": None, "side": None, "implementation": "auto"}

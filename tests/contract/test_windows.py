@@ -1,0 +1,161 @@
+"""Windows and sinks that the host's config brings: kept by what is converted and by what is left exact, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import masking_utils
+from transformers.masking_utils import and_masks, causal_mask_function
+
+import hf_efficient as he
+from hf_efficient.families import HostModel
+from hf_efficient.families.probe import probe_inputs, real_part, token_outputs
+from hf_efficient.ops.softmax import with_sinks
+from hf_efficient.patching.mask_facts import mask_facts
+from hf_efficient.patterns.kinds import GlobalColumns, Strided, Window
+from hf_efficient.patterns.parse import parse_pattern
+from hf_efficient.patterns.sets import within
+from hf_efficient.profiling.counters import LargestTensor
+from hf_efficient.testing import assert_close, tiny_model
+
+HOSTS = ("mistral", "gemma3_text", "gpt_oss", "modernbert", "modernbert-decoder")
+
+
+def outputs(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return real_part(token_outputs(model(**inputs)), inputs)
+
+
+@pytest.mark.parametrize("model_type", HOSTS)
+def test_the_window_of_the_host_holds(model_type: str) -> None:
+    """In the exact limit a converted layer is the source with its window, and so is a layer beside it; a dilated window and
+    global columns stay inside."""
+    model = tiny_model(model_type)
+    inputs = probe_inputs(model, 60)
+    model.set_attn_implementation("eager")
+    source = outputs(model, inputs)
+    for padding in (inputs["attention_mask"], inputs["attention_mask"].flip(1)):
+        inputs["attention_mask"] = padding
+        model.set_attn_implementation("eager")
+        source = outputs(model, inputs)
+        for options in (dict(), dict(layers=[0]), dict(layers=[1]), dict(sink_tokens=3)):
+            if model_type == "gpt_oss" and "sink_tokens" in options:
+                continue
+            with he.patch_attention(model, "local", attention_window=122, **options):
+                assert_close(outputs(model, inputs), source, 1e-5, f"{model_type} {options}")
+    with he.patch_attention(model, "local", attention_window=4):
+        assert (outputs(model, inputs) - source).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt_oss"])
+def test_decoding_far_beyond_the_window(model_type: str) -> None:
+    """All caches forget, and rows are padded on the left: the same tokens as without a cache, and as the source."""
+    model = tiny_model(model_type, positions=256)
+    ids, mask = torch.randint(5, 99, (2, 20)), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :7] = 0
+    call: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=120, min_new_tokens=120, do_sample=False)
+    source = model.generate(ids, **call)
+    for options in (dict(attention_window=300, layers=[1]), dict(attention_window=6)):
+        with he.patch_attention(model, "local", **options):
+            decoded = model.generate(ids, **call)
+            if options["attention_window"] == 300:
+                assert torch.equal(decoded, source), options
+            else:
+                assert torch.equal(decoded, model.generate(ids, use_cache=False, **call)), options
+
+
+def test_layers_with_a_window_hold_no_square_tensor() -> None:
+    model = tiny_model("modernbert", positions=1024)
+    inputs = {"input_ids": torch.randint(5, 99, (1, 1024))}
+    with he.patch_attention(model, "local", attention_window=16, layers=[0]), LargestTensor() as largest:
+        outputs(model, inputs)
+    assert largest.numel < 1024 * 1024 / 2, "a layer that stayed exact computes all pairs"
+
+
+def test_what_does_not_keep_to_a_window_or_sinks_is_refused() -> None:
+    refused = []
+    for model_type in ("mistral", "gpt_oss"):
+        host = HostModel.of(tiny_model(model_type))
+        geometry = host.family.geometry(host.stacks[0], host.stacks[0].layers[0])
+        for name in set(he.list_mechanisms()) - {"combined"}:
+            config = he.attention_config(name)
+            reasons = " ".join(config.attention_class.unsupported(config, geometry))
+            if "window of 24 tokens" in reasons or "sinks" in reasons:
+                refused.append((model_type, name))
+    assert ("mistral", "local") not in refused and ("gpt_oss", "local") not in refused
+    assert {name for host, name in refused if host == "mistral"} >= {
+        "linformer",
+        "performer",
+        "longformer",
+        "reformer",
+    }
+    assert ("gpt_oss", "bigbird") in refused and ("gpt_oss", "linformer") in refused
+
+
+def test_mask_facts_agree_with_the_masks() -> None:
+    functions = (
+        causal_mask_function,
+        masking_utils.bidirectional_mask_function,
+        masking_utils.sliding_window_causal_mask_function(5),
+        masking_utils.sliding_window_bidirectional_mask_function(5),
+    )
+    q, k = torch.arange(20)[:, None], torch.arange(20)[None]
+    for function in functions:
+        facts = mask_facts(function)
+        seen = torch.tensor([[bool(function(0, 0, i, j)) for j in k[0]] for i in q[:, 0]])
+        told = torch.ones(20, 20, dtype=torch.bool)
+        for holds in (
+            (k <= q) if facts.is_causal else None,
+            None if facts.left is None else k >= q - facts.left,
+            None if facts.right is None else k <= q + facts.right,
+        ):
+            told = told if holds is None else told & holds
+        assert torch.equal(seen, told) and not facts.unknown, facts
+    packed = masking_utils.packed_sequence_mask_function(torch.zeros(1, 20))
+    chunked = masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long))
+    for unknown in (and_masks(causal_mask_function, packed), chunked, lambda b, h, i, j: True):
+        assert mask_facts(unknown).unknown
+
+
+def test_a_mask_whose_window_is_not_that_of_the_config_is_refused() -> None:
+    model = tiny_model("mistral")
+    with he.patch_attention(model, "local", attention_window=8):
+        model.config.sliding_window = None  # now the host asks for a plain causal mask
+        with pytest.raises(ValueError, match="converted as causal windowed attention, but its model asks for causal"):
+            model(torch.randint(5, 99, (1, 12)))
+
+
+@pytest.mark.parametrize(
+    "inner", [Strided(stride=3), Window(left=2, right=2, dilation=2), GlobalColumns(positions=(0, 9))]
+)
+def test_within_a_window(inner: Any) -> None:
+    """Visibility, tiles and what is needed of an intersection follow from its parts."""
+    pattern = within(inner, Window(left=6, right=0))
+    q, k = torch.arange(50)[:, None], torch.arange(50)[None]
+    seen = pattern.visible(q, k)
+    assert torch.equal(seen, inner.visible(q, k) & (k >= q - 6) & (k <= q))
+    tiles = set(zip(*(x.tolist() for x in pattern.tiles(50, 50, 4, 4, 0)), strict=True))
+    assert {(i // 4, j // 4) for i, j in seen.nonzero().tolist()} <= tiles and len(tiles) < 50
+    assert pattern.is_bounded
+    assert parse_pattern(pattern.spec()) == pattern
+    assert within(Window(left=3, right=9), Window(left=6, right=2)) == Window(left=3, right=2)
+
+
+def test_sinks_are_one_more_logit() -> None:
+    logits = torch.randn(1, 2, 5, 7, dtype=torch.float64, requires_grad=True)
+    value = torch.randn(1, 2, 7, 3, dtype=torch.float64)
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    all_logits = torch.cat([logits, sinks[:, None, None].expand(1, 2, 5, 1)], dim=-1)
+    expected = all_logits.softmax(-1)[..., :-1] @ value
+    actual = with_sinks(logits.softmax(-1) @ value, logits.logsumexp(-1), sinks)
+    assert_close(actual, expected, 1e-12, "sinks")
+    for grown, truth in zip(
+        torch.autograd.grad(actual.pow(2).sum(), [logits, sinks]),
+        torch.autograd.grad(expected.pow(2).sum(), [logits, sinks]),
+        strict=True,
+    ):
+        assert_close(grown, truth, 1e-10, "gradient")
+    nothing = with_sinks(torch.zeros(1, 2, 1, 3), torch.full((1, 2, 1), float("-inf")), sinks.float())
+    assert not nothing.any()
