@@ -28,6 +28,7 @@ class ModelFamily:
         model_type: of the stock config.
         stack_classes, attention_classes: class names in the architecture's modeling module.
         module_name: of that module, where it does not follow from `model_type`: `"clip"` for `clip_vision_model`.
+        model_classes: names of this architecture's model classes, where that module has those of others, too.
         projections: names of the projections inside an attention module.
         projection_bias: whether they may have a bias vector.
         key_norm: name of the norm of keys inside an attention module, before their rotation, where it has one.
@@ -47,6 +48,7 @@ class ModelFamily:
     stack_classes: tuple[str, ...]
     attention_classes: tuple[str, ...]
     module_name: str | None = None
+    model_classes: tuple[str, ...] = ()
     projections: tuple[str, ...] = ("query", "key", "value")
     projection_bias: bool = True
     key_norm: str | None = None

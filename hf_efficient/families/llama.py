@@ -130,7 +130,12 @@ RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {}),
     "gemma3_text": (
         "Gemma3Text",
-        {"module_name": "gemma3", "attention_classes": ("Gemma3Attention",), "key_norm": "k_norm"},
+        {
+            "module_name": "gemma3",
+            "model_classes": ("Gemma3TextModel", "Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
+            "attention_classes": ("Gemma3Attention",),
+            "key_norm": "k_norm",
+        },
     ),
     "gpt_oss": ("GptOss", {}),
     "ministral": ("Ministral", {}),

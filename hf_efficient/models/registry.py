@@ -116,9 +116,10 @@ def _of_registered(name: str) -> Any:
 
 def efficient_names() -> list[str]:
     """Names of the Efficient classes of all written families, without importing any modeling file."""
-    folders = {model_type_to_module_name(model_type) for model_type in families()}
+    folders = {model_type_to_module_name(t) for t, family in families().items() if not family.model_classes}
     exported: dict[str, str] = vars(sys.modules["transformers"])["_class_to_module"]
     names = [CONFIG_MAPPING_NAMES[model_type] for model_type in families() if model_type in CONFIG_MAPPING_NAMES]
+    names += [name for family in families().values() for name in family.model_classes]
     for name, module in exported.items():
         _, folder, file = [*module.split("."), "", ""][:3]
         if folder in folders and file.startswith("modeling_") and MODEL_NAME.search(name):
