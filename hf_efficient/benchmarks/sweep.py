@@ -37,12 +37,13 @@ LENGTH, WIDE, NARROW = 96, 2**14, 8
 OUTCOMES = ("exact", "refused", "own attention code", "composite", "no tiny model", "crash", "silent")
 FAULTS = ("crash", "silent")
 REASONS = {
-    "WINDOW": "custom mask function|sliding.window",
-    "MASK": "which its model made itself",
+    "WINDOW": "own window of|window of the config",
+    "MASK": "custom mask function|which its model made itself",
     "BIAS": "position_bias|relative bias|toeplitz",
     "KEYWORD": "does not honour",
     "CAUSALITY": "asks for (causal|bidirectional|is_causal)|config.is_causal",
-    "MLA": r"width of values|value_dim|do not fit: \(B, H",
+    "MLA": r"latent attention|do not fit: \(B, H",
+    "LOGITS": "softcap=|sinks",
     "SHARED": "layers that share a module|share one module",
     "CACHE": "cache whose keys are longer|keys for [0-9]+ tokens|cache of its own",
     "WEIGHTS": "these weights can't be read",

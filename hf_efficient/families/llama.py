@@ -153,6 +153,7 @@ RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax_m2": ("MiniMaxM2", {"key_norm": "k_norm"}),
     "olmoe": ("Olmoe", {"key_norm": "k_norm"}),
     "phimoe": ("Phimoe", {}),
+    "qwen2_moe": ("Qwen2Moe", {}),
     "qwen3_moe": ("Qwen3Moe", {"key_norm": "k_norm"}),
     "solar_open": ("SolarOpen", {}),
 }
