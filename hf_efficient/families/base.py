@@ -160,7 +160,7 @@ class ModelFamily:
             return None
         angles: Any = stack.module.get_submodule(self.rotary_module)
         kinds = getattr(stack.module.config, "layer_types", None)
-        frequencies = getattr(angles, "inv_freq", None)
+        frequencies: Any = getattr(angles, "inv_freq", None)
         if frequencies is None and kinds:  # each kind of layer turns at its own speeds
             frequencies = getattr(angles, f"{kinds[layer.index]}_inv_freq")
         return Rotary(2 * frequencies.shape[-1], self.rotary_interleaved)

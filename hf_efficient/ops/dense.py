@@ -14,12 +14,12 @@ from hf_efficient.patterns.kinds import Window
 def exact_attention(
     query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, window: tuple[int, int] | None = None
 ) -> Tensor:
-    """What the host computes: full softmax attention, or that of its window, and its sinks.
+    """What the host computes: full softmax attention, or that of its window, with its sinks and capped logits.
 
     Args:
         window: (left, right) keys beside the token itself; `None` = all. O(N · window) then, and never an N×S tensor.
     """
-    if window is None and context.sinks is None:
+    if window is None and context.sinks is None and context.softcap is None:
         return dense_attention(query, key, value, context)
     left, right = (key.shape[2], key.shape[2]) if window is None else window
     pattern = Window(left=left, right=right)

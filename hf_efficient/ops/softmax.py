@@ -59,21 +59,24 @@ def attend(
     scaling: float,
     dropout: float = 0.0,
     return_lse: bool = False,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`out_i = Σ_j softmax_j(s · q_i·k_j + logits_ij) v_j`, and `lse_i = log Σ_j exp(s · q_i·k_j + logits_ij)`.
 
     Args:
         query: (…, N, D); key, value: (…, K, D); logits: additive, broadcastable to (…, N, K), -inf = not visible.
         return_lse: also return the log-sum-exp (…, N), in fp32 at least, with its gradient.
+        softcap: c, where `s · q_i·k_j` becomes `c · tanh(s · q_i·k_j / c)`.
 
     Returns:
         (out, lse or `None`); a row that sees nothing gives out 0, lse -inf and gradient 0.
     """
-    if not return_lse:
+    if not return_lse and softcap is None:
         return masked_attention(query, key, value, attn_mask=logits, dropout_p=dropout, scale=scaling), None
     takes_gradient = logits is not None and logits.requires_grad and torch.is_grad_enabled()
     if (
         query.device.type == "cpu"
+        and softcap is None
         and query.dim() == 4
         and key.shape[-2] > FEW_KEYS
         and not dropout
@@ -88,12 +91,15 @@ def attend(
         if logits is not None and logits.dim() == query.dim() and logits.shape[0] > 1:
             masks = list(logits.split(cut))
         tiles = zip(query.split(cut), key.split(cut), value.split(cut), masks, strict=True)
-        done = [attend(q, k, v, m, scaling=scaling, dropout=dropout, return_lse=True) for q, k, v, m in tiles]
+        options: dict[str, Any] = dict(scaling=scaling, dropout=dropout, return_lse=True, softcap=softcap)
+        done = [attend(q, k, v, m, **options) for q, k, v, m in tiles]
         return torch.cat([out for out, _ in done]), torch.cat([lse for _, lse in done if lse is not None])
     wide = torch.promote_types(query.dtype, torch.float32)
     # half precision would round the logits before the softmax, which attention kernels never do; so would autocast
     with torch.autocast(query.device.type, enabled=False):
         scores = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * scaling
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if logits is not None:
         scores = scores + logits.to(scores.dtype)
     # a row without any visible key must give 0 and gradient 0, not NaN

@@ -108,6 +108,7 @@ def efficient_attention_forward(
     efficient_rows: PackedRows | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: forwards to the child module `efficient`, or computes exact attention.
@@ -119,6 +120,7 @@ def efficient_attention_forward(
         query: (B, H, N, D); key, value: (B, H or fewer, S, D). attention_mask: from `efficient_mask`.
         efficient_sequences: the sequences of packed rows, each of which attends to itself alone.
         efficient_rows: the layer runs on pooled tokens, in these rows. s_aux: (H,) logits of the sinks.
+        softcap: c where logits become `c · tanh(logits / c)`.
 
     Returns:
         (B, N, H, D) and `None`: there are no attention weights to show.
@@ -139,6 +141,8 @@ def efficient_attention_forward(
         _require_agreement(module, geometry, attention_mask, is_causal)
     if (s_aux is not None) != (geometry is not None and geometry.has_sinks):
         raise ValueError(f"{type(module).__name__} got s_aux, or none, against what is known of its sinks.")
+    if softcap != (None if geometry is None else geometry.softcap):
+        refuse_unknown(module, {"softcap": softcap or 0.0})
     keep = None if attention_mask is None or not attention_mask.shape[-1] else attention_mask.flatten(0, -2)
     key, value = expand_heads(query, key, value)
     context = AttentionContext(
@@ -149,6 +153,7 @@ def efficient_attention_forward(
         dropout=dropout,
         relative_bias=position_bias,
         sinks=s_aux,
+        softcap=softcap,
     )
     layer: Any = None if efficient_cache is None else efficient_cache.layers[module.layer_idx]  # type: ignore[index]
     if isinstance(layer, BoundedLayer) and layer.key_positions is not None:

@@ -12,6 +12,8 @@ from transformers.masking_utils import and_masks, causal_mask_function
 import hf_efficient as he
 from hf_efficient.families import HostModel
 from hf_efficient.families.probe import probe_inputs, real_part, token_outputs
+from hf_efficient.ops.block_sparse.attention import block_sparse_attention
+from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.softmax import with_sinks
 from hf_efficient.patching.mask_facts import mask_facts
 from hf_efficient.patterns.kinds import GlobalColumns, Strided, Window
@@ -20,7 +22,7 @@ from hf_efficient.patterns.sets import within
 from hf_efficient.profiling.counters import LargestTensor
 from hf_efficient.testing import assert_close, tiny_model
 
-HOSTS = ("mistral", "gemma3_text", "gpt_oss", "modernbert", "modernbert-decoder")
+HOSTS = ("mistral", "gemma2", "gemma3_text", "gpt_oss", "modernbert", "modernbert-decoder")
 
 
 def outputs(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -41,7 +43,7 @@ def test_the_window_of_the_host_holds(model_type: str) -> None:
         model.set_attn_implementation("eager")
         source = outputs(model, inputs)
         for options in (dict(), dict(layers=[0]), dict(layers=[1]), dict(sink_tokens=3)):
-            if model_type == "gpt_oss" and "sink_tokens" in options:
+            if model_type in ("gpt_oss", "gemma2") and "sink_tokens" in options:
                 continue
             with he.patch_attention(model, "local", attention_window=122, **options):
                 assert_close(outputs(model, inputs), source, 1e-5, f"{model_type} {options}")
@@ -49,7 +51,7 @@ def test_the_window_of_the_host_holds(model_type: str) -> None:
         assert (outputs(model, inputs) - source).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
 def test_decoding_far_beyond_the_window(model_type: str) -> None:
     """All caches forget, and rows are padded on the left: the same tokens as without a cache, and as the source."""
     model = tiny_model(model_type, positions=256)
@@ -76,22 +78,22 @@ def test_layers_with_a_window_hold_no_square_tensor() -> None:
 
 def test_what_does_not_keep_to_a_window_or_sinks_is_refused() -> None:
     refused = []
-    for model_type in ("mistral", "gpt_oss"):
+    for model_type in ("mistral", "gpt_oss", "gemma2"):
         host = HostModel.of(tiny_model(model_type))
         geometry = host.family.geometry(host.stacks[0], host.stacks[0].layers[0])
         for name in set(he.list_mechanisms()) - {"combined"}:
             config = he.attention_config(name)
             reasons = " ".join(config.attention_class.unsupported(config, geometry))
-            if "window of 24 tokens" in reasons or "sinks" in reasons:
+            if "window of 24 tokens" in reasons or "sinks" in reasons or "softcap=50.0" in reasons:
                 refused.append((model_type, name))
-    assert ("mistral", "local") not in refused and ("gpt_oss", "local") not in refused
+    assert "local" not in {name for _, name in refused}
     assert {name for host, name in refused if host == "mistral"} >= {
         "linformer",
         "performer",
         "longformer",
         "reformer",
     }
-    assert ("gpt_oss", "bigbird") in refused and ("gpt_oss", "linformer") in refused
+    assert {("gpt_oss", "bigbird"), ("gpt_oss", "linformer"), ("gemma2", "axial"), ("gemma2", "t2r")} <= set(refused)
 
 
 def test_mask_facts_agree_with_the_masks() -> None:
@@ -159,3 +161,25 @@ def test_sinks_are_one_more_logit() -> None:
         assert_close(grown, truth, 1e-10, "gradient")
     nothing = with_sinks(torch.zeros(1, 2, 1, 3), torch.full((1, 2, 1), float("-inf")), sinks.float())
     assert not nothing.any()
+
+
+@pytest.mark.parametrize("left, right, n", [(5, 0, 90), (5, 5, 90), (200, 200, 30)])
+def test_capped_logits(left: int, right: int, n: int) -> None:
+    """A window with a cap, in one tile and in blocks, forward and backward, is what the formula says."""
+    query, key, value = (torch.randn(2, 2, n, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    keep = torch.ones(2, n, dtype=torch.bool)
+    keep[1, : n // 3] = False
+    call = AttentionCall(is_causal=right == 0, scaling=2.0, key_padding_mask=keep, softcap=3.0)
+    position = torch.arange(n)
+    seen = Window(left=left, right=right).visible(position[:, None], position) & keep[:, None, None]
+    seen = seen & (position <= position[:, None]) if right == 0 else seen
+    logits = 3.0 * (2.0 * query @ key.transpose(-1, -2) / 3.0).tanh()
+    weights = logits.masked_fill(~seen, -1e30).softmax(-1) * seen.any(-1, keepdim=True)
+    out = block_sparse_attention(query, key, value, Window(left=left, right=right), call)
+    assert_close(out, weights @ value, 1e-12, "capped")
+    grown, truth = (torch.autograd.grad(x.pow(2).sum(), [query, key]) for x in (out, weights @ value))
+    for a, b in zip(grown, truth, strict=True):
+        assert_close(a, b, 1e-10, "gradient")
+    for implementation in ("triton", "flex"):
+        with pytest.raises(ValueError, match="softcap"):
+            block_sparse_attention(query, key, value, Window(left=1, right=1), call, implementation=implementation)

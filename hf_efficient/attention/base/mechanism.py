@@ -258,8 +258,8 @@ class EfficientAttention(nn.Module):
             )
         if geometry.has_sinks and not cls.honours_sinks(config, geometry):
             reasons.append(f"{name} can't have the learned sinks of the host's softmax: use local")
-        if geometry.softcap is not None:
-            reasons.append(f"no mechanism computes softcap={geometry.softcap} of the host's logits yet")
+        if geometry.softcap is not None and not cls.honours_softcap(config, geometry):
+            reasons.append(f"{name} can't compute softcap={geometry.softcap} of the host's logits: use local")
         if geometry.value_dim != geometry.head_dim:
             reasons.append(
                 f"values of {geometry.value_dim} beside keys of {geometry.head_dim} entries (latent attention) are not "
@@ -270,6 +270,11 @@ class EfficientAttention(nn.Module):
     @classmethod
     def honours_sliding_window(cls, config: Any) -> bool:
         """Whether a query sees no key outside the host's own window of the layer (`geometry.sliding_window`)."""
+        return False
+
+    @classmethod
+    def honours_softcap(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        """Whether logits are capped as `context.softcap` says."""
         return False
 
     @classmethod

@@ -96,6 +96,13 @@ class PatternAttention(EfficientAttention):
         )
 
     @classmethod
+    def honours_softcap(cls, config: PatternAttentionConfig, geometry: AttentionGeometry) -> bool:
+        """In windows alone, and by PyTorch alone."""
+        pattern, uses_torch = config.visible_keys(geometry), config.implementation in ("auto", "torch")
+        is_plain = cls.forward is PatternAttention.forward and isinstance(pattern, Window)
+        return is_plain and uses_torch and (geometry.sliding_window is None or pattern.dilation == 1)
+
+    @classmethod
     def honours_sinks(cls, config: PatternAttentionConfig, geometry: AttentionGeometry) -> bool:
         """Where the log-sum-exp is known in every call: decoding gives it for windows alone."""
         is_plain = cls.forward is PatternAttention.forward

@@ -24,6 +24,7 @@ from hf_efficient.ops.softmax import Partial, Result, additive_mask, attend
 from hf_efficient.patterns.kinds import Window
 from hf_efficient.patterns.pattern import Pattern
 
+CAPPED = "capped logits (softcap) are computed by PyTorch alone"
 DECODING = "queries of new tokens against a cache are computed by PyTorch alone"
 
 
@@ -85,12 +86,15 @@ def block_sparse_attention(
         # one pattern for each of one head
         pattern = pattern.head(0)
     _check(query, key, value, pattern, call)
+    if call.softcap is not None:
+        require_torch(implementation, CAPPED)
     if query.shape[2] < key.shape[2] or call.key_positions is not None:
         require_torch(implementation, DECODING)
         key, value = expand_heads(query, key, value)
         out, lse = _decode(query, key, value, pattern, call)
     else:
-        backend = resolve(implementation, query, key, value, dropout=call.dropout)
+        chosen = implementation if call.softcap is None else "torch"
+        backend = resolve(chosen, query, key, value, dropout=call.dropout)
         if backend != "triton":
             key, value = expand_heads(query, key, value)
         out, lse = _backend(backend)(query, key, value, pattern, call)
@@ -138,7 +142,7 @@ def reference_attention(
     logits = additive_mask(seen, query.dtype)
     if call.relative_bias is not None:
         logits = logits + call.relative_bias.at(columns - rows)[None].to(query.dtype)
-    out, lse = attend(query, key, value, logits, scaling=call.scaling, return_lse=True)
+    out, lse = attend(query, key, value, logits, scaling=call.scaling, return_lse=True, softcap=call.softcap)
     return (out, lse) if return_lse else out
 
 
@@ -165,5 +169,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: At
         raise ValueError(
             f"key_padding_mask of {keep.dtype} {tuple(keep.shape)} must be bool {(key.shape[0], key.shape[2])}."
         )
+    if call.softcap is not None and not isinstance(pattern, Window):
+        raise ValueError(f"softcap={call.softcap} of the logits goes with a window alone, not with {pattern}.")
     if call.positions is not None and call.relative_bias is not None:
         raise ValueError("a relative bias counts positions in order: it does not go with `positions`.")

@@ -49,7 +49,7 @@ def window_attention(
     """
     left, right, dilation = window.left, 0 if call.is_causal else window.right, window.dilation
     sight = _Sight(left, right, dilation, skip, call.relative_bias)
-    options: dict[str, Any] = dict(scaling=call.scaling, dropout=call.dropout)
+    options: dict[str, Any] = dict(scaling=call.scaling, dropout=call.dropout, softcap=call.softcap)
     options["return_lse"] = call.return_lse or call.extra is not None
     facts = (query, key, value, call.key_padding_mask, sight, call.query_offset)
     if is_one_tile(query.shape[2], left, right, dilation):
@@ -57,7 +57,7 @@ def window_attention(
     else:
         part = (_blocked if dilation == 1 else _dilated)(*facts, **options)
     if call.extra is not None:
-        far = extra_attention(query, call.extra, scaling=call.scaling, dropout=call.dropout)
+        far = extra_attention(query, call.extra, scaling=call.scaling, dropout=call.dropout, softcap=call.softcap)
         part = merge_attention(part, far)  # type: ignore[arg-type]
     return part if call.return_lse else (part[0], None)
 
@@ -77,14 +77,14 @@ def is_one_tile(n: int, left: int, right: int, dilation: int = 1) -> bool:
     return n <= dilation * (_block_size(left + right) + left + right)
 
 
-def extra_attention(query: Tensor, extra: ExtraKeys, *, scaling: float, dropout: float = 0.0) -> Partial:
-    """Attention over the extra keys alone, to be merged with that over the others: (out, lse)."""
+def extra_attention(query: Tensor, extra: ExtraKeys, **options: Any) -> Partial:
+    """Attention over the extra keys alone, to be merged with that over the others: (out, lse); `options` are `attend`'s."""
     logits = None if bool_all(extra.keep) else additive_mask(extra.keep, query.dtype)[:, None]
     # what is added to all logits alike only moves the log-sum-exp: a logit with a gradient would need the slow softmax
     is_shift = extra.bias is not None and extra.bias.shape[-1] == 1
     if extra.bias is not None and not is_shift:
         logits = extra.bias.to(query.dtype) if logits is None else logits + extra.bias.to(query.dtype)
-    out, lse = attend(query, extra.key, extra.value, logits, scaling=scaling, dropout=dropout, return_lse=True)
+    out, lse = attend(query, extra.key, extra.value, logits, return_lse=True, **options)
     assert lse is not None
     return out, lse + extra.bias[..., 0] if is_shift and extra.bias is not None else lse
 
