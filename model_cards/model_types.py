@@ -8,8 +8,9 @@ from hf_efficient.benchmarks.sweep import REASONS
 from hf_efficient.cards.markdown import table
 
 MEANING = {
-    "WINDOW": "its windows, chunks or pictures need a mask that is neither causal nor bidirectional",
-    "MASK": "it makes masks of N × N itself",
+    "WINDOW": "its layers have windows that its config does not tell in one number",
+    "MASK": "it makes masks of N × N itself, or of chunks, pictures or packed rows",
+    "LOGITS": "its logits are capped, or share their softmax with sinks, in layers that can't be told",
     "BIAS": "it adds a dense bias",
     "KEYWORD": "it hands its layers something that is not honoured",
     "CAUSALITY": "its layers do not say whether they are causal as its masks do",

@@ -37,7 +37,7 @@ LENGTH, WIDE, NARROW = 96, 2**14, 8
 OUTCOMES = ("exact", "refused", "own attention code", "composite", "no tiny model", "crash", "silent")
 FAULTS = ("crash", "silent")
 REASONS = {
-    "WINDOW": "own window of|window of the config",
+    "WINDOW": "own window of|windows of different|window of the config",
     "MASK": "custom mask function|which its model made itself",
     "BIAS": "position_bias|relative bias|toeplitz",
     "KEYWORD": "does not honour",

@@ -17,6 +17,7 @@ from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.families.positions import resize_rows
 from hf_efficient.families.readable import require_plain
 from hf_efficient.families.stack import AttentionLayer, Heads, Stack
+from hf_efficient.families.windows import config_window
 from hf_efficient.ops.relative_bias import RelativeBias
 
 
@@ -166,23 +167,8 @@ class ModelFamily:
         return Rotary(2 * frequencies.shape[-1], self.rotary_interleaved)
 
     def sliding_window(self, stack: Stack, layer: AttentionLayer) -> tuple[int, int] | None:
-        """(left, right) keys beside the token itself that the host lets a query of this layer see; `None` = all.
-
-        By the usual names: `sliding_window` of the config, which counts the token itself where attention is causal, in the
-        layers that `layer_types` or the attention module's `sliding_window` and `is_sliding` name, without these in all.
-        """
-        config: Any = stack.module.config
-        size = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None)
-        is_full = (
-            not getattr(config, "use_sliding_window", True)
-            or getattr(layer.module, "sliding_window", size) is None
-            or not getattr(layer.module, "is_sliding", True)
-            or (kinds is not None and kinds[layer.index] != "sliding_attention")
-        )
-        if not size or is_full:
-            return None
-        return (size - 1, 0) if self.is_causal(stack, layer) else (size, size)
+        """(left, right) keys beside the token itself that the host lets a query of this layer see: see `config_window`."""
+        return config_window(stack.module.config, layer.module, layer.index, self.is_causal(stack, layer))
 
     def softcap(self, config: Any, layer: AttentionLayer) -> float | None:
         """c where the host's logits become `c · tanh(logits / c)`: `attn_logit_softcapping`."""

@@ -16,7 +16,7 @@ from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.softmax import with_sinks
 from hf_efficient.patching.mask_facts import mask_facts
-from hf_efficient.patterns.kinds import GlobalColumns, Strided, Window
+from hf_efficient.patterns.kinds import Window
 from hf_efficient.patterns.parse import parse_pattern
 from hf_efficient.patterns.sets import within
 from hf_efficient.profiling.counters import LargestTensor
@@ -129,20 +129,10 @@ def test_a_mask_whose_window_is_not_that_of_the_config_is_refused() -> None:
             model(torch.randint(5, 99, (1, 12)))
 
 
-@pytest.mark.parametrize(
-    "inner", [Strided(stride=3), Window(left=2, right=2, dilation=2), GlobalColumns(positions=(0, 9))]
-)
-def test_within_a_window(inner: Any) -> None:
-    """Visibility, tiles and what is needed of an intersection follow from its parts."""
-    pattern = within(inner, Window(left=6, right=0))
-    q, k = torch.arange(50)[:, None], torch.arange(50)[None]
-    seen = pattern.visible(q, k)
-    assert torch.equal(seen, inner.visible(q, k) & (k >= q - 6) & (k <= q))
-    tiles = set(zip(*(x.tolist() for x in pattern.tiles(50, 50, 4, 4, 0)), strict=True))
-    assert {(i // 4, j // 4) for i, j in seen.nonzero().tolist()} <= tiles and len(tiles) < 50
-    assert pattern.is_bounded
-    assert parse_pattern(pattern.spec()) == pattern
+def test_two_windows_fold_to_one() -> None:
     assert within(Window(left=3, right=9), Window(left=6, right=2)) == Window(left=3, right=2)
+    pattern = within(Window(left=3, right=3, dilation=2), Window(left=4, right=0))
+    assert parse_pattern(pattern.spec()) == pattern
 
 
 def test_sinks_are_one_more_logit() -> None:

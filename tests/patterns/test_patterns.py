@@ -35,7 +35,7 @@ from hf_efficient.patterns.parse import parse_pattern
 from hf_efficient.patterns.pattern import _KINDS as KINDS
 from hf_efficient.patterns.pattern import Pattern, Union
 from hf_efficient.patterns.random_blocks import BigBirdBlocks
-from hf_efficient.patterns.sets import PerHead, Without
+from hf_efficient.patterns.sets import PerHead, Within, Without, within
 from hf_efficient.patterns.tile_table import TileList, TileTable, tile_table
 from hf_efficient.profiling.counters import LargestTensor, flops
 from hf_efficient.testing import assert_close
@@ -73,6 +73,8 @@ PATTERNS: dict[str, tuple[Pattern, bool]] = {
     "many": (Window(left=4, right=4) | Strided(stride=6) | Strided(stride=9) | Summary(stride=20, size=3), False),
     "three strides": (Window(left=2, right=1) | Strided(stride=4) | Strided(stride=6) | Strided(stride=9), False),
     "without": (Without(pattern=Window(left=9, right=9), excluded=Strided(stride=5)), True),
+    "within": (within(Strided(stride=5) | GlobalColumns(positions=(3,)), Window(left=12, right=7)), True),
+    "heads within": (within(MIXED, Window(left=9, right=9)), True),
     "per head": (MIXED, False),
     "shifted heads": (PerHead(parts=tuple(ShiftedBlock(block_size=10, shift=s) for s in (0, 0, 2, 1))), True),
     "union with heads": (MIXED | GlobalColumns(positions=(3,)), False),
@@ -84,6 +86,9 @@ BY_LENGTH: dict[str, Pattern] = {
     "cyclic": CyclicBlocks(block_size=10, shifts=(0, 1, 0, 2)),
     "cyclic, one for all": CyclicBlocks(block_size=16, shifts=(1,)),
     "bigbird": BigBirdBlocks(**BIGBIRD, num_random_blocks=2, is_causal=False),
+    "bigbird within": within(
+        BigBirdBlocks(**BIGBIRD, num_random_blocks=1, is_causal=False), Window(left=20, right=20)
+    ),
     "cyclic and window": CyclicBlocks(block_size=10, shifts=(0, 1, 0, 2)) | Window(left=3, right=3),
     "cyclic in some heads": PerHead(
         parts=(Strided(stride=5), *(CyclicBlocks(block_size=10, shifts=(s,)) for s in (0, 1)), Window(left=3, right=3))
@@ -118,6 +123,8 @@ def sees(pattern: Any, i: int, j: int) -> bool:
         return any(sees(part, i, j) for part in pattern.parts)
     if isinstance(pattern, Without):
         return sees(pattern.pattern, i, j) and not sees(pattern.excluded, i, j)
+    if isinstance(pattern, Within):
+        return sees(pattern.pattern, i, j) and sees(pattern.window, i, j)
     assert isinstance(pattern, GridBlocks)
     (y, x), (v, u) = divmod(i, pattern.columns), divmod(j, pattern.columns)
     height, width = pattern.height, pattern.width
@@ -156,7 +163,7 @@ def draws(seed: int, count: int) -> Iterator[tuple[int, int, int, int, int, bool
 def test_every_kind_of_pattern_is_tested():
     def kinds(pattern: Any) -> set[str]:
         inner = getattr(pattern, "parts", ()) + tuple(
-            getattr(pattern, n) for n in ("pattern", "excluded") if hasattr(pattern, n)
+            getattr(pattern, n) for n in ("pattern", "excluded", "window") if hasattr(pattern, n)
         )
         return {pattern.kind}.union(*map(kinds, inner))
 

@@ -99,14 +99,15 @@ class PatternAttention(EfficientAttention):
     def honours_softcap(cls, config: PatternAttentionConfig, geometry: AttentionGeometry) -> bool:
         """In windows alone, and by PyTorch alone."""
         pattern, uses_torch = config.visible_keys(geometry), config.implementation in ("auto", "torch")
-        is_plain = cls.forward is PatternAttention.forward and isinstance(pattern, Window)
-        return is_plain and uses_torch and (geometry.sliding_window is None or pattern.dilation == 1)
+        is_window = isinstance(pattern, Window) and (geometry.sliding_window is None or pattern.dilation == 1)
+        return cls.forward is PatternAttention.forward and is_window and uses_torch
 
     @classmethod
     def honours_sinks(cls, config: PatternAttentionConfig, geometry: AttentionGeometry) -> bool:
         """Where the log-sum-exp is known in every call: decoding gives it for windows alone."""
-        is_plain = cls.forward is PatternAttention.forward
-        return is_plain and (not geometry.is_causal or isinstance(config.visible_keys(geometry), Window))
+        pattern = config.visible_keys(geometry)
+        is_window = isinstance(pattern, Window) and (geometry.sliding_window is None or pattern.dilation == 1)
+        return cls.forward is PatternAttention.forward and (is_window or not geometry.is_causal)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, pattern: Pattern | None = None
