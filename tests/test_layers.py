@@ -22,7 +22,7 @@ LAYERS = {
     "attention.base": "cache ops patterns",
     "attention": "attention.base cache ops patterns",
     "families": "attention.base ops",
-    "patching": "families attention.base cache ops",
+    "patching": "families attention.base cache ops patterns",
     "experts": "patching families ops",
     "models": "experts patching families attention.base profiling",
     "conversion": "models experts patching families attention.base ops profiling corpus",

@@ -115,23 +115,19 @@ def sees(pattern: Any, i: int, j: int) -> bool:
         return start - pattern.before <= j < start + pattern.block_size + pattern.after
     if isinstance(pattern, ShiftedBlock):
         block, shift = i // pattern.block_size, pattern.shift
-        target = (
-            (block - shift if block >= shift else block) if pattern.count is None else (block + shift) % pattern.count
-        )
+        back = block - shift if block >= shift else block
+        target = back if pattern.count is None else (block + shift) % pattern.count
         return j // pattern.block_size == target
     if isinstance(pattern, Union):
         return any(sees(part, i, j) for part in pattern.parts)
-    if isinstance(pattern, Without):
-        return sees(pattern.pattern, i, j) and not sees(pattern.excluded, i, j)
-    if isinstance(pattern, Within):
-        return sees(pattern.pattern, i, j) and sees(pattern.window, i, j)
-    assert isinstance(pattern, GridBlocks)
+    if isinstance(pattern, (Within, Without)):
+        rest = sees(pattern.window, i, j) if isinstance(pattern, Within) else not sees(pattern.excluded, i, j)
+        return rest and sees(pattern.pattern, i, j)
     (y, x), (v, u) = divmod(i, pattern.columns), divmod(j, pattern.columns)
     height, width = pattern.height, pattern.width
     top, left = y - y % height, x - x % width
-    inside = (
-        -pattern.above <= v - top < height + pattern.below and -pattern.beside <= u - left < width + pattern.beside
-    )
+    inside = -pattern.above <= v - top < height + pattern.below
+    inside = inside and -pattern.beside <= u - left < width + pattern.beside
     mine, other = ((r // height, c // width, r % height, c % width) for r, c in ((y, x), (v, u)))
     return inside and (other <= mine or not pattern.by_block)
 
@@ -162,9 +158,8 @@ def draws(seed: int, count: int) -> Iterator[tuple[int, int, int, int, int, bool
 
 def test_every_kind_of_pattern_is_tested():
     def kinds(pattern: Any) -> set[str]:
-        inner = getattr(pattern, "parts", ()) + tuple(
-            getattr(pattern, n) for n in ("pattern", "excluded", "window") if hasattr(pattern, n)
-        )
+        names = [n for n in ("pattern", "excluded", "window") if hasattr(pattern, n)]
+        inner = [*getattr(pattern, "parts", ()), *(getattr(pattern, n) for n in names)]
         return {pattern.kind}.union(*map(kinds, inner))
 
     found = set().union(*(kinds(pattern) for pattern, _ in PATTERNS.values()), *map(kinds, BY_LENGTH.values()))
