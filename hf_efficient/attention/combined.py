@@ -149,6 +149,7 @@ class CombinedAttention(PatternAttention):
                     f"{part.mechanism}: global_tokens='question' looks at the tokens, a combination at positions only: name "
                     "positions"
                 )
+            own = dataclasses.replace(own, rotary=None)  # patterns alone mix what is rotated already
             reasons += [f"{part.mechanism}: {reason}" for reason in part.attention_class.unsupported(part, own)]
         return reasons
 

@@ -66,6 +66,9 @@ class CosformerAttention(KernelAttention):
         training="needed: without it most of the model is lost",
     )
 
+    rotary_refusal = (
+        "it weighs keys by their distance itself, and cuts the rotated vectors at 0; use hedgehog, performer or local"
+    )
     by_position = True
 
     def __init__(self, config: CosformerAttentionConfig, geometry: AttentionGeometry):
@@ -75,11 +78,6 @@ class CosformerAttention(KernelAttention):
     @classmethod
     def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
         reasons = super().unsupported(config, geometry)
-        if geometry.rotary is not None:
-            reasons.append(
-                "cosformer weighs keys by their distance, beside rotary positions that do so already, and cuts the rotated "
-                "vectors at 0: use hedgehog, performer or a window"
-            )
         if config.max_length is None and geometry.max_positions is None:
             reasons.append("cosformer: this model has no position table that bounds its length: give max_length=…")
         if config.max_length and geometry.max_positions and config.max_length < geometry.max_positions:

@@ -135,6 +135,14 @@ class EtcAttention(EfficientAttention):
     def num_extra_tokens(cls, config: EtcAttentionConfig) -> int:
         return config.num_global_tokens
 
+    @classmethod
+    def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
+        reasons = super().unsupported(config, geometry)
+        if geometry.rotary is not None and (config.sharing in ("kv", "none") or config.relative_labels):
+            lacks = "projections and relative_labels of its own don't follow rotary positions"
+            reasons.append(f"etc: {lacks}: use sharing='qkv' and relative_labels=0")
+        return reasons
+
     def reset_parameters(self) -> None:
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -181,15 +189,11 @@ class EtcAttention(EfficientAttention):
             logits = self._vector_logits(q, slice(0, 2 * clip + 1), context) + self.label_logits.T[:, None]
             out = labelled_window_attention(q, k, v, logits, call, reach=reach)
         else:
-            window = Window(left=reach, right=reach)
-            out = block_sparse_attention(q, k, v, window, call)
+            out = block_sparse_attention(q, k, v, Window(left=reach, right=reach), call)
         if not g:
             return out
-        rows = (
-            self._global_rows(query[:, :, :g], key, value, context)
-            if self.has_global_rows
-            else torch.zeros_like(query[:, :, :g])
-        )
+        first = query[:, :, :g]
+        rows = self._global_rows(first, key, value, context) if self.has_global_rows else torch.zeros_like(first)
         return torch.cat([rows.to(out.dtype), out], dim=2)
 
     def _vector_logits(self, query: Tensor, labels: slice, context: AttentionContext) -> Tensor:

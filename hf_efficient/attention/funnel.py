@@ -17,6 +17,7 @@ from hf_efficient.attention.base import (
     register_mechanism,
 )
 from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.pooled_keys import log_count
 from hf_efficient.ops.pooling import Pooling, PoolingWindow, pooled_bias
 from hf_efficient.ops.softmax import masked_attention
@@ -134,7 +135,13 @@ class FunnelAttention(EfficientAttention):
                 f"funnel: blocks={config.blocks} are {sum(config.blocks or ())} layers, but the {geometry.side} has "
                 f"{geometry.num_layers}: give fewer, or None"
             )
-        is_pooled = config.pooling(geometry.layer, geometry.num_layers).queries.size > 1
+        queries, keys = config.pooling(geometry.layer, geometry.num_layers)
+        is_pooled = queries.size > 1
+        if geometry.rotary is not None and max(queries.size, keys.size) > 1:
+            reasons.append(
+                "funnel can't carry rotary positions: pooled tokens would be rotated as if they were neighbours; use "
+                "linformer or local, or pool_size=1"
+            )
         if geometry.chunk_size_feed_forward and is_pooled:
             reasons.append(f"funnel {geometry.chunking_refusal}")
         if not geometry.has_residual_module and is_pooled:
@@ -163,7 +170,7 @@ class FunnelAttention(EfficientAttention):
             return queries.repeat(self._attend(q, k, v, n, token_mask, context), n)
         if keys != queries:
             assert context.project is not None and context.hidden_states is not None
-            key, value = context.project(context.hidden_states)
+            key, value = expand_heads(query, *context.project(context.hidden_states))
         parts = zip(
             rows.split(query, queries), rows.split(key, keys), rows.split(value, keys), rows.groups, strict=True
         )

@@ -135,7 +135,6 @@ class LongformerAttention(PatternAttention):
         exact_when="attention_window ≥ 2n and no global tokens, or all tokens global",
         training="works without training; training restores long range",
     )
-    uses_global_attention_mask = True
 
     def __init__(self, config: LongformerAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
@@ -145,7 +144,8 @@ class LongformerAttention(PatternAttention):
         self.listed = self.neighbours | GlobalColumns(positions=listed) if listed else None
         # global tokens are found by each row's own start, and windows look the same everywhere
         self.left_aligned = False
-        self.has_global_rows = self.needs_hidden_states = not geometry.is_causal
+        self.has_global_rows = self.needs_hidden_states = not geometry.is_causal and geometry.rotary is None
+        self.uses_global_attention_mask = geometry.is_causal or self.has_global_rows
         self.needs_input_ids = config.global_tokens == "question"
         if self.has_global_rows:
             inner = geometry.num_heads * geometry.head_dim
@@ -176,14 +176,14 @@ class LongformerAttention(PatternAttention):
         reasons = super().unsupported(config, geometry)
         windows = config.attention_window
         if isinstance(windows, tuple) and len(windows) != geometry.num_layers:
-            reasons.append(
-                f"attention_window lists {len(windows)} windows, but the {geometry.side} has {geometry.num_layers} "
-                "layers: give one number, or one window per layer"
-            )
+            lists = f"attention_window lists {len(windows)} windows, but the {geometry.side} has {geometry.num_layers}"
+            reasons.append(f"{lists} layers: give one number, or one window per layer")
         if isinstance(config.dilation, tuple) and len(config.dilation) != geometry.num_heads:
+            lists = f"dilation lists {len(config.dilation)} distances, but there are {geometry.num_heads} heads"
+            reasons.append(f"{lists}: give one number, or one distance per head")
+        if geometry.rotary is not None and not geometry.is_causal and config.global_tokens != "none":
             reasons.append(
-                f"dilation lists {len(config.dilation)} distances, but there are {geometry.num_heads} heads: give one "
-                "number, or one distance per head"
+                "longformer projects global tokens without rotary positions: use global_tokens='none', or bigbird"
             )
         if geometry.is_causal and config.global_tokens == "question":
             reasons.append(

@@ -19,6 +19,7 @@ from hf_efficient.attention.base import (
 )
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.context import AttentionContext, ExtraKeys
+from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.padding import real_length, real_tokens
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patterns.kinds import Window
@@ -108,6 +109,7 @@ class LongT5Attention(EfficientAttention):
         training="works without training; training improves the pooled keys",
     )
     causal_refusal = "pooled keys have later tokens in them; use local or longformer, or convert only the encoder"
+    rotary_refusal = "keys are projected from pooled hidden states and stand at no position; use local or linformer"
     left_aligned = True
     needs_hidden_states = True
     needs_project = True
@@ -152,7 +154,7 @@ class LongT5Attention(EfficientAttention):
         assert context.hidden_states is not None and context.project is not None
         blocks = self._blocks(query, context.key_padding_mask)
         size = _before(blocks.seen, blocks.end) - _before(blocks.seen, blocks.start)  # (B, G) real tokens
-        key, value = context.project(self._pooled(context.hidden_states, blocks, size))
+        key, value = expand_heads(query, *context.project(self._pooled(context.hidden_states, blocks, size)))
         visible, bias = (blocks.exists & (size > 0))[:, None], None
         if self.config.log_count:
             unseen = self._unseen(blocks, size)

@@ -80,6 +80,7 @@ class SetTransformerAttention(EfficientAttention):
         "inducing points read the future; use memory_compressed, whose pooled keys are complete before they are seen, or "
         "local, longformer, bigbird or performer"
     )
+    rotary_refusal = "inducing points stand at no position; use linformer, nystromformer or local"
     left_aligned = True
     transfer_learning_rate = 1e-2
 

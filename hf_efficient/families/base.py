@@ -359,11 +359,11 @@ class PretrainedAttention:
 
     @property
     def key(self) -> LinearWeights:
-        return self._weights.key
+        return self._family.heads(self._layer.module).expand(self._weights.key)
 
     @property
     def value(self) -> LinearWeights:
-        return self._weights.value
+        return self._family.heads(self._layer.module).expand(self._weights.value)
 
     @property
     def relative_bias(self) -> RelativeBias | None:

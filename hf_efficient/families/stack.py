@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_efficient.attention.base.geometry import LinearWeights
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionLayer:
@@ -31,6 +33,22 @@ class Heads(NamedTuple):
     @classmethod
     def alike(cls, count: int, width: int) -> Heads:
         return cls(count, count, width, width)
+
+    def expand(self, projection: LinearWeights) -> LinearWeights:
+        """The rows of keys or values once for each head of queries that shares them."""
+        if self.query == self.key_value:
+            return projection
+        weight, bias = (
+            None if x is None else x.unflatten(0, (self.key_value, -1)).repeat_interleave(self.groups, 0).flatten(0, 1)
+            for x in projection
+        )
+        assert weight is not None
+        return LinearWeights(weight, bias)
+
+    @property
+    def groups(self) -> int:
+        """Heads of queries that share one head of keys and values."""
+        return self.query // self.key_value
 
 
 class Place(NamedTuple):

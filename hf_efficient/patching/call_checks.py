@@ -97,8 +97,8 @@ def _route_global_mask(call: dict[str, Any], info: StackInfo) -> None:
         call.pop("global_attention_mask")
     elif not info.uses_global_attention_mask:
         raise ValueError(
-            "global_attention_mask was given, but no converted layer of this model has global tokens; use longformer, or "
-            "leave it out."
+            "global_attention_mask was given, but no converted layer of this model has global tokens (longformer has none "
+            "in encoders with rotary positions); use longformer, or leave it out."
         )
 
 

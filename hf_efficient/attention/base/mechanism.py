@@ -135,11 +135,13 @@ class EfficientAttention(nn.Module):
     """Why causal layers are refused and what to use instead; `None` = supported."""
     relative_bias_refusal: ClassVar[str | None] = None
     """Why a T5 relative bias is refused and what to use instead; `None` = honoured."""
+    rotary_refusal: ClassVar[str | None] = None
+    """Why queries and keys with rotary positions are refused and what to use instead; `None` = honoured."""
     left_aligned: bool = False
     """Blocks or position-indexed parameters count from a row's first real token: the dispatcher shifts padded rows."""
     by_position: bool = True
     """Which keys a query sees, or with which weight, depends on where tokens stand: padding in between would count."""
-    uses_global_attention_mask: ClassVar[bool] = False
+    uses_global_attention_mask: bool = False
     needs_hidden_states: bool = False
     needs_input_ids: bool = False
     needs_project: bool = False
@@ -243,6 +245,8 @@ class EfficientAttention(nn.Module):
             reasons.append(f"{cls.Config.mechanism} can't be causal: {cls.causal_refusal}")
         if geometry.has_relative_bias and cls.relative_bias_refusal:
             reasons.append(f"{cls.Config.mechanism} can't carry a T5 relative bias: {cls.relative_bias_refusal}")
+        if geometry.rotary is not None and cls.rotary_refusal:
+            reasons.append(f"{cls.Config.mechanism} can't carry rotary positions: {cls.rotary_refusal}")
         if geometry.chunk_size_feed_forward and cls.num_extra_tokens(config):
             reasons.append(f"{cls.Config.mechanism} {geometry.chunking_refusal}")
         return reasons + cls._unhonoured(config, geometry)
