@@ -21,8 +21,7 @@ from hf_efficient.patching.install import implementations
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 LENGTH = 24
-# one encoder, one causal model and one with a bias for each mechanism
-PAIRS = [pair for pair in MAIN if pair.family != "roberta" and pair.side != "decoder"]
+PAIRS = [pair for pair in MAIN if pair.side != "decoder"]
 TRAINED = [pair for pair in PAIRS if CASES[pair.mechanism].parameters]
 
 
@@ -86,7 +85,7 @@ def test_a_model_around_experts_draws_nothing_anew(family: str):
     assert not changed(model, before), "the dense layers that are back"
 
 
-@each(PAIRS)
+@each(PAIRS, of="attention")
 def test_layers_with_another_config_than_their_stack_are_converted_too(pair: Pair):
     model = pair.model(layers=1)
     inputs = inputs_for(model, length=LENGTH)
@@ -157,7 +156,7 @@ def replica(model: nn.Module) -> Any:
     return copies[model]
 
 
-@each(TRAINED)
+@each(TRAINED, of="attention")
 def test_training_with_frozen_parts_and_in_replicas(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     """Also where several processes wait for gradients of whatever is trained."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

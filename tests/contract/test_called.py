@@ -21,8 +21,7 @@ import hf_efficient as he
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 LENGTH = 24
-# one encoder, one causal model and one with a bias for each mechanism
-PAIRS = [pair for pair in MAIN if pair.family != "roberta" and pair.side != "decoder"]
+PAIRS = [pair for pair in MAIN if pair.side != "decoder"]
 WITH_LAYERS = [
     pair
     for pair in [*PAIRS, *VARIANTS]
@@ -62,7 +61,7 @@ class Elsewhere(nn.Module):
         return self.layer(*args)
 
 
-@each([*PAIRS, *(pair for pair in WITH_LAYERS if pair not in PAIRS)])
+@each([*PAIRS, *(pair for pair in WITH_LAYERS if pair not in PAIRS)], of="attention")
 def test_every_layer_is_called_and_none_is_read(pair: Pair):
     model = small_model(pair)
     pair.patch(model)
@@ -81,7 +80,7 @@ def test_every_layer_is_called_and_none_is_read(pair: Pair):
         assert not [name for name, module in around.items() if module.calls < number]
 
 
-@each(PAIRS)
+@each(PAIRS, of="attention")
 def test_weights_may_be_there_only_in_the_call_of_their_module(pair: Pair):
     model = he.convert(small_model(pair), pair.config).model
     inputs = inputs_for(model, length=LENGTH)
@@ -91,7 +90,7 @@ def test_weights_may_be_there_only_in_the_call_of_their_module(pair: Pair):
     assert_close(logits(model, inputs), expected, 1e-5)
 
 
-@each(WITH_LAYERS)
+@each(WITH_LAYERS, of="attention")
 def test_a_live_adapter_is_the_merged_one_and_learns(pair: Pair):
     model = he.convert(small_model(pair), pair.config).model
     calls = few_and_many_global_tokens(pair, inputs_for(model, length=LENGTH))

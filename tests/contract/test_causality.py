@@ -10,7 +10,7 @@ from hf_efficient.testing import inputs_for
 CAUSAL = [pair for pair in MAIN + VARIANTS if pair.is_causal]
 
 
-@each(CAUSAL)
+@each(CAUSAL, of="attention")
 def test_no_gradient_from_the_future(pair: Pair):
     """d out_i / d x_j is exactly 0 for j > i, and not all 0 for j ≤ i."""
     model = pair.model()

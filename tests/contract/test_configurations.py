@@ -8,7 +8,7 @@ from pairs import MAIN, VARIANTS, Pair, each
 
 from hf_efficient.testing import inputs_for
 
-HEADS = {"bert": "num_attention_heads", "roberta": "num_attention_heads", "gpt2": "n_head", "t5": "num_heads"}
+HEADS = {"gpt2": "n_head", "t5": "num_heads"}
 
 
 def runs_or_is_refused(pair: Pair, **overrides: Any) -> str:
@@ -36,12 +36,12 @@ ONE_HEAD = [pair for pair in MAIN if pair.family in ("bert", "gpt2") or pair.sid
 PER_HEAD = [pair for pair in VARIANTS if pair.mechanism in ("longformer", "blockwise", "combined")]
 
 
-@each(ONE_HEAD + PER_HEAD)
+@each(ONE_HEAD + PER_HEAD, of="attention")
 def test_one_head_and_one_layer(pair: Pair) -> None:
-    runs_or_is_refused(pair, **{HEADS[pair.family]: 1})
+    runs_or_is_refused(pair, **{HEADS.get(pair.family, "num_attention_heads"): 1})
 
 
-@each([pair for pair in MAIN + VARIANTS if pair.family == "bert"])
+@each([pair for pair in MAIN + VARIANTS if pair.family == "bert"], of="attention")
 def test_layers_that_take_their_tokens_in_chunks(pair: Pair) -> None:
     changes = pair.mechanism == "funnel" or pair.config.attention_class.num_extra_tokens(pair.config) > 0
     refusal = runs_or_is_refused(pair, layers=3, chunk_size_feed_forward=4)

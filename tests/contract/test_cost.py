@@ -56,7 +56,7 @@ def _growth(pair: Pair, patched: bool) -> tuple[float, float]:
     return long[0] / short[0], long[1] / short[1]
 
 
-@each([pair for pair in MAIN if pair.family != "roberta"])
+@each(MAIN, of="mechanism")
 def test_cost_grows_as_claimed(pair: Pair):
     allowed = SLACK * CASES[pair.mechanism].growth
     memory, work = _growth(pair, patched=True)

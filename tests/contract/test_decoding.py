@@ -102,7 +102,7 @@ def test_decoding_while_forgetting_equals_one_forward(pair: Pair, schedule: str,
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@each(UNBOUNDED)
+@each(UNBOUNDED, of="attention")
 def test_decoding_equals_one_forward(pair: Pair, schedule: str):
     ends, starts = SCHEDULES[schedule]
     model = pair.model().double()
@@ -111,13 +111,13 @@ def test_decoding_equals_one_forward(pair: Pair, schedule: str):
         assert_decodes(model, ids, mask, ends)
 
 
-@each(SOME)
+@each(SOME, of="attention")
 def test_decoding_as_users_do_equals_one_forward(pair: Pair):
     """With the slack that layers have unless a test changes it."""
     test_decoding_equals_one_forward(pair, "chunks-and-steps")
 
 
-@each(SOME)
+@each(SOME, of="attention")
 def test_an_unpadded_batch_needs_no_mask(pair: Pair, sharp):
     model = pair.model().double()
     ids, mask = prompt(2, 60, (0, 0))
@@ -185,7 +185,7 @@ def generation_inputs(model: Any) -> dict[str, Any]:
     return encoder | {"decoder_input_ids": ids, "decoder_attention_mask": mask}
 
 
-@each([pair for pair in CAUSAL if pair in BOUNDED or pair.family == "gpt2"])
+@each([pair for pair in CAUSAL if pair in BOUNDED or pair.family == "gpt2"], of="attention")
 def test_generation_equals_generation_without_cache(pair: Pair, monkeypatch):
     """Greedily; and the first new token is the best one of a plain forward."""
     monkeypatch.setattr(decoding, "SLACK", 5)
@@ -202,7 +202,7 @@ def test_generation_equals_generation_without_cache(pair: Pair, monkeypatch):
     assert cached.shape[1] >= 41 + 10
 
 
-@each(SOME)
+@each(SOME, of="attention")
 def test_beam_search_equals_beam_search_without_cache(pair: Pair, sharp):
     model = pair.model().double()
     options: dict[str, Any] = dict(max_new_tokens=10, do_sample=False, num_beams=3, eos_token_id=None)
@@ -223,7 +223,7 @@ def test_converted_models_decode_boundedly(family: str, sharp):
     assert [layer.keys.shape[2] for layer in layers_of(cached.past_key_values)] == [5, 5]
 
 
-@each(SOME)
+@each(SOME, of="attention")
 def test_memory_does_not_grow(pair: Pair, monkeypatch):
     """96 tokens: neither the keys in a layer nor the memory behind them, at any step."""
     monkeypatch.setattr(decoding, "SLACK", 8)

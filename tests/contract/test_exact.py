@@ -12,7 +12,7 @@ from hf_efficient.testing import assert_close, inputs_for, tiny_model
 from hf_efficient.training import AttentionTransfer, trainable
 
 
-@each(MAIN + [pair for pair in VARIANTS if pair.mechanism == "etc"])
+@each(MAIN + [pair for pair in VARIANTS if pair.mechanism == "etc"], of="attention")
 def test_exact_attention_is_the_unconverted_model(pair: Pair):
     model = pair.model().double()
     inputs = inputs_for(model)

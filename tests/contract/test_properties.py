@@ -16,7 +16,7 @@ ALL_PAIRS = MAIN + VARIANTS
 # ---- the exact limit ---------------------------------------------------------------------------------------------
 
 
-@each(ALL_PAIRS)
+@each(ALL_PAIRS, of="both")
 def test_exact_limit_equals_the_unconverted_model(pair: Pair):
     model = pair.model()
     for length in ODD_LENGTHS:
@@ -36,7 +36,7 @@ def test_exact_limit_at_length_1000(pair: Pair):
         assert_close(logits(model, inputs), expected, 1e-5, where=inputs["attention_mask"])
 
 
-@each([pair for pair in MAIN if CASES[pair.mechanism].finer])
+@each([pair for pair in MAIN if CASES[pair.mechanism].finer], of="mechanism")
 def test_error_falls_as_stated_without_an_exact_limit(pair: Pair):
     """Mean of 16 draws: the error of the finer setting must fall by half of the stated factor at least."""
     case = CASES[pair.mechanism]
@@ -58,7 +58,7 @@ def test_error_falls_as_stated_without_an_exact_limit(pair: Pair):
 # ---- the sparse code ---------------------------------------------------------------------------------------------
 
 
-@each(ALL_PAIRS)
+@each(ALL_PAIRS, of="attention")
 def test_small_options_are_finite_at_odd_lengths_and_really_on(pair: Pair):
     model = pair.model()
     for length in ODD_LENGTHS:
@@ -85,7 +85,7 @@ def test_small_options_are_finite_at_length_1000(pair: Pair):
 
 
 @pytest.mark.parametrize(("length", "left", "right"), [(61, 9, 27), (30, 1, 2), (1, 3, 5)])
-@each(ALL_PAIRS)
+@each(ALL_PAIRS, of="both")
 def test_padding_is_invisible(pair: Pair, length: int, left: int, right: int):
     """A row alone equals the same row padded right, left and on both sides, with junk in the padding, beside a full row."""
     model = pair.model().double()
@@ -111,7 +111,7 @@ def test_padding_is_invisible(pair: Pair, length: int, left: int, right: int):
         assert_close(actual[index, start : start + length], expected, 1e-9, f"row padded by {start} on the left")
 
 
-@each(ALL_PAIRS)
+@each(ALL_PAIRS, of="mechanism")
 def test_planted_padding_changes_nothing(pair: Pair):
     """1e4 in padded queries, keys, values and hidden states; and a row without any real key is 0."""
     bench = Bench(pair)
@@ -133,7 +133,7 @@ def test_planted_padding_changes_nothing(pair: Pair):
     assert (actual[3] == 0).all(), "a row with nothing to attend to must return 0"
 
 
-@each(ALL_PAIRS)
+@each(ALL_PAIRS, of="attention")
 def test_rows_are_independent(pair: Pair):
     model = pair.model().double()
     inputs = inputs_for(model)
@@ -150,7 +150,7 @@ def test_rows_are_independent(pair: Pair):
 # ---- train, eval, dropout ----------------------------------------------------------------------------------------
 
 
-@each(ALL_PAIRS)
+@each(ALL_PAIRS, of="attention")
 def test_train_and_eval_are_the_same_function(pair: Pair):
     model = pair.model()
     inputs = inputs_for(model)
@@ -171,7 +171,7 @@ def test_attention_dropout_reaches_the_mechanism(pair: Pair):
         assert not torch.allclose(logits(model.train(), inputs), expected, rtol=1e-2), "dropout is ignored"
 
 
-@each(MAIN)
+@each(MAIN, of="mechanism")
 def test_attention_dropout_keeps_the_mean(pair: Pair):
     bench = Bench(pair)
     samples, length = 512, 40
@@ -209,7 +209,7 @@ def test_too_long_inputs_are_refused(pair: Pair):
         logits(model, inputs_for(model, length=MAX_POSITIONS + 1))
 
 
-@each([pair for pair in MAIN if CASES[pair.mechanism].by_content and pair.family != "roberta"])
+@each([pair for pair in MAIN if CASES[pair.mechanism].by_content], of="mechanism")
 def test_what_is_seen_of_equal_tokens_does_not_depend_on_the_batch(pair: Pair):
     """Where positions tell nothing, repeats of a word are equal up to rounding, which other shapes round otherwise."""
     model = pair.model().double()

@@ -27,7 +27,7 @@ def _gradients(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.T
 # ---- gradients ---------------------------------------------------------------------------------------------------
 
 
-@each(ALL_PAIRS)
+@each(ALL_PAIRS, of="attention")
 def test_every_parameter_gets_a_finite_gradient(pair: Pair):
     """Those of the host and of the mechanism alike, T5's table of relative biases included."""
     model = pair.model()
@@ -95,7 +95,7 @@ def test_relative_bias_gradient_equals_the_unconverted_one(pair: Pair):
         assert_close(actual[name], expected[name], 1e-9, name)
 
 
-@each(ALL_PAIRS)
+@each(ALL_PAIRS, of="mechanism")
 def test_gradcheck(pair: Pair):
     """Analytic against numeric gradients in fp64: inputs, own parameters and the bias table, rows padded on both sides."""
     bench = Bench(pair)
@@ -120,7 +120,7 @@ def test_gradcheck(pair: Pair):
 # ---- precision ---------------------------------------------------------------------------------------------------
 
 
-@each([pair for pair in MAIN if not CASES[pair.mechanism].by_content])
+@each([pair for pair in MAIN if not CASES[pair.mechanism].by_content], of="mechanism")
 def test_bf16_is_as_close_to_fp32_as_for_the_unconverted_model(pair: Pair):
     """Error ≤ 3 × the unconverted model's own bf16 error, as a model in bf16 and under autocast."""
     model = pair.model()
@@ -143,7 +143,7 @@ def test_bf16_is_as_close_to_fp32_as_for_the_unconverted_model(pair: Pair):
             assert own <= 3 * stock, f"{name}: error {own:.2e}, unconverted {stock:.2e}"
 
 
-@each([pair for pair in MAIN if CASES[pair.mechanism].by_content])
+@each([pair for pair in MAIN if CASES[pair.mechanism].by_content], of="mechanism")
 def test_what_is_chosen_does_not_depend_on_the_precision_of_attention(pair: Pair):
     """Heads that bf16 holds exactly: error ≤ 3 × that of full attention, also under autocast. Ties are as good as any."""
     bench = Bench(pair)
@@ -174,7 +174,7 @@ def test_what_is_chosen_does_not_depend_on_the_precision_of_attention(pair: Pair
         assert error(attend(*heads), reference) <= 3 * stock
 
 
-@each(MAIN)
+@each(MAIN, of="attention")
 def test_training_under_autocast(pair: Pair):
     model = pair.model()
     inputs = labelled(model, inputs_for(model))
@@ -187,7 +187,7 @@ def test_training_under_autocast(pair: Pair):
 # ---- checkpointing and compilation -------------------------------------------------------------------------------
 
 
-@each(MAIN)
+@each(MAIN, of="attention")
 def test_gradient_checkpointing_gives_the_same_gradients(pair: Pair):
     model = pair.model().double()  # sums are taken in another order
     inputs = labelled(model, inputs_for(model))
@@ -206,8 +206,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(pair: Pair):
 
 
 @pytest.mark.slow
-# roberta's attention is bert's; a T5 decoder is causal as GPT-2 is, with the bias of T5's encoder
-@each([pair for pair in MAIN if pair.family != "roberta" and pair.side != "decoder"])
+# a T5 decoder is causal as GPT-2 is, with the bias of T5's encoder
+@each([pair for pair in MAIN if pair.side != "decoder"], of="attention")
 def test_compiles_as_one_graph(pair: Pair):
     """Forward and backward, padded rows, of T5 the converted stack. All are traced; AOT autograd, without a code
     generator, follows the operations of a mechanism, which are those of its first family in the others, too.
@@ -257,7 +257,7 @@ def _losses(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[float]:
     return losses
 
 
-@each(MAIN)
+@each(MAIN, of="attention")
 def test_training_in_the_exact_limit_tracks_the_unconverted_model(pair: Pair):
     model = pair.model().train()
     config = pair.exact_config(model, 41)
@@ -270,7 +270,7 @@ def test_training_in_the_exact_limit_tracks_the_unconverted_model(pair: Pair):
     assert_close(torch.tensor(actual), torch.tensor(expected), 1e-4, "losses")
 
 
-@each(ALL_PAIRS)
+@each(ALL_PAIRS, of="mechanism")
 def test_parameters_without_a_part_have_a_gradient_only_among_several_processes(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ):
@@ -310,7 +310,7 @@ def test_weight_decay_leaves_parameters_without_a_part_alone(mechanism: str):
     assert not [name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])]
 
 
-@each(ALL_PAIRS)
+@each(ALL_PAIRS, of="attention")
 def test_gradients_of_a_short_row_do_not_depend_on_its_batch_mates(pair: Pair):
     """A row of three tokens beside one of 97, so that every first block, window and slot of it is also the last."""
     model = pair.model().double()

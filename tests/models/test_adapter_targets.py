@@ -8,7 +8,7 @@ import fresh
 import peft
 import pytest
 import torch
-from pairs import MAIN
+from pairs import MAIN, each
 from peft.utils import constants
 
 import hf_efficient as he
@@ -42,7 +42,7 @@ def test_every_table_knows_every_model_type_whichever_is_imported_first(order):
     assert {entry: targets for entry, targets in found.items() if targets[0] != targets[1]} == {}
 
 
-@pytest.mark.parametrize("pair", MAIN, ids=[pair.label for pair in MAIN])
+@each(MAIN)
 def test_targets_are_those_of_the_stock_model(pair):
     """No child of a mechanism has a name that one of PEFT's tables means for the host."""
 

@@ -1,11 +1,29 @@
-"""Mechanism × family: which pairs the generic suites run, and how a pair is built, patched and called."""
+"""Mechanism × family: which pairs the generic suites run, and how a pair is built, patched and called.
+
+Mechanism × options × family × property is not run in full. A mechanism depends on its host through a few facts, and a host
+works with a mechanism in a few ways; so every mechanism runs in the families that differ in these facts, `BASE`, and every
+other family with the mechanisms that differ in these ways, `SAMPLE`. What a test says it is a property `of` tells how far:
+
+| `each(pairs, of=…)` | in `BASE` | variants | other families | `RELATIVES` |
+|---|---|---|---|---|
+| `"mechanism"`: arithmetic, alone (`Bench`) or in a model | all | all | none | none |
+| `"attention"`: how it goes through a host's layers | all, of T5 one side | each in one place | one mechanism | none |
+| `"model"`: also what is around these layers | all, of T5 one side | each in one place | one mechanism | one mechanism |
+| `"both"`: what the two compute together | all | all | all of `SAMPLE` | one mechanism |
+
+"One" is another one in every test of a file, so that over all properties each mechanism has met each family, and each
+variant each kind of place. A relative copies the attention layers of an enrolled family and differs around them, as in
+positions. A new family is a row in `PLACES`, and in `RELATIVES` if it is one; nothing else says where it runs. Where a fault
+was seen in one crossing, or can be argued, that crossing has a test of its own.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +37,7 @@ from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patching.dispatch import aligned_call
 from hf_efficient.testing import tiny_model
 
+Of = Literal["mechanism", "attention", "model", "both"]
 MAX_POSITIONS = 128
 ODD_LENGTHS = (1, 2, 63, 97)
 # what a place asks of a mechanism, in the letters of `Case.sides`
@@ -30,6 +49,18 @@ PLACES = {
     ("t5", "decoder"): {"C", "T5"},
     ("t5", "both"): {"E", "C", "T5"},
 }
+# a table of positions, a cache of earlier tokens, a relative bias
+BASE = ("bert", "gpt2", "t5")
+RELATIVES = ("roberta",)
+SAMPLE = (
+    "longformer",  # a pattern; beside it, projections of its own that read hidden states
+    "linformer",  # pooled keys, as many as there are positions
+    "performer",  # a kernel
+    "etc",  # extra tokens
+    "memory_compressed",  # pooled keys, also in causal models
+    "longt5",  # the host's projections of other states than the layer's
+    "hedgehog",  # a kernel beside a window, also with a relative bias
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +72,7 @@ class Pair:
     side: str | None
     options: dict[str, Any]
     label: str
+    variant: int = 0
 
     @property
     def config(self) -> he.EfficientAttentionConfig:
@@ -76,13 +108,18 @@ class Pair:
 
 def _pair(mechanism: str, place: tuple[str, str | None], options: dict[str, Any], variant: int = 0) -> Pair:
     family, side = place
-    options = options | (CASES[mechanism].t5_options if family == "t5" else {})
+    options = options | (CASES[mechanism].t5_options if "T5" in PLACES[place] else {})
     label = "-".join([mechanism, family, *([side] if side else []), *([f"variant{variant}"] if variant else [])])
-    return Pair(mechanism, family, side, options, label)
+    return Pair(mechanism, family, side, options, label, variant)
 
 
 def _fits(mechanism: str, place: tuple[str, str | None]) -> bool:
     return PLACES[place] <= CASES[mechanism].sides
+
+
+def _runs(mechanism: str, place: tuple[str, str | None]) -> bool:
+    """Both stacks at once are left to the variants."""
+    return place[1] != "both" and _fits(mechanism, place) and (place[0] in BASE or mechanism in SAMPLE)
 
 
 def _variants(name: str, case: Case) -> list[tuple[dict[str, Any], list[tuple[str, str | None]]]]:
@@ -97,13 +134,7 @@ def _variants(name: str, case: Case) -> list[tuple[dict[str, Any], list[tuple[st
     ]
 
 
-# both stacks at once are left to the variants
-MAIN = [
-    _pair(name, place, case.small)
-    for name, case in CASES.items()
-    for place in PLACES
-    if place[1] != "both" and _fits(name, place)
-]
+MAIN = [_pair(name, place, case.small) for name, case in CASES.items() for place in PLACES if _runs(name, place)]
 VARIANTS = [
     _pair(name, place, options, number)
     for name, case in CASES.items()
@@ -111,13 +142,47 @@ VARIANTS = [
     for place in places
 ]
 REFUSED = [
-    _pair(name, place, case.small) for name, case in CASES.items() for place in PLACES if not _fits(name, place)
+    _pair(name, place, case.small)
+    for name, case in CASES.items()
+    for place in PLACES
+    if not _fits(name, place) and (place[0] in BASE or name in SAMPLE)
 ]
 
 
-def each(pairs: list[Pair]) -> pytest.MarkDecorator:
-    """Parametrise a test by `pair`."""
-    return pytest.mark.parametrize("pair", pairs, ids=lambda pair: pair.label)
+def _alternatives(pair: Pair, of: Of) -> Hashable:
+    """What `pair` has in common with those of which one is enough; None where it need not run."""
+    if pair.family not in BASE and of == "mechanism" or pair.family in RELATIVES and of == "attention":
+        return None
+    if pair.family in RELATIVES:
+        return pair.family
+    if of in ("mechanism", "both"):
+        return pair.label
+    if pair.family not in BASE:
+        return pair.family
+    return (pair.mechanism, pair.variant or pair.family)
+
+
+def chosen(pairs: list[Pair], of: Of, turn: int) -> list[Pair]:
+    """Those of `pairs` that the `turn`-th test of a file runs for, whose property is one `of` what is said above."""
+    groups: dict[Hashable, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        groups[_alternatives(pair, of)].append(pair)
+    groups.pop(None, None)
+    return [group[(turn + number) % len(group)] for number, group in enumerate(groups.values())]
+
+
+_turns: Counter[str] = Counter()
+
+
+def each(pairs: list[Pair], of: Of = "model") -> Callable[[Any], Any]:
+    """Parametrise a test by `pair`; what its property is one `of` says which of `pairs` it runs for."""
+
+    def parametrised(test: Any) -> Any:
+        turn = _turns[test.__module__]
+        _turns[test.__module__] += 1
+        return pytest.mark.parametrize("pair", chosen(pairs, of, turn), ids=lambda pair: pair.label)(test)
+
+    return parametrised
 
 
 def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -67,7 +67,7 @@ def test_layer_errors_against_models_with_one_converted_layer(pair: Pair):
             assert errors[kind][layer] == pytest.approx(error.item(), rel=1e-9), (kind, layer)
 
 
-@each([pair for pair in LEARNING if pair.mechanism != "etc"])
+@each([pair for pair in LEARNING if pair.mechanism != "etc"], of="attention")
 def test_loss_and_gradients_per_layer_by_definition(pair: Pair):
     model = pair.model().double().train()
     inputs = inputs_for(model)
@@ -97,7 +97,7 @@ def test_loss_and_gradients_per_layer_by_definition(pair: Pair):
     assert_close(output.loss.detach(), torch.stack(losses).mean(), 1e-9, "loss")
 
 
-@each(LEARNING)
+@each(LEARNING, of="attention")
 def test_every_trained_parameter_has_a_gradient_and_no_other(pair: Pair):
     """As data-parallel training needs it; with accumulation over batches of other lengths, in training mode."""
     model = pair.model(**dict.fromkeys(_dropouts(pair.family), 0.1)).train()
@@ -125,7 +125,7 @@ def _dropouts(family: str) -> tuple[str, ...]:
 
 
 # roberta counts positions by what is no padding token
-@each([pair for pair in LEARNING if pair.family != "roberta"])
+@each(LEARNING)
 def test_what_stands_in_padding_does_not_matter(pair: Pair):
     model = pair.model().double()
     inputs = inputs_for(model)
@@ -330,7 +330,7 @@ def test_classifiers_and_bare_encoders():
 # ---- precision ---------------------------------------------------------------------------------------------------
 
 
-@each([pair for pair in LEARNING if pair.family != "roberta"])
+@each(LEARNING)
 def test_autocast_gives_nearly_the_same_gradients(pair: Pair):
     if pair.mechanism == "t2r":
         # a query whose few features are all 0 divides by ε alone: there the function itself is steep
