@@ -151,7 +151,7 @@ REFUSED = [
 
 def _alternatives(pair: Pair, of: Of) -> Hashable:
     """What `pair` has in common with those of which one is enough; None where it need not run."""
-    if pair.family not in BASE and of == "mechanism" or pair.family in RELATIVES and of == "attention":
+    if (pair.family not in BASE and of == "mechanism") or (pair.family in RELATIVES and of == "attention"):
         return None
     if pair.family in RELATIVES:
         return pair.family
