@@ -155,7 +155,9 @@ def efficient_attention_forward(
         sinks=s_aux,
         softcap=softcap,
     )
-    layer: Any = None if efficient_cache is None else efficient_cache.layers[module.layer_idx]  # type: ignore[index]
+    # cross-attention has the number of its layer, but a cache of its own
+    own = None if geometry is None else efficient_cache
+    layer: Any = None if own is None else own.layers[module.layer_idx]  # type: ignore[index]
     if isinstance(layer, BoundedLayer) and layer.key_positions is not None:
         context = _with_key_positions(context, layer.key_positions, layer.seen - query.shape[2])
     if mechanism is None:
