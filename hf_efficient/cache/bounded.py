@@ -96,7 +96,7 @@ class BoundedLayer(DynamicLayer):
     def _prune(self, keys: Tensor, values: Tensor) -> None:
         assert self.row_start is not None
         following, device = (self._settled if self.record_past else self.seen) - SLACK, keys.device
-        if following <= 0:
+        if self.record_past and following <= 0:
             return
         positions = self.positions
         if positions is None:
