@@ -11,7 +11,7 @@ from typing import Any, NoReturn, cast
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from hf_efficient.attention.base.geometry import SourceAttention
+from hf_efficient.attention.base.geometry import Rotary, SourceAttention
 from hf_efficient.families.base import ModelFamily
 from hf_efficient.families.stack import AttentionLayer, Heads, Stack
 
@@ -97,6 +97,12 @@ class GenericFamily(ModelFamily):
 
     def is_causal(self, stack: Stack, layer: AttentionLayer) -> bool:
         return _says_causal(layer.module)
+
+    def rotary(self, stack: Stack, layer: AttentionLayer) -> Rotary | None:
+        """By the frequencies that hosts keep where they make the angles."""
+        found = (x for name, x in stack.module.named_buffers() if name.endswith("inv_freq"))
+        frequencies = next(found, None)
+        return None if frequencies is None else Rotary(2 * frequencies.shape[-1])
 
     def heads(self, module: Any) -> Heads:
         config = getattr(module, "config", None)

@@ -25,6 +25,11 @@ HOLES = (
     "this mechanism would take for distance: pad on one side."
 )
 
+ROTATED = (
+    "attention_mask pads rows on the left, which this model counts as positions, having no position_ids; this mechanism "
+    "depends on them: pad on the right, or use one that mixes tokens by distance, such as local."
+)
+
 PART = "calls"
 
 
@@ -42,6 +47,8 @@ class StackInfo:
         self.needs_input_ids = any(getattr(m, "needs_input_ids", False) for m in mechanisms)
         self.has_extra_tokens = any(m.num_extra_tokens(m.config) for m in mechanisms)
         self.by_position = any(m.by_position for m in mechanisms)
+        self.is_rotary = any(family.rotary(stack, layer) is not None for layer in stack.layers)
+        self.by_rotation = self.is_rotary and any(m.by_rotation for m in mechanisms)
         self.positions_skip_padding = family.positions_skip_padding
         # the decoder of a model with an encoder of its own
         config: Any = stack.module.config
@@ -55,7 +62,7 @@ class StackInfo:
 
     def without_mechanism(self) -> StackInfo:
         plain = copy.copy(self)
-        plain.bounded, plain.needs_input_ids, plain.by_position = {}, False, False
+        plain.bounded, plain.needs_input_ids, plain.by_position, plain.by_rotation = {}, False, False, False
         return plain
 
 
@@ -77,6 +84,8 @@ def check_call(
     segments = _find_sequences(call, shape, info)
     if segments is None:
         _check_length(shape, info)
+    if info.by_rotation:
+        _count_from_first_tokens(call, shape, info)
     if info.needs_input_ids:
         if call.get("input_ids") is None:
             raise ValueError("global_tokens='question' looks for separators and needs input_ids, not inputs_embeds.")
@@ -311,6 +320,30 @@ def _check_distances(call: dict[str, Any], shape: CallShape, info: StackInfo) ->
     if bool(wrong.any()):
         row, token = wrong.nonzero()[0].tolist()
         raise ValueError(HOLES.format(row=row, token=shape.seen + token))
+
+
+def _count_from_first_tokens(call: dict[str, Any], shape: CallShape, info: StackInfo) -> None:
+    """Give a call without `position_ids` those that count from each row's first real token.
+
+    The host would count padding on the left. Scores of rotated queries and keys depend on distances alone, so layers that
+    stay exact do not notice; but what hashes, pools or maps each of them alone would see the padding.
+
+    Raises:
+        ValueError: rows padded on the left, in a model that takes no `position_ids`.
+    """
+    mask = call.get("attention_mask")
+    if mask is None or call.get("position_ids") is not None:
+        return
+    start = (mask.bool().cumsum(-1) == 0).sum(-1, keepdim=True)
+    if not is_captured() and not bool(start.any()):
+        return
+    if "position_ids" in info.parameters:
+        index = torch.arange(shape.tokens, device=mask.device) - start
+        call["position_ids"] = index.clamp(min=0)[:, shape.seen :]
+    elif not is_captured():
+        raise ValueError(ROTATED)
+    elif not leaves_torch():
+        torch._assert_async(~start.any(), ROTATED)
 
 
 # ---- caches ------------------------------------------------------------------------------------------------------

@@ -128,27 +128,19 @@ def efficient_attention_forward(
     Raises:
         ValueError: a keyword that is neither honoured nor harmless; a mask or a keyword of another kind than the layer.
     """
-    if MODULE_NAME not in module._modules:
-        raise RuntimeError(
-            f"attn_implementation={IMPLEMENTATION!r} was selected, but no mechanism is installed in "
-            f"{type(module).__name__}: this would silently be another model. Load the checkpoint with an Auto class after "
-            "`import hf_efficient`, or install a mechanism with hf_efficient.patch_attention."
-        )
-    refuse_unknown(module, kwargs)
+    _require_installed(module)
     mechanism = cast("EfficientAttention | None", module._modules[MODULE_NAME])
     geometry: AttentionGeometry | None = state_of(module, LAYER)  # cross-attention has none
+    _require_known(module, geometry, s_aux, softcap, kwargs)
     if efficient_rows is None:
         _require_agreement(module, geometry, attention_mask, is_causal)
-    if (s_aux is not None) != (geometry is not None and geometry.has_sinks):
-        raise ValueError(f"{type(module).__name__} got s_aux, or none, against what is known of its sinks.")
-    if softcap != (None if geometry is None else geometry.softcap):
-        refuse_unknown(module, {"softcap": softcap or 0.0})
-    keep = None if attention_mask is None or not attention_mask.shape[-1] else attention_mask.flatten(0, -2)
     key, value = expand_heads(query, key, value)
     context = AttentionContext(
         is_causal=geometry is not None and geometry.is_causal,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        key_padding_mask=keep,
+        key_padding_mask=None
+        if attention_mask is None or not attention_mask.shape[-1]
+        else attention_mask.flatten(0, -2),
         query_offset=key.shape[2] - query.shape[2],
         dropout=dropout,
         relative_bias=position_bias,
@@ -160,27 +152,51 @@ def efficient_attention_forward(
     layer: Any = None if own is None else own.layers[module.layer_idx]  # type: ignore[index]
     if isinstance(layer, BoundedLayer) and layer.key_positions is not None:
         context = _with_key_positions(context, layer.key_positions, layer.seen - query.shape[2])
+    attend: Callable[..., Tensor]
     if mechanism is None:
-        attend = partial(exact_attention, window=None if geometry is None else geometry.sliding_window)
-        if efficient_sequences is not None:
-            out = attend_packed_rows(attend, query, key, value, context, efficient_sequences)
-        else:
-            out = attend(query, key, value, context)
-        return out.transpose(1, 2), None
-    project = mechanism.host_projection
-    context = replace(
-        context,
-        global_attention_mask=global_attention_mask,
-        hidden_states=efficient_hidden_states,
-        project=None if project is None else partial(project, module),
-        input_ids=efficient_input_ids,
-        rows=efficient_rows,
-        recurrent=layer if isinstance(layer, RecurrentLayer) else None,
-    )
+        rows = attend = partial(exact_attention, window=None if geometry is None else geometry.sliding_window)
+    else:
+        # every packed sequence starts at the left edge of a row of its own
+        rows, attend = partial(aligned_call, mechanism), mechanism
+        context = replace(
+            context,
+            global_attention_mask=global_attention_mask,
+            hidden_states=efficient_hidden_states,
+            project=mechanism.host_projection and partial(mechanism.host_projection, module),
+            input_ids=efficient_input_ids,
+            rows=efficient_rows,
+            recurrent=layer if isinstance(layer, RecurrentLayer) else None,
+        )
     if efficient_sequences is not None:
-        # every segment starts at the left edge of a row of its own
-        return attend_packed_rows(mechanism, query, key, value, context, efficient_sequences).transpose(1, 2), None
-    return aligned_call(mechanism, query, key, value, context).transpose(1, 2), None
+        return attend_packed_rows(attend, query, key, value, context, efficient_sequences).transpose(1, 2), None
+    return rows(query, key, value, context).transpose(1, 2), None
+
+
+def _require_installed(module: nn.Module) -> None:
+    if MODULE_NAME not in module._modules:
+        raise RuntimeError(
+            f"attn_implementation={IMPLEMENTATION!r} was selected, but no mechanism is installed in "
+            f"{type(module).__name__}: this would silently be another model. Load the checkpoint with an Auto class after "
+            "`import hf_efficient`, or install a mechanism with hf_efficient.patch_attention."
+        )
+
+
+def _require_known(
+    module: nn.Module,
+    geometry: AttentionGeometry | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+    others: dict[str, Any],
+) -> None:
+    """Raise ValueError for a keyword of the host that is not honoured, or not what its family says of the layer."""
+    refuse_unknown(module, others)
+    if (sinks is not None) != (geometry is not None and geometry.has_sinks):
+        raise ValueError(f"{type(module).__name__} got s_aux, or none, against what is known of its sinks.")
+    if softcap != (None if geometry is None else geometry.softcap):
+        raise ValueError(
+            f"{type(module).__name__} got softcap={softcap}, against what is known of its logits: leave it out where it "
+            "comes from the call; else this layer can't be converted."
+        )
 
 
 def _require_agreement(

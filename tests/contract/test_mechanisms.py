@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CASES
 
 import hf_efficient as he
 from hf_efficient.attention.base.registry import attention_config, get_mechanism
 from hf_efficient.families import HostModel
+from hf_efficient.patching.call_checks import PART
+from hf_efficient.patching.hooks import state_of
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
 LENGTH = 24
@@ -51,6 +54,58 @@ def test_exact_limit_or_a_reason(name: str, model_type: str):
         assert actual.isfinite().all() and not torch.allclose(actual, made.expected)
     else:
         assert_close(actual, made.expected, 1e-5, where=keep)
+
+
+# mechanisms that can't be there, with any options of their cases
+EVERYWHERE = {"cosformer", "etc", "funnel", "longt5", "set_transformer"}
+REFUSED = {
+    "eurobert": EVERYWHERE | {"compressive", "transformer_xl"},
+    "llama": EVERYWHERE | {"clustered", "linformer", "nystromformer"},
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+@pytest.mark.parametrize("name", CASES)
+def test_left_padding_is_invisible_under_rotary_positions(name: str, model_type: str):
+    """A row padded on the left gives what it gives alone: its rotations count from its first real token."""
+    made, padding, case = host(model_type), 6, CASES[name]
+    ids = made.inputs["input_ids"][:1]
+    mask = torch.ones(1, padding + LENGTH, dtype=torch.long)
+    mask[:, :padding] = 0
+    padded = torch.cat([torch.full((1, padding), 1), ids], 1)
+    ran = 0
+    for options in (case.small, *case.variants):
+        known = {field.name for field in dataclasses.fields(attention_config(name))}
+        options = options | ({"max_length": 64} if "max_length" in known else {})
+        try:
+            handle = he.patch_attention(made.model, name, **options)
+        except ValueError as error:
+            assert "these settings are not possible" in str(error)
+            continue
+        with handle, torch.no_grad():
+            alone = made.model(input_ids=ids).logits
+            actual = made.model(input_ids=padded, attention_mask=mask).logits[:, padding:]
+        assert_close(actual, alone, 1e-4, str(options))
+        ran += 1
+    assert (ran == 0) == (name in REFUSED[model_type])
+
+
+def test_left_padding_is_refused_where_a_model_takes_no_positions():
+    made = host("eurobert")
+    right = torch.ones(1, LENGTH, dtype=torch.long)
+    right[:, -5:] = 0
+    ids = made.inputs["input_ids"][:1]
+    for name, is_refused in (("performer", True), ("local", False)):
+        with he.patch_attention(made.model, name), torch.no_grad():
+            for module in made.model.modules():
+                if (info := state_of(module, PART)) is not None:
+                    info.parameters = [p if p != "position_ids" else "none" for p in info.parameters]
+            made.model(input_ids=ids, attention_mask=right)
+            if is_refused:
+                with pytest.raises(ValueError, match=r"pads rows on the left, .* pad on the right"):
+                    made.model(input_ids=ids, attention_mask=right.flip(1))
+            else:
+                made.model(input_ids=ids, attention_mask=right.flip(1))
 
 
 @pytest.mark.parametrize(

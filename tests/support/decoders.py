@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hf_efficient.testing import VOCABULARY
+from hf_efficient.testing.sizes import fields_of
 
 # two heads of queries share one of keys and values; optional norms are on, every other layer of SmolLM3 has no rotation
 SIZES: dict[str, Any] = dict(
@@ -41,11 +40,7 @@ SIZES: dict[str, Any] = dict(
 def tiny_decoder(model_type: str, **overrides: Any) -> Any:
     """In eval mode and fp32, with weights large enough that attention matters, and eager attention."""
     kind = CONFIG_MAPPING[model_type]
-    known = (
-        {field.name for field in dataclasses.fields(kind)}
-        if dataclasses.is_dataclass(kind)
-        else set(inspect.signature(kind.__init__).parameters)
-    )
+    known = fields_of(kind)
     config = kind(**{name: value for name, value in SIZES.items() if name in known} | overrides)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

@@ -141,6 +141,8 @@ class EfficientAttention(nn.Module):
     """Blocks or position-indexed parameters count from a row's first real token: the dispatcher shifts padded rows."""
     by_position: bool = True
     """Which keys a query sees, or with which weight, depends on where tokens stand: padding in between would count."""
+    by_rotation: bool = True
+    """Under rotary positions its result depends on where a row starts, not on distances alone."""
     uses_global_attention_mask: bool = False
     needs_hidden_states: bool = False
     needs_input_ids: bool = False

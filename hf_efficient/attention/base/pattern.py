@@ -72,6 +72,7 @@ class PatternAttention(EfficientAttention):
     """
 
     config: PatternAttentionConfig
+    by_rotation = False
 
     @classmethod
     def honours_sliding_window(cls, config: Any) -> bool:
