@@ -23,12 +23,6 @@ class Recurrence(Protocol):
         """Add what the last update forgot to the state."""
 
 
-class Rotate(Protocol):
-    """Rotation of heads by positions: see `AttentionContext.rotate`."""
-
-    def __call__(self, heads: Tensor, positions: Tensor | None = None, *, inverse: bool = False) -> Tensor: ...
-
-
 class ExtraKeys(NamedTuple):
     """Keys that every query may see beside its window, in the same softmax (Longformer's global columns).
 
@@ -102,9 +96,6 @@ class AttentionContext(AttentionCall):
             (1, H, all windows, D) for packed rows. `hidden_states` are those of the keys, if these are pooled differently.
         recurrent: the mechanism's `cache_layer` where that holds a state of the keys it forgot; the mechanism must `fold`
             into it what the last update forgot.
-        rotate: where queries and keys were rotated by their positions: `rotate(x, positions)` rotates (B, H, G, D) heads
-            that stand at positions (B, G), or at those of the call's tokens with `None`, in the same way; with
-            `inverse=True` it undoes that. `None` = there is no rotation. Only for mechanisms with `needs_rotate`.
         sinks: (H,) logits that stand in the denominator of each head's softmax, with no value; `None` = none.
     """
 
@@ -114,5 +105,4 @@ class AttentionContext(AttentionCall):
     input_ids: Tensor | None = None
     rows: PackedRows | None = None
     recurrent: Recurrence | None = None
-    rotate: Rotate | None = None
     sinks: Tensor | None = None

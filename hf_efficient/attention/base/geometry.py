@@ -20,12 +20,10 @@ class Rotary:
     Attributes:
         dim: rotated width, at most the width of a head (GPT-NeoX and Phi rotate a part).
         interleaved: entries (0, 1), (2, 3), … turn together (GPT-J, Cohere) instead of (i, i + dim / 2).
-        sections: widths of the parts that follow different axes (pictures, video); empty = all follow one position.
     """
 
     dim: int
     interleaved: bool = False
-    sections: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,6 @@ class AttentionGeometry:
         softcap: logits become `c · tanh(logits / c)` before masks and biases; `None` = they stay.
         has_sinks: one learned logit per head stands in the denominator of the softmax, with no value.
         position_scheme: how positions enter: `"table"`, `"sinusoidal"`, `"rotary"`, `"relative"`, `"grid"` or `"none"`.
-        num_calls: layers that run this very module.
         has_residual_module: a module of its own adds the residual of attention, so that the layer can run on fewer tokens.
     """
 
@@ -76,7 +73,6 @@ class AttentionGeometry:
     softcap: float | None = None
     has_sinks: bool = False
     position_scheme: str = "table"
-    num_calls: int = 1
     has_residual_module: bool = True
 
     def __post_init__(self) -> None:

@@ -269,7 +269,7 @@ class EfficientAttention(nn.Module):
         if geometry.value_dim != geometry.head_dim:
             reasons.append(
                 f"values of {geometry.value_dim} beside keys of {geometry.head_dim} entries (latent attention) are not "
-                "possible"
+                "possible, with any mechanism: leave these layers out, with layers=…"
             )
         return reasons
 
