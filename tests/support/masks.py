@@ -189,7 +189,7 @@ def combined_mask(mechanism: Any, keep: Tensor, causal: bool) -> Tensor:
         heads = geometry.num_heads
         if config.heads is not None:
             heads = heads * config.heads[number] // sum(config.heads)
-        place = dataclasses.replace(geometry, num_heads=heads)
+        place = dataclasses.replace(geometry, num_heads=heads, num_key_value_heads=heads)
         alone = SimpleNamespace(config=part, geometry=place, pattern=part.visible_keys(place))
         mask = PATTERNS[part.mechanism](alone, keep, causal)
         mask = mask if mask.dim() == 4 else mask[None, None]
