@@ -132,7 +132,7 @@ def show_retrieval(source, results, tokens) -> dict:
         "deep": [chosen.randrange(600, DOCUMENT_LENGTH - PASSAGE - 1) for _ in documents],
     }
     full = load_stock(source.config._name_or_path)[0]
-    HostModel.of(full).resize_positions(MAX_POSITIONS)
+    HostModel.of(full).lengthen(MAX_POSITIONS)
     first, last = documents[0][0], documents[0][-1]
 
     def chunked(ids: list[int]) -> torch.Tensor:
@@ -173,7 +173,7 @@ def show_speed(folder: Path) -> list[dict]:
     """One forward pass, batch 1, fp32: interleaved times, and peak memory in a fresh process per point."""
     longest = max(SPEED_LENGTHS)
     full = load_stock(str(folder))[0]
-    HostModel.of(full).resize_positions(longest)
+    HostModel.of(full).lengthen(longest)
     models = {"full": full}
     models |= {mechanism: he.convert(str(folder), mechanism, max_positions=longest, **options).model
                for mechanism, options in MECHANISMS.values()}  # fmt: skip

@@ -235,7 +235,8 @@ def _account(report: dict[str, Any]) -> str:
     if ignored:
         rows.append(["not used", str(len(ignored)), "; ".join(f"`{name}`" for name in ignored)])
     head = f"Source: `{report['source']}`, revision {report['revision'] or NOT_RECORDED}. "
-    head += f"Position table lengthened by: {report['positions']}. " if "extended" in counts else ""
+    short = report.get("short_inputs") or ("extended" in counts and NOT_RECORDED)
+    head += f"Lengthened by positions={report['positions']}; short inputs: {short}. " if short else ""
     head += f"{_listed(report.get('versions') or {})}."
     return head + "\n\n" + table(["tensors", "number", "from"], rows)
 

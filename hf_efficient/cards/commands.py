@@ -65,7 +65,11 @@ def _convert(step: Step, out: str) -> str:
     attention = json.dumps(groups[0] if len(groups) == 1 else groups)
     words = ["hf-efficient", "convert", str(step["source"]), out, "--attention", attention]
     if settings.get("max_positions") is not None:
-        words += ["--max-positions", str(settings["max_positions"]), "--positions", settings["positions"]]
+        words += ["--max-positions", str(settings["max_positions"])]
+        if settings["positions"] != "tile":  # which is usual for tables, and was written of all others too
+            words += ["--positions", settings["positions"]]
+        if settings.get("rope"):
+            words += ["--rope", json.dumps(settings["rope"])]
     if settings.get("calibration"):
         words += ["--calibration", settings["calibration"]]
     return shlex.join(words + _loading(step))

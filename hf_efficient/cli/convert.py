@@ -24,7 +24,7 @@ from hf_efficient.cli.common import (
     require_source,
     running,
 )
-from hf_efficient.cli.options import GIVEN, chosen_configs, read_texts, refuse_strays
+from hf_efficient.cli.options import GIVEN, chosen_configs, parse_rope, read_texts, refuse_strays
 
 if TYPE_CHECKING:
     from hf_efficient.conversion.convert import ConversionReport
@@ -46,7 +46,17 @@ def convert(
     max_positions: Annotated[
         int | None, typer.Option(help="Longest input of the result, in tokens.", show_default="the source's")
     ] = None,
-    positions: Annotated[str, typer.Option(help="How to lengthen the position table: tile or interpolate.")] = "tile",
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="How: tile or interpolate for tables; unchanged, linear, ntk, yarn, llama3 or longrope for rotary ones.",
+            show_default="tile; unchanged where windows are short",
+        ),
+    ] = None,
+    rope: Annotated[
+        str | None,
+        typer.Option(help="Numbers of that method for rotary positions, as JSON.", show_default="the method's own"),
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="0,1,2 or 0-5.", show_default="all")] = None,
     exact_every: Annotated[
         int | None,
@@ -88,7 +98,7 @@ def convert(
 
         target = OutputFolder(out, overwrite, [source, config, calibration])
         places: dict[str, Any] = dict(max_positions=max_positions, positions=positions, revision=revision)
-        places["exact_every"] = exact_every
+        places |= dict(exact_every=exact_every, rope=parse_rope(rope))
         places |= dict(subfolder=subfolder, model_class=model_class, dtype=dtype, cache_dir=cache_dir, token=token)
         result = convert_checkpoint(source, configs, **places, calibration=_calibration_texts(calibration))
         report = result.report
@@ -126,6 +136,10 @@ def _tensor_rows(report: ConversionReport) -> list[list[Any]]:
         if entry not in named[tensor["status"]]:
             named[tensor["status"]].append(entry)
     rows: list[list[Any]] = [[status, report.counts()[status], "\n".join(named[status])] for status in named]
+    if report.short_inputs is not None:
+        rows.append(
+            [f"positions: {report.positions}", report.max_positions, f"short inputs are {report.short_inputs}"]
+        )
     if report.calibration is not None:
         from hf_efficient.corpus import TextUse
 

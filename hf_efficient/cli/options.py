@@ -81,6 +81,19 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def parse_rope(text: str | None) -> dict[str, Any] | None:
+    """The numbers of a method for rotary positions, from their JSON."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f'--rope {text!r} can\'t be read; write JSON such as {{"factor": 4}}.')
+    return found
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

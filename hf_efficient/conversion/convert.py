@@ -20,6 +20,7 @@ from hf_efficient.conversion.saving import Report, Result
 from hf_efficient.conversion.sentence_transformers import max_seq_length
 from hf_efficient.corpus import TextUse
 from hf_efficient.families import ORIGINS, HostModel
+from hf_efficient.families.positions import LongerInputs
 from hf_efficient.families.readable import require_model
 from hf_efficient.models.in_place import convert_in_place, revert, stock_class
 from hf_efficient.models.provenance import ABSENT, REPORT_NAME, Provenance, earlier_steps
@@ -37,7 +38,8 @@ class ConversionReport(Report):
         source, revision: where the original came from.
         model_class: the stock class, whose Efficient form the result is.
         efficient_attention: the installed options, as JSON.
-        max_positions, positions: usable positions after conversion, and how the table was lengthened.
+        max_positions, positions, rope: usable positions after conversion, how the model got there, and numbers given for it.
+        short_inputs: what that method does to inputs up to the old length: "unchanged", "changed", or `None` = no method.
         tensors: {name: {"status": "copied" | "extended" | "initialised" | "random", "from": …, "shape": […]}}; "random"
             are tensors that the source checkpoint lacks, e.g. a fresh classification head.
         ignored: tensors of the source checkpoint that its class does not use.
@@ -60,6 +62,8 @@ class ConversionReport(Report):
     recast: dict[str, str] = field(default_factory=dict)
     fidelity: dict[str, Any] | None = None
     family: dict[str, str] | None = None
+    rope: dict[str, Any] | None = None
+    short_inputs: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=versions)
     statuses: ClassVar[tuple[str, ...]] = ("copied", "extended", "initialised", "random")
@@ -88,7 +92,8 @@ def convert(
     attention: ConfigLike,
     *,
     max_positions: int | None = None,
-    positions: str = "tile",
+    positions: str | None = None,
+    rope: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
     calibration: Sequence[str] | Sequence[Mapping[str, Tensor]] | None = None,
@@ -101,9 +106,12 @@ def convert(
         source: Hub id or folder of a BERT, RoBERTa, GPT-2, Llama or T5 checkpoint (or a relative), or a loaded stock model,
             which is then converted in place.
         attention: a mechanism's name with its options as keywords, a config, its JSON form, or a list for hybrids.
-        max_positions: longest input of the result, in tokens; `None` keeps the source's. T5 has no table to lengthen,
-            only its tokenizer is told.
-        positions: `"tile"` or `"interpolate"`: how the position table is lengthened.
+        max_positions: longest input of the result, in tokens; `None` keeps the source's. T5 takes any length, only its
+            tokenizer is told.
+        positions: how the model gets there. Tables: `"tile"` (the usual) or `"interpolate"`. Rotary positions:
+            `"unchanged"`, which is usual where no layer sees farther than the old length, `"linear"`, `"ntk"`, `"yarn"`,
+            `"llama3"` or `"longrope"`: see `PositionTable` and `RotaryPositions`.
+        rope: numbers of that method for rotary positions, such as `{"beta_fast": 64}`.
         tokenizer: for a loaded model, or to use another than the source's.
         revision: of the Hub repository.
         calibration: texts, or batches of inputs, from which mechanisms set constants such as centroids; see `calibrate`.
@@ -137,7 +145,7 @@ def convert(
     stock_name = stock_class(opened.model).__name__
     entries: dict[str, Any] = opened.model.state_dict()
     before = {key: (entry.data_ptr(), entry.shape) for key, entry in entries.items() if isinstance(entry, Tensor)}
-    origins, resized = convert_in_place(host, configs, max_positions, positions)
+    origins, resized = convert_in_place(host, configs, LongerInputs(max_positions, positions, rope))
     provenance = Provenance.of(opened.model)
     provenance.history[:0], provenance.is_loaded = earlier, provenance.is_loaded or bool(earlier)
     if batches is not None:
@@ -151,7 +159,9 @@ def convert(
         model_class=stock_name,
         efficient_attention=opened.model.config.efficient_attention,
         max_positions=host.max_positions or max_positions,
-        positions=positions,
+        positions=provenance.history[-1]["settings"]["positions"],
+        rope=provenance.history[-1]["settings"]["rope"],
+        short_inputs=host.short_inputs(max_positions, provenance.history[-1]["settings"]["positions"]),
         tensors=_account(opened.model, before, origins, resized, opened.missing),
         ignored=opened.ignored,
         calibration=None if read is None else asdict(read),

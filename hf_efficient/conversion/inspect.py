@@ -27,7 +27,7 @@ def inspect_checkpoint(name: str, model_class: Any = None, **location: Any) -> d
         location: `revision`, `subfolder`, `cache_dir`, `token`, as for `convert`.
 
     Returns:
-        `model_class`, `model_type`, `family`, `converted`, `max_positions` (`None` = no position table), `layers`, each
+        `model_class`, `model_type`, `family`, `converted`, `max_positions` (`None` = any length), `layers`, each
         with `side`, `layer`, `mechanism`, `options` and `training` (whether the mechanism needs it); `mechanisms`, each
         with `side`, `possible`, the `reasons` against it at default options, and `training` (empty for converted
         checkpoints); `experts`, the options of sparse experts or `None`; `source`, the checkpoint it was converted from, if
@@ -54,7 +54,7 @@ def inspect_checkpoint(name: str, model_class: Any = None, **location: Any) -> d
         "family": family.model_type,
         "converted": converted,
         "source": read_json(report).get("source") if converted and report.is_file() else None,
-        "max_positions": family.max_positions(config),
+        "max_positions": family.positions.limit(config),
         "experts": getattr(config, "efficient_experts", None),
         "layers": [_layer(stack, layer) for stack in stacks for layer in stack.layers],
         "mechanisms": [] if converted else [_fit(n, family, stack) for stack in stacks for n in list_mechanisms()],

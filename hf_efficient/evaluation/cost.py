@@ -34,7 +34,7 @@ def compare_with_full_attention(
     available = HostModel.of(model).max_positions
     lengths = [length for length in lengths if available is None or length <= available]
     if limit is not None and max(lengths, default=0) > limit:
-        host.resize_positions(max(lengths))
+        host.lengthen(max(lengths))
     with tempfile.TemporaryDirectory() as scratch:
         paths = {"full": f"{scratch}/full", "efficient": f"{scratch}/efficient"}
         full.save_pretrained(paths["full"])

@@ -2,6 +2,14 @@
 
 from hf_efficient.families.base import ModelFamily
 from hf_efficient.families.generic import GenericFamily
+from hf_efficient.families.positions import (
+    NoPositions,
+    PositionScheme,
+    PositionTable,
+    RelativePositions,
+    TableAfterPadding,
+    TableWithOffset,
+)
 from hf_efficient.families.registry import (
     ORIGINS,
     PREFIX,
@@ -12,6 +20,7 @@ from hf_efficient.families.registry import (
     is_family,
     register_family,
 )
+from hf_efficient.families.rotary import RotaryPositions
 from hf_efficient.families.stack import AttentionLayer, Stack
 
 __all__ = [
@@ -21,7 +30,14 @@ __all__ = [
     "GenericFamily",
     "HostModel",
     "ModelFamily",
+    "NoPositions",
+    "PositionScheme",
+    "PositionTable",
+    "RelativePositions",
+    "RotaryPositions",
     "Stack",
+    "TableAfterPadding",
+    "TableWithOffset",
     "efficient_type",
     "families",
     "family_of",

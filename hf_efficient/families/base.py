@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_efficient.attention.base.geometry import AttentionGeometry, LinearWeights, Rotary, SourceAttention
 from hf_efficient.families.feed_forward import Dense
-from hf_efficient.families.initialised import mark_initialised
-from hf_efficient.families.positions import resize_rows
+from hf_efficient.families.positions import UNKNOWN, PositionScheme
 from hf_efficient.families.readable import require_plain
+from hf_efficient.families.rotary import RotaryPositions
 from hf_efficient.families.stack import AttentionLayer, Heads, Stack
 from hf_efficient.families.windows import config_window
 from hf_efficient.ops.relative_bias import RelativeBias
@@ -33,11 +32,8 @@ class ModelFamily:
         projections: names of the projections inside an attention module.
         projection_bias: whether they may have a bias vector.
         key_norm: name of the norm of keys inside an attention module, before their rotation, where it has one.
-        rotary_module: name of the module inside a stack that makes the cosines and sines of rotary positions.
         rotary_interleaved: neighbouring entries turn together (see `Rotary`).
-        position_table: name of the `nn.Embedding` of absolute positions inside a stack, or `None`.
-        position_buffers: non-persistent buffers next to that table, with one entry per position, by name and fill:
-            `"arange"` or `"zeros"`.
+        positions: how they enter, and what longer inputs need.
         embeddings_module, layers_module: where extra tokens enter and leave inside a stack: the module whose output are the
             embeddings, and the one that runs all layers and returns the last hidden states. `""` = the stack itself, by
             `inputs_embeds`, for stacks without absolute positions; `None` = extra tokens are not possible.
@@ -53,10 +49,8 @@ class ModelFamily:
     projections: tuple[str, ...] = ("query", "key", "value")
     projection_bias: bool = True
     key_norm: str | None = None
-    rotary_module: str | None = None
     rotary_interleaved: bool = False
-    position_table: str | None = None
-    position_buffers: tuple[tuple[str, str], ...] = ()
+    positions: PositionScheme = UNKNOWN
     embeddings_module: str | None = None
     layers_module: str | None = None
 
@@ -97,7 +91,7 @@ class ModelFamily:
     # what they are like
 
     def geometry(self, stack: Stack, layer: AttentionLayer, max_positions: int | None = None) -> AttentionGeometry:
-        """Where a mechanism would sit; `max_positions` is that of a table which is still to be lengthened."""
+        """Where a mechanism would sit; `max_positions` is that of a stack which is still to be lengthened."""
         config = stack.module.config
         heads = self.heads(layer.module)
         bias = self.relative_bias(stack, layer)
@@ -112,7 +106,7 @@ class ModelFamily:
             is_causal=is_causal,
             has_relative_bias=self.has_relative_bias,
             projection_bias=self.has_projection_bias(layer.module),
-            max_positions=max_positions or self.positions(stack),
+            max_positions=max_positions or self.positions.length(stack),
             num_relative_buckets=getattr(config, "relative_attention_num_buckets", 0) if self.has_relative_bias else 0,
             chunk_size_feed_forward=getattr(stack.block_around(layer), "chunk_size_feed_forward", 0),
             relative_bias_reach=0 if bias is None else bias.reach(is_causal=is_causal),
@@ -123,7 +117,7 @@ class ModelFamily:
             softcap=self.softcap(config, layer),
             has_residual_module=stack.residual_module(layer) is not None,
             has_sinks=self.sinks(layer.module) is not None,
-            position_scheme=self.position_scheme,
+            position_scheme=self.positions.kind,
         )
 
     has_relative_bias = False
@@ -157,14 +151,10 @@ class ModelFamily:
 
     def rotary(self, stack: Stack, layer: AttentionLayer) -> Rotary | None:
         """How queries and keys of this layer are rotated by their positions; `None` = they are not."""
-        if self.rotary_module is None or not getattr(layer.module, "use_rope", True):
+        if not isinstance(self.positions, RotaryPositions) or not getattr(layer.module, "use_rope", True):
             return None
-        angles: Any = stack.module.get_submodule(self.rotary_module)
         kinds = getattr(stack.module.config, "layer_types", None)
-        frequencies: Any = getattr(angles, "inv_freq", None)
-        if frequencies is None and kinds:  # each kind of layer turns at its own speeds
-            frequencies = getattr(angles, f"{kinds[layer.index]}_inv_freq")
-        return Rotary(2 * frequencies.shape[-1], self.rotary_interleaved)
+        return Rotary(self.positions.dim(stack, kinds[layer.index] if kinds else None), self.rotary_interleaved)
 
     def sliding_window(self, stack: Stack, layer: AttentionLayer) -> tuple[int, int] | None:
         """(left, right) keys beside the token itself that the host lets a query of this layer see: see `config_window`."""
@@ -179,13 +169,6 @@ class ModelFamily:
         """(H,) learned logits in the denominator of each head's softmax, with no value; `None` = there are none."""
         sinks = getattr(module, "sinks", None)
         return sinks if isinstance(sinks, Tensor) else None
-
-    @property
-    def position_scheme(self) -> str:
-        """How positions enter the model: see `AttentionGeometry.position_scheme`."""
-        if self.has_relative_bias:
-            return "relative"
-        return "table" if self.position_table else "rotary" if self.rotary_module else "none"
 
     def pretrained(self, stack: Stack, layer: AttentionLayer) -> SourceAttention:
         """What a mechanism of this layer starts from; weights are read, and must be plain, only as far as it takes them."""
@@ -255,78 +238,6 @@ class ModelFamily:
     def restore_feed_forward(self, layer: Any, dense: Dense, config: Any) -> None:
         """Put the stock modules back, with these weights; `config` is that of the stack."""
         raise NotImplementedError
-
-    # positions
-
-    def position_offset(self, config: PreTrainedConfig) -> int:
-        """Rows of the position table before the one of the first token, in a model that is built from `config`."""
-        return 0
-
-    def max_positions(self, config: PreTrainedConfig) -> int | None:
-        """Longest input, in tokens, that the position table of such a model allows; `None` = no table."""
-        if self.position_table is None:
-            return None
-        return config.max_position_embeddings - self.position_offset(config)
-
-    # a loaded model computes with its modules, whatever its config says by now
-
-    def first_position(self, stack: Stack) -> int:
-        """Rows of the position table before the one of the first token, in a loaded stack."""
-        return 0
-
-    def positions(self, stack: Stack) -> int | None:
-        """Longest input, in tokens, that the position table of a loaded stack allows; `None` = no table."""
-        if self.position_table is None:
-            return None
-        return self._table(stack)[2].num_embeddings - self.first_position(stack)
-
-    def position_tables(self, stacks: list[Stack]) -> list[tuple[nn.Module, str, nn.Module]]:
-        """(owner, attribute name, table) of every table of absolute positions."""
-        return [] if self.position_table is None else [self._table(stack) for stack in stacks]
-
-    def _table(self, stack: Stack) -> tuple[nn.Module, str, Any]:
-        path, _, leaf = (self.position_table or "").rpartition(".")
-        owner = stack.module.get_submodule(path)
-        return owner, leaf, getattr(owner, leaf)
-
-    @torch.no_grad()
-    def resize_positions(
-        self, model: PreTrainedModel, stacks: list[Stack], max_positions: int, method: str = "tile"
-    ) -> list[str]:
-        """Give the model `max_positions` positions; undo with the same method and the former number.
-
-        `"tile"` repeats the learned rows, so that every neighbourhood looks as in training (Beltagy et al. 2020, §5).
-        `"interpolate"` puts new rows between them on a straight line; the learned rows become every k-th row.
-        Rebuilds the buffers that hold one entry per position and updates every config. Returns the changed tensors.
-
-        Raises:
-            ValueError: no such method, interpolation by a factor that is not an integer, or a table that can't be read.
-        """
-        if self.position_table is None:
-            return []
-        names = [f"{stack.name}.{self.position_table}".lstrip(".") for stack in stacks]
-        require_plain(zip(names, (self._table(stack)[2] for stack in stacks), strict=True))
-        for stack in stacks:
-            self._resize_table(stack, max_positions, method)
-            model.config.max_position_embeddings = self.first_position(stack) + max_positions
-        return [f"{name}.weight" for name in names]
-
-    def _resize_table(self, stack: Stack, max_positions: int, method: str) -> None:
-        offset = self.first_position(stack)
-        owner, leaf, old = self._table(stack)
-        weight = old.weight.data
-        rows = resize_rows(weight[offset:], max_positions, method)
-        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        new = nn.Embedding(offset + max_positions, weight.shape[1], padding_idx=old.padding_idx, **like)
-        new.weight.data = torch.cat([weight[:offset], rows])
-        new.weight.requires_grad_(old.weight.requires_grad)
-        new.train(old.training)
-        mark_initialised(new)
-        setattr(owner, leaf, new)
-        for name, fill in self.position_buffers:
-            entries = torch.arange(len(new.weight)) if fill == "arange" else torch.zeros(len(new.weight))
-            owner.register_buffer(name, entries.long().expand(1, -1).to(weight.device), persistent=False)
-        stack.module.config.max_position_embeddings = offset + max_positions
 
     # for families whose host code must be replaced while patched
 

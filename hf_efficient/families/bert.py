@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from hf_efficient.families.base import ModelFamily, fill_linear
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
+from hf_efficient.families.positions import PositionTable
 from hf_efficient.families.stack import Stack
 
+TABLE = "embeddings.position_embeddings"
 POSITION_BUFFERS = (("position_ids", "arange"), ("token_type_ids", "zeros"))
 
 
@@ -20,7 +22,7 @@ class BertFamily(ModelFamily):
 
     def embedded(self, stack: Stack, words: Tensor) -> Tensor:
         parts: Any = stack.module.get_submodule(self.embeddings_module or "")
-        first = self.first_position(stack)
+        first = self.positions.first(stack)
         position, kind = torch.tensor([[first], [0]], device=words.device)
         return parts.LayerNorm(words + parts.position_embeddings(position) + parts.token_type_embeddings(kind))
 
@@ -53,8 +55,7 @@ FAMILIES = (
         model_type="bert",
         stack_classes=("BertModel",),
         attention_classes=("BertSelfAttention",),
-        position_table="embeddings.position_embeddings",
-        position_buffers=POSITION_BUFFERS,
+        positions=PositionTable(TABLE, POSITION_BUFFERS),
         embeddings_module="embeddings",
         layers_module="encoder",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_efficient.families.llama import LlamaFamily
+from hf_efficient.families.rotary import RotaryPositions
 
 
 class EuroBertFamily(LlamaFamily):
@@ -18,6 +19,6 @@ FAMILIES = (
         stack_classes=("EuroBertModel",),
         attention_classes=("EuroBertAttention",),
         projections=("q_proj", "k_proj", "v_proj"),
-        rotary_module="rotary_emb",
+        positions=RotaryPositions(),
     ),
 )

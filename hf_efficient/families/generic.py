@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from hf_efficient.attention.base.geometry import Rotary, SourceAttention
 from hf_efficient.families.base import ModelFamily
@@ -123,12 +123,6 @@ class GenericFamily(ModelFamily):
 
     def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         raise self._unknown("the projections of a layer, which this mechanism calls")
-
-    def max_positions(self, config: PreTrainedConfig) -> int | None:
-        return None
-
-    def refuse_lengthening(self) -> None:
-        raise self._unknown("its positions, which max_positions would lengthen")
 
     def _unknown(self, what: str) -> ValueError:
         return ValueError(

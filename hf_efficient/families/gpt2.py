@@ -10,6 +10,7 @@ from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
 from hf_efficient.families.base import ModelFamily, fill_linear
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
+from hf_efficient.families.positions import PositionTable
 from hf_efficient.families.stack import Heads
 
 
@@ -100,13 +101,13 @@ FAMILIES = (
         stack_classes=("GPTBigCodeModel",),
         attention_classes=("GPTBigCodeAttention",),
         projections=("c_attn",),
-        position_table="wpe",
+        positions=PositionTable("wpe"),
     ),
     GPT2Family(
         model_type="gpt2",
         stack_classes=("GPT2Model",),
         attention_classes=("GPT2Attention",),
         projections=("c_attn",),
-        position_table="wpe",
+        positions=PositionTable("wpe"),
     ),
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
 from hf_efficient.families.llama import LlamaFamily
+from hf_efficient.families.rotary import RotaryPositions
 
 
 class GPTNeoXFamily(LlamaFamily):
@@ -39,7 +40,7 @@ FAMILIES = tuple(
         stack_classes=(f"{prefix}Model",),
         attention_classes=(f"{prefix}Attention",),
         projections=("query_key_value",),
-        rotary_module="rotary_emb",
+        positions=RotaryPositions(),
         key_norm=key_norm,
     )
     for model_type, prefix, key_norm in (("gpt_neox", "GPTNeoX", None), ("persimmon", "Persimmon", "k_layernorm"))

@@ -11,6 +11,7 @@ from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
 from hf_efficient.families.base import ModelFamily, fill_linear
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
+from hf_efficient.families.rotary import RotaryPositions
 
 DENSE: tuple[set[str], ...] = (
     {"gate_proj", "up_proj", "down_proj"},
@@ -165,10 +166,10 @@ NORM_AFTER_ROTATION = {
 
 
 def _family(kind: type[LlamaFamily], model_type: str, prefix: str, **different: Any) -> LlamaFamily:
-    usual = dict(
+    usual: dict[str, Any] = dict(
         attention_classes=(f"{prefix}Attention",),
         projections=("q_proj", "k_proj", "v_proj"),
-        rotary_module="rotary_emb",
+        positions=RotaryPositions(),
     )
     return kind(model_type=model_type, stack_classes=(f"{prefix}Model",), **usual | different)
 

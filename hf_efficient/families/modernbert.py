@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_efficient.families.llama import FusedFamily, LlamaFamily
+from hf_efficient.families.rotary import RotaryPositions
 
 
 class ModernBertFamily(FusedFamily):
@@ -20,13 +21,13 @@ FAMILIES = (
         stack_classes=("ModernBertModel",),
         attention_classes=("ModernBertAttention",),
         projections=("Wqkv",),
-        rotary_module="rotary_emb",
+        positions=RotaryPositions(),
     ),
     LlamaFamily(
         model_type="modernbert-decoder",
         stack_classes=("ModernBertDecoderModel",),
         attention_classes=("ModernBertDecoderAttention",),
         projections=("q_proj", "k_proj", "v_proj"),
-        rotary_module="rotary_emb",
+        positions=RotaryPositions(),
     ),
 )

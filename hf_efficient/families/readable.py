@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_efficient.ops.plain import altered, is_adapter, not_plain
+from hf_efficient.ops.plain import OWN, altered, is_adapter, not_plain
 
 SHOWN = 3
 # whose modules stock classes are made of; transformers takes T5's norms from apex where that is installed
@@ -24,6 +24,13 @@ def require_plain(modules: Iterable[tuple[str, Any]]) -> None:
         ValueError: names those whose calls compute with other weights than they show, and the remedy.
     """
     _refuse([f"{name} {reason}" for name, module in modules if (reason := not_plain(module))])
+
+
+def require_rows(name: str, table: Any) -> None:
+    """Refuse to read the rows of an embedding, which may be of the host's own kind; raises as `require_plain`."""
+    is_own = isinstance(table, nn.Embedding) and type(table).__module__.startswith(OWN)
+    reason = altered(table) if is_own else not_plain(table)
+    _refuse([f"{name} {reason}"] if reason else [])
 
 
 def require_unaltered(model: nn.Module) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -120,13 +122,13 @@ class HostModel:
 
     @property
     def max_positions(self) -> int | None:
-        """Usable rows of its position table; `None` = it has none."""
-        return self.family.positions(self.stacks[0]) if self.stacks else None
+        """Longest input, in tokens, that it can take; `None` = any."""
+        return self.family.positions.length(self.stacks[0]) if self.stacks else None
 
     @property
     def first_position(self) -> int:
         """Position of a text's first token (RoBERTa counts from 2)."""
-        return self.family.first_position(self.stacks[0])
+        return self.family.positions.first(self.stacks[0])
 
     def require_plain(self) -> None:
         """Refuse models whose weights can't all be accounted for: see `families.readable`. Raises ValueError."""
@@ -135,6 +137,33 @@ class HostModel:
         names = [f"{layer.name}.{part}" for layer in layers for part in self.family.projections]
         require_plain((name, self.model.get_submodule(name)) for name in names)
 
-    def resize_positions(self, max_positions: int, method: str = "tile") -> list[str]:
-        """Give the model another number of positions: see `ModelFamily.resize_positions`."""
-        return self.family.resize_positions(self.model, self.stacks, max_positions, method)
+    def lengthen(self, count: int, method: str | None = None, rope: Mapping[str, Any] | None = None) -> list[str]:
+        """Make it take inputs of `count` tokens: see `PositionScheme.lengthen`. Returns the tensors with other values.
+
+        Args:
+            method: `None` = the usual one of its scheme.
+        """
+        scheme = self.family.positions
+        method = method or next(iter(scheme.methods))
+        changed = [name for stack in self.stacks for name in scheme.lengthen(stack, count, method, rope)]
+        self._tell_config()
+        return changed
+
+    def short_inputs(self, count: int | None, method: str) -> str | None:
+        """ "unchanged" or "changed": what lengthening to `count` does to inputs up to the old length; `None` = no count."""
+        return None if count is None else "unchanged" if self.family.positions.methods[method] else "changed"
+
+    def record_positions(self) -> dict[str, Any]:
+        """What `restore_positions` needs."""
+        return self.family.positions.record(self.stacks[0])
+
+    def restore_positions(self, record: Mapping[str, Any]) -> None:
+        """Undo `lengthen`: see `PositionScheme.restore`."""
+        for stack in self.stacks:
+            self.family.positions.restore(stack, record)
+        self._tell_config()
+
+    def _tell_config(self) -> None:
+        """The model's config says what those of its stacks say, which may be other objects."""
+        for name in self.family.positions.fields if self.stacks else ():
+            setattr(self.model.config, name, copy.deepcopy(getattr(self.stacks[0].module.config, name)))

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from hf_efficient.attention.base.geometry import LinearWeights, SourceAttention
 from hf_efficient.families.base import ModelFamily, fill_linear
 from hf_efficient.families.feed_forward import Dense
 from hf_efficient.families.initialised import mark_initialised
+from hf_efficient.families.positions import RelativePositions
 from hf_efficient.families.stack import AttentionLayer, Heads, Stack
 from hf_efficient.ops.relative_bias import RelativeBias
 
@@ -64,9 +64,6 @@ class T5Family(ModelFamily):
     def attention_input(self, part: Any, hidden: Tensor) -> Tensor:
         return part.layer_norm(hidden)
 
-    def max_positions(self, config: PreTrainedConfig) -> int | None:
-        return None
-
     def swap_in(self, stack: Stack) -> None:
         swaps = _swaps().SWAPS
         for layer in stack.layers:
@@ -111,6 +108,7 @@ FAMILIES = tuple(
         attention_classes=(f"{prefix}Attention",),
         projections=("q", "k", "v"),
         projection_bias=False,
+        positions=RelativePositions(),
         embeddings_module="",
         layers_module="",
     )

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.experts.install import mark_experts, uninstall_experts
 from hf_efficient.families import GenericFamily, HostModel
-from hf_efficient.families.positions import POSITION_METHODS
+from hf_efficient.families.positions import AS_LONG, LongerInputs
 from hf_efficient.families.readable import refuse_adapters
 from hf_efficient.models.config import is_hub_id
 from hf_efficient.models.provenance import ATTRIBUTE, REPORT_NAME, UPCYCLING_NAME, Provenance, watch
 from hf_efficient.models.registry import MODELS, heads, is_efficient
-from hf_efficient.patching.install import install, plan, resolve_side, uninstall
+from hf_efficient.patching.install import farthest_key, install, plan, resolve_side, uninstall
 from hf_efficient.patching.names import IMPLEMENTATION, MODULE_NAME
 from hf_efficient.patching.proof import prove
 
@@ -93,51 +93,45 @@ def require_convertible(host: HostModel, verb: str) -> None:
 def convert_in_place(
     host: HostModel,
     configs: list[EfficientAttentionConfig],
-    max_positions: int | None = None,
-    positions: str = "tile",
+    longer: LongerInputs = AS_LONG,
 ) -> tuple[dict[str, str], list[str]]:
     """Turn a loaded stock model into its Efficient class; after an exception it is unchanged.
 
     Returns:
-        {new tensor: where its values came from}, and the names of the position tables that were lengthened.
+        {new tensor: where its values came from}, and the names of the tensors that were lengthened.
     """
     require_convertible(host, "convert")
-    before = host.max_positions
-    _check_positions(before, max_positions, positions)
-    if max_positions is not None and host.family.position_scheme == "rotary":
-        raise ValueError(
-            f"max_positions={max_positions}: {host.family.model_type} rotates queries and keys by their positions and has "
-            "no table to lengthen. Leave it out; longer inputs run as far as rope_parameters in its config carry."
-        )
+    scheme, count, before = host.family.positions, longer.max_positions, host.max_positions
+    for stack in host.stacks:
+        scheme.check(stack, longer)
     sides = [stack.side for stack in host.stacks]
-    length = max_positions or before
-    configs = [replace(config, side=_stored_side(config, sides)).for_length(length) for config in configs]
-    chosen = plan(host, configs, max_positions if before is not None else None)
+    configs = [replace(config, side=_stored_side(config, sides)).for_length(count or before) for config in configs]
+    chosen = plan(host, configs, count if before is not None else None)
+    method = scheme.method(host.stacks[0], longer, farthest_key(host, chosen))
     if isinstance(host.family, GenericFamily):
-        if max_positions is not None:
-            host.family.refuse_lengthening()
         prove(host)
-    tables = host.family.position_tables(host.stacks)
-    resized = []
-    if max_positions is not None and before is not None and max_positions != before:
-        resized = host.resize_positions(max_positions, positions)
-    source = {"max_positions": before, "positions": positions}
+    source = {"max_positions": before, "positions": method}
+    if count is not None:
+        source |= host.record_positions()
     source["attn_implementation"] = host.model.config._attn_implementation
     if is_hub_id(host.model.config._name_or_path):
         source["base_model"] = host.model.config._name_or_path
+    replaced = [entry for stack in host.stacks for entry in scheme.modules(stack)]
     try:
+        resized = [] if count is None else host.lengthen(count, method, longer.rope)
         origins = install(host, chosen)
     except BaseException:
-        if resized and before is not None:
-            host.resize_positions(before, positions)
-            for owner, name, table in tables:  # the very parameters that an optimiser may hold
-                setattr(owner, name, table)
+        if count is not None:
+            host.restore_positions(source)
+            for owner, name, module in replaced:  # the very parameters that an optimiser may hold
+                setattr(owner, name, module)
         raise
     _become_efficient(host, configs, source)
     settings = {
         "attention": host.model.config.efficient_attention,
-        "max_positions": max_positions,
-        "positions": positions,
+        "max_positions": count,
+        "positions": method,
+        "rope": None if longer.rope is None else dict(longer.rope),
     }
     note_change(host.model, "convert", settings)
     return origins, resized
@@ -147,17 +141,6 @@ def note_change(model: PreTrainedModel, what: str, settings: dict[str, Any]) -> 
     """Put a change into the model's history, which from now on notes its training too."""
     Provenance.of(model).add(what, model.config._name_or_path or None, settings)
     watch(model)
-
-
-def _check_positions(before: int | None, max_positions: int | None, positions: str) -> None:
-    if positions not in POSITION_METHODS:
-        raise ValueError(f"positions={positions!r} is not possible; it must be one of {', '.join(POSITION_METHODS)}.")
-    if max_positions is not None and (type(max_positions) is not int or max_positions < 1):
-        raise ValueError(f"max_positions={max_positions!r} is not possible; it must be an integer ≥ 1.")
-    if max_positions is not None and before is not None and max_positions < before:
-        raise ValueError(
-            f"max_positions={max_positions} would drop positions; the source has {before}: give at least that."
-        )
 
 
 def _stored_side(config: EfficientAttentionConfig, sides: list[str]) -> str | None:
@@ -198,8 +181,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         uninstall_experts(host)
     else:
         uninstall(host, [], source.get("attn_implementation") or "sdpa")
-    if source["max_positions"] is not None and source["max_positions"] != host.max_positions:
-        host.resize_positions(source["max_positions"], source["positions"])
+    host.restore_positions(source)
     # the stacks of a reloaded encoder-decoder model hold copies
     for old in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
         if isinstance(old, type(config)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from hf_efficient.attention.base.registry import ConfigLike, attention_configs, 
 from hf_efficient.experts.install import install_experts
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import PREFIX, HostModel, family_of
+from hf_efficient.families.positions import AS_LONG, LongerInputs
 from hf_efficient.models.config import names_of
 from hf_efficient.models.in_place import convert_in_place, shared_parameters
 from hf_efficient.models.loading import LOCATION_KEYWORDS, Refused, find_weights, read_config, require_host_tensors
@@ -119,7 +120,8 @@ class EfficientModelMixin:
         *model_args: Any,
         efficient_attention: ConfigLike | None = None,
         max_positions: int | None = None,
-        positions: str = "tile",
+        positions: str | None = None,
+        rope: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load a converted checkpoint, or an original one and convert it on the way.
@@ -127,14 +129,14 @@ class EfficientModelMixin:
         Args:
             efficient_attention: for an original checkpoint: the mechanism to convert to, in any form that `convert` takes;
                 the options of one that is given by name may stand beside it.
-            max_positions, positions: as for `convert`, for an original checkpoint.
+            max_positions, positions, rope: as for `convert`, for an original checkpoint.
             Everything else as for transformers' `from_pretrained`.
 
         Raises:
             ValueError: an original checkpoint without `efficient_attention`, a converted one with it, a checkpoint of
                 another architecture, or converted weights with mechanism tensors missing.
         """
-        name = pretrained_model_name_or_path
+        name, longer = pretrained_model_name_or_path, LongerInputs(max_positions, positions, rope)
         kwargs.setdefault("trust_remote_code", False)
         location = {k: kwargs[k] for k in LOCATION_KEYWORDS if k in kwargs}
         config = kwargs.get("config")
@@ -153,9 +155,9 @@ class EfficientModelMixin:
             model, info = cls.stock_class.from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
             require_host_tensors(name, model, info["missing_keys"])
             Provenance.of(model, reports_folder(name, **location))
-            convert_in_place(HostModel.of(model), configs, max_positions, positions)
+            convert_in_place(HostModel.of(model), configs, longer)
             return (model, info) if wants_info else model
-        if efficient_attention is not None or max_positions is not None:
+        if efficient_attention is not None or longer != AS_LONG:
             raise ValueError(_already(name, config))
         _choose_weights(name, config, kwargs, location)
         wants_info = kwargs.pop("output_loading_info", False)

@@ -174,6 +174,7 @@ def _report_step(report: dict[str, Any], before: dict[str, Any], **facts: Any) -
         settings = {"efficient_experts": report["efficient_experts"]}
     else:
         settings = {"attention": report.get("efficient_attention"), "positions": report.get("positions")}
+        settings["rope"] = report.get("rope")
         given = report.get("max_positions") != before.get("max_positions") or "model_max_length" in before
         settings["max_positions"] = report.get("max_positions") if given else None
     known = {"revision": report.get("revision"), "versions": report.get("versions") or {}}

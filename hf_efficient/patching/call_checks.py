@@ -39,8 +39,8 @@ class StackInfo:
     def __init__(self, family: ModelFamily, stack: Stack):
         mechanisms: list[Any] = [m for layer in stack.layers if (m := layer.module._modules[MODULE_NAME]) is not None]
         self.parameters = list(inspect.signature(type(stack.module).forward).parameters)[1:]
-        self.max_positions = family.positions(stack)
-        self.first_position = family.first_position(stack)
+        self.max_positions = family.positions.length(stack)
+        self.first_position = family.positions.first(stack)
         self.attention: list[Any] = [layer.module for layer in stack.layers]
         self.is_causal = any(family.is_causal(stack, layer) for layer in stack.layers)
         self.uses_global_attention_mask = any(getattr(m, "uses_global_attention_mask", False) for m in mechanisms)

@@ -58,6 +58,24 @@ def plan(
     return chosen
 
 
+def farthest_key(host: HostModel, chosen: dict[str, EfficientAttentionConfig]) -> int | None:
+    """Distance from a query of the farthest key that it may see in any layer, with what `plan` chose; `None` = no bound."""
+    farthest = 0
+    for stack in host.stacks:
+        for layer in stack.layers:
+            geometry = host.family.geometry(stack, layer)
+            window = geometry.sliding_window
+            reaches = [
+                None if window is None else max(window),
+                chosen[layer.name].reach(geometry) if layer.name in chosen else None,
+            ]
+            bounds = [reach for reach in reaches if reach is not None]
+            if not bounds:
+                return None
+            farthest = max(farthest, min(bounds))
+    return farthest
+
+
 def _choose(
     family: ModelFamily,
     stack: Stack,

@@ -43,6 +43,10 @@ class Window(Pattern):
     shift_invariant = True
     limits: ClassVar[dict[str, int]] = {"left": 0, "right": 0, "dilation": 1}
 
+    @property
+    def reach(self) -> int:
+        return max(self.left, self.right) * self.dilation
+
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         offset = key - query
         near = (offset >= -self.left * self.dilation) & (offset <= self.right * self.dilation)
@@ -167,6 +171,10 @@ class BlockWindow(Pattern):
     after: int = 0
     limits: ClassVar[dict[str, int]] = {"block_size": 1, "before": 0, "after": 0}
 
+    @property
+    def reach(self) -> int:
+        return self.block_size - 1 + max(self.before, self.after)
+
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         offset = key - query // self.block_size * self.block_size
         return (offset >= -self.before) & (offset < self.block_size + self.after)
@@ -200,6 +208,11 @@ class ShiftedBlock(Pattern):
         if self.count is None:
             return torch.where(block >= self.shift, block - self.shift, block)
         return (block + self.shift) % self.count
+
+    @property
+    def reach(self) -> int | None:
+        # with a count, later queries see the first blocks as well
+        return (self.shift + 1) * self.block_size - 1 if self.count is None else None
 
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         return key // self.block_size == self.target(query // self.block_size)

@@ -77,6 +77,11 @@ class Pattern:
         # models are also built on the meta device
         return not bool(self.needed(torch.arange(2**16, 2**17, device="cpu"), 2**20).any())
 
+    @property
+    def reach(self) -> int | None:
+        """Distance from a query of the farthest key that it may see, whatever the length; `None` = there is no bound."""
+        return None
+
     def at_length(self, length: int) -> Pattern:
         """The pattern of a row with this number of real tokens."""
         return self
@@ -165,6 +170,11 @@ class Union(Pattern):
     @property
     def num_heads(self) -> int:
         return max(part.num_heads for part in self.parts)
+
+    @property
+    def reach(self) -> int | None:
+        found = [part.reach for part in self.parts]
+        return None if None in found else max(reach for reach in found if reach is not None)
 
     def head(self, index: int) -> Pattern:
         return Union(parts=tuple(p for part in self.parts for p in parts_of(part.head(index))))

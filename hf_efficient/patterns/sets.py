@@ -22,6 +22,10 @@ class Without(Pattern):
     def shift_invariant(self) -> bool:  # type: ignore[override]
         return self.pattern.shift_invariant and self.excluded.shift_invariant
 
+    @property
+    def reach(self) -> int | None:
+        return self.pattern.reach
+
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         return self.pattern.visible(query, key) & ~self.excluded.visible(query, key)
 
@@ -63,6 +67,11 @@ class Within(Pattern):
     @property
     def num_heads(self) -> int:
         return self.pattern.num_heads
+
+    @property
+    def reach(self) -> int:
+        shown = self.pattern.reach
+        return self.window.reach if shown is None else min(shown, self.window.reach)
 
     def head(self, index: int) -> Pattern:
         return within(self.pattern.head(index), self.window)
@@ -113,6 +122,10 @@ class PerHead(Pattern):
     @property
     def num_heads(self) -> int:
         return len(self.parts)
+
+    @property
+    def reach(self) -> int | None:
+        return Union(parts=self.parts).reach
 
     def head(self, index: int) -> Pattern:
         return self.parts[index]

@@ -119,7 +119,7 @@ def _check_attention(name: str, config: Any, attention: str, max_positions: int,
                 "convert the original."
             )
     # T5 has no table of positions: what a conversion lengthens there is what the tokenizer says
-    positions = family_of(config.model_type).max_positions(config) or longest_input
+    positions = family_of(config.model_type).positions.limit(config) or longest_input
     if max_positions and max_positions != positions:
         raise ValueError(
             f"{name} is already converted and has {positions} positions, not max_positions={max_positions}: leave it out, "

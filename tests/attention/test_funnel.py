@@ -43,7 +43,7 @@ def embedded(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     states = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
     call = {"inputs_embeds": states, "attention_mask": inputs["attention_mask"]}
     if model.config.model_type != "t5":
-        offset = family_of(model).position_offset(model.config)
+        offset = family_of(model).positions.offset(model.config)
         call["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0) + offset
     return call
 

@@ -10,9 +10,9 @@ import torch
 from paths import ROOT
 
 import hf_efficient as he
-from hf_efficient.families import GenericFamily, families, registry
+from hf_efficient.families import GenericFamily, PositionTable, families, registry
 from hf_efficient.families.base import ModelFamily
-from hf_efficient.families.bert import BertFamily
+from hf_efficient.families.bert import POSITION_BUFFERS, TABLE, BertFamily
 from hf_efficient.families.llama import LlamaFamily
 from hf_efficient.testing import check_family, tiny_model
 
@@ -28,23 +28,26 @@ class _NotCausal(LlamaFamily):
         return False
 
 
-class _OtherTable(BertFamily):
-    def _resize_table(self, stack: Any, max_positions: int, method: str) -> None:
-        super()._resize_table(stack, max_positions, method)
+class _OtherTable(PositionTable):
+    def restore(self, stack: Any, record: Any) -> None:
+        super().restore(stack, record)
         with torch.no_grad():
             stack.module.embeddings.position_embeddings.weight[0] += 1
 
 
-def row(kind: type[ModelFamily], model_type: str) -> ModelFamily:
-    return kind(**vars(families()[model_type]))
+def row(kind: type[ModelFamily], model_type: str, **different: Any) -> ModelFamily:
+    return kind(**vars(families()[model_type]) | different)
 
 
 @pytest.mark.parametrize(
-    "kind, model_type, message",
-    [(_NotCausal, "llama", "asks for causal"), (_OtherTable, "bert", "revert from more positions")],
+    "kind, model_type, different, message",
+    [
+        (_NotCausal, "llama", {}, "asks for causal"),
+        (BertFamily, "bert", {"positions": _OtherTable(TABLE, POSITION_BUFFERS)}, "revert: other values"),
+    ],
 )
-def test_a_wrong_family_fails(kind, model_type, message, monkeypatch):
-    wrong = row(kind, model_type)
+def test_a_wrong_family_fails(kind, model_type, different, message, monkeypatch):
+    wrong = row(kind, model_type, **different)
     monkeypatch.setitem(registry._found(), model_type, wrong)
     with pytest.raises((AssertionError, ValueError), match=message):
         check_family(wrong)

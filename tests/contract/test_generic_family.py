@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         "'bloom'.*its attention does not go through AttentionInterface",
     ),
-    "positions": (helium, {"max_positions": 400}, "nothing is known about its positions, which max_positions"),
+    "positions": (helium, {"max_positions": 400}, "nothing is known about the positions of helium"),
     "projections": (
         lambda: transformers.YolosModel(
             transformers.YolosConfig(**VISION, image_size=[16, 16], patch_size=8, num_detection_tokens=3)

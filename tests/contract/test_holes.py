@@ -23,7 +23,7 @@ def row_with_a_hole(model: object, rows: int = 1) -> tuple[Tensor, Tensor, Tenso
     mask[:, HOLE] = 0
     ids = torch.randint(5, 99, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
     ids = torch.where(mask.bool(), ids, model.config.pad_token_id)
-    offset = family_of(model).position_offset(model.config)
+    offset = family_of(model).positions.offset(model.config)
     return ids, mask, (mask.cumsum(-1) - 1) + offset
 
 

@@ -258,7 +258,7 @@ def test_longformer_equals_transformers_longformer(family: str, windows: tuple[i
     inputs = inputs_for(model, length=LENGTH)
     keep = inputs["attention_mask"].bool()
     # LongformerModel counts positions from padding_idx + 1 whatever the model, so they are given
-    positions = torch.arange(LENGTH).expand_as(keep) + family_of(model).position_offset(config)
+    positions = torch.arange(LENGTH).expand_as(keep) + family_of(model).positions.offset(config)
     generator = torch.Generator().manual_seed(4)
     chosen = torch.zeros_like(keep, dtype=torch.long)
     for row in range(len(keep)):

@@ -27,7 +27,7 @@ PACKABLE = [pair for pair in ABSOLUTE if pair not in EXTRA]
 
 
 def first_position(model: Any) -> int:
-    return family_of(model).position_offset(model.config)
+    return family_of(model).positions.offset(model.config)
 
 
 def packed_inputs(model: Any, rows: tuple[tuple[int, ...], ...] = ROWS) -> dict[str, Tensor]:

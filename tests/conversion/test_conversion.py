@@ -248,7 +248,8 @@ def test_revert_is_bit_for_bit(family, positions, tmp_path):
     expected, answer = copy.deepcopy(original.state_dict()), logits(original)
     settings = original.config.to_dict()
     side = "both" if family.endswith("t5") else None
-    result = convert(original, max_positions=256, positions=positions, side=side)
+    # T5 takes any length as it is
+    result = convert(original, max_positions=256, positions=None if side else positions, side=side)
     assert logits(result.model).ne(answer).any()
     path = result.save(tmp_path / "out")
     reloaded = he.EfficientT5ForConditionalGeneration if family == "t5" else type(result.model)

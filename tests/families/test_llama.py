@@ -133,7 +133,7 @@ def test_feed_forward_parts_that_are_no_plain_products_are_refused(model_type: s
 
 
 def test_what_rotary_positions_refuse():
-    with pytest.raises(ValueError, match="max_positions=512: llama rotates queries and keys"):
+    with pytest.raises(ValueError, match="made for 160 positions, and some of its layers will see keys farther away"):
         he.convert(tiny_decoder("llama"), "local", max_positions=512)
     with pytest.raises(ValueError, match="rotary positions: it weighs keys by their distance"):
         he.convert(tiny_decoder("llama"), "cosformer", max_length=64)

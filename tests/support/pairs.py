@@ -202,7 +202,7 @@ def positions_of(model: Any, mask: Tensor) -> dict[str, Tensor]:
     """Explicit position_ids, counted from each row's first real token, for models that have a position table."""
     if model.config.model_type == "t5":
         return {}
-    offset = family_of(model).position_offset(model.config)
+    offset = family_of(model).positions.offset(model.config)
     return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0) + offset}
 
 

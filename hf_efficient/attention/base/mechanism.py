@@ -98,6 +98,10 @@ class EfficientAttentionConfig:
         """With the options that follow the longest input of a model, in tokens; `None` = it is not known."""
         return self
 
+    def reach(self, geometry: AttentionGeometry) -> int | None:
+        """Distance from a query of the farthest key that it may see in such a layer; `None` = there is no bound."""
+        return None
+
     @classmethod
     def from_stored(cls, options: Mapping[str, Any]) -> EfficientAttentionConfig:
         """The config that a checkpoint holds: as `from_dict`, but options that it does not name keep its outputs."""
