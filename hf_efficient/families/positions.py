@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -64,8 +63,8 @@ class PositionScheme:
         """Position of a text's first token, in a loaded stack."""
         return 0
 
-    def modules(self, stack: Stack) -> list[tuple[nn.Module, str, nn.Module]]:
-        """(owner, attribute name, module) of what `lengthen` replaces."""
+    def weights(self, stack: Stack) -> list[tuple[nn.Module, nn.Parameter]]:
+        """(module, its weight) of what `lengthen` gives another weight."""
         return []
 
     def check(self, stack: Stack, wanted: LongerInputs) -> None:
@@ -179,34 +178,35 @@ class PositionTable(PositionScheme):
         return rows - self.offset(config)
 
     def length(self, stack: Stack) -> int | None:
-        return int(self._table(stack)[2].num_embeddings) - self.rows_in_front(stack)
+        return int(self._table(stack)[1].num_embeddings) - self.rows_in_front(stack)
 
     def rows_in_front(self, stack: Stack) -> int:
         """Rows of the table before that of the first token."""
         return self.first(stack)
 
-    def modules(self, stack: Stack) -> list[tuple[nn.Module, str, nn.Module]]:
-        return [self._table(stack)]
+    def weights(self, stack: Stack) -> list[tuple[nn.Module, nn.Parameter]]:
+        table = self._table(stack)[1]
+        return [(table, table.weight)]
 
-    def _table(self, stack: Stack) -> tuple[nn.Module, str, Any]:
+    def _table(self, stack: Stack) -> tuple[nn.Module, Any]:
+        """The module that owns the table, and the table."""
         path, _, leaf = self.table.rpartition(".")
         owner = stack.module.get_submodule(path)
-        return owner, leaf, getattr(owner, leaf)
+        return owner, getattr(owner, leaf)
 
     @torch.no_grad()
     def lengthen(self, stack: Stack, count: int, method: str, rope: Mapping[str, Any] | None = None) -> list[str]:
         if count == self.length(stack):
             return []
         name = f"{stack.name}.{self.table}".lstrip(".")
-        owner, leaf, old = self._table(stack)
-        require_rows(name, old)
-        front, weight = self.rows_in_front(stack), old.weight.data
+        owner, table = self._table(stack)
+        require_rows(name, table)
+        front, weight = self.rows_in_front(stack), table.weight.data
         rows = torch.cat([weight[:front], resize_rows(weight[front:], count, method)])
-        new = copy.copy(old)  # of the host's class, whatever that looks rows up by
-        new._parameters = {"weight": nn.Parameter(rows, requires_grad=old.weight.requires_grad)}
-        new.num_embeddings = len(rows)
-        mark_initialised(new)
-        setattr(owner, leaf, new)
+        # the module stays: its class may add an offset to positions, and it may have hooks
+        table.weight = nn.Parameter(rows, requires_grad=table.weight.requires_grad)
+        table.num_embeddings = len(rows)
+        mark_initialised(table)
         for buffer, fill in self.buffers:
             entries = torch.arange(len(rows)) if fill == "arange" else torch.zeros(len(rows))
             owner.register_buffer(buffer, entries.long().expand(1, -1).to(weight.device), persistent=False)
@@ -241,7 +241,7 @@ class TableWithOffset(PositionTable):
     """The table's own class adds `offset` to positions: these and the config count from 0, without the rows in front."""
 
     def rows_in_front(self, stack: Stack) -> int:
-        return int(getattr(self._table(stack)[2], "offset", 0))
+        return int(getattr(self._table(stack)[1], "offset", 0))
 
 
 def resize_rows(rows: Tensor, count: int, method: str) -> Tensor:

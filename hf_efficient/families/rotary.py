@@ -214,8 +214,9 @@ class RotaryPositions(PositionScheme):
         for name, buffer in new.named_buffers():
             old = angles._buffers.get(name, buffer)
             new._buffers[name] = buffer.to(old.device, old.dtype)
-        # the module stays, with the hooks that it may have
-        own = {name: value for name, value in vars(angles).items() if name.startswith("_") or name == "training"}
+        # the module stays, with the hooks that it may have; those of accelerate are its `forward`
+        kept = ("training", "forward")
+        own = {name: value for name, value in vars(angles).items() if name.startswith("_") or name in kept}
         vars(angles).clear()
         vars(angles).update(vars(new) | own | {"_buffers": new._buffers})
 

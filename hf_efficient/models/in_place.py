@@ -116,15 +116,15 @@ def convert_in_place(
     source["attn_implementation"] = host.model.config._attn_implementation
     if is_hub_id(host.model.config._name_or_path):
         source["base_model"] = host.model.config._name_or_path
-    replaced = [entry for stack in host.stacks for entry in scheme.modules(stack)]
+    replaced = [entry for stack in host.stacks for entry in scheme.weights(stack)]
     try:
         resized = [] if count is None else host.lengthen(count, method, longer.rope)
         origins = install(host, chosen)
     except BaseException:
         if count is not None:
             host.restore_positions(source)
-            for owner, name, module in replaced:  # the very parameters that an optimiser may hold
-                setattr(owner, name, module)
+            for module, weight in replaced:  # the very parameters that an optimiser may hold
+                module.weight = weight
         raise
     _become_efficient(host, configs, source)
     settings = {

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from decoders import tiny_decoder
-from transformers import AutoModel, LlamaForCausalLM
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 import hf_efficient as he
 from hf_efficient.families import HostModel
@@ -67,7 +68,7 @@ def test_rotary_positions_are_those_of_a_model_built_so(positions: str, tmp_path
     result = he.convert(model, "local", **WIDE, max_positions=NEW, positions=positions, rope=rope)
     config = result.model.config
     assert (config.max_position_embeddings, config.rope_parameters) == (NEW, parameters)
-    built = LlamaForCausalLM(type(settings and tiny_llama().config)(**settings | _longer(parameters))).eval()
+    built = LlamaForCausalLM(LlamaConfig(**settings | _longer(parameters))).eval()
     built.load_state_dict(state)
     long = logits(result.model, 300)
     assert_close(long, logits(built, 300), 1e-5, where=inputs_for(model, length=300)["attention_mask"])
@@ -192,6 +193,19 @@ def test_a_model_is_given_back_in_its_precision():
     model = tiny_llama().to(torch.bfloat16)
     before = logits(model, 40)
     assert torch.equal(logits(he.revert(he.convert(model, "local", **NARROW, max_positions=NEW).model), 40), before)
+
+
+@pytest.mark.parametrize(
+    "model_type, name", [("bert", "bert.embeddings.position_embeddings"), ("llama", "model.rotary_emb")]
+)
+def test_hooks_of_what_is_lengthened_stay(model_type: str, name: str):
+    """accelerate's hooks are bound to the module that they stand in."""
+    model = tiny_model(model_type)
+    module = model.get_submodule(name)
+    add_hook_to_module(module, AlignDevicesHook("cpu"))
+    model = he.convert(model, "local", **NARROW, max_positions=NEW).model
+    assert model.get_submodule(name) is module and "forward" in vars(module)
+    assert logits(model, NEW).isfinite().all()
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_readme_command(name, folder, tmp_path, monkeypatch, capsys):
     config = AutoConfig.from_pretrained(tmp_path / "out/model")
     assert config.efficient_attention[0]["mechanism"] == given[given.index("--attention") + 1]
     told = AutoTokenizer.from_pretrained(tmp_path / "out/model").model_max_length
-    positions = he.families.family_of(config.model_type).max_positions(config)  # T5 has none
+    positions = he.families.family_of(config.model_type).positions.limit(config)  # T5 has none
     assert told == (positions or told) == int(given[given.index("--max-positions") + 1])
 
 
