@@ -148,6 +148,10 @@ class BigBirdAttention(PatternAttention):
             config, block_size=-(-length // 4), num_random_blocks=1, form="itc", num_global_tokens=0
         )
 
+    @classmethod
+    def is_pattern_alone(cls, config: Any) -> bool:
+        return not config.num_global_tokens
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext | None) -> Tensor:
         if context is None:
             return prepend(self.global_tokens, query)

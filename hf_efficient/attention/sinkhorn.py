@@ -232,4 +232,4 @@ class SinkhornAttention(EfficientAttention):
             return seen.gather(-1, block.expand(*seen.shape[:3], -1))
 
         call = dataclasses.replace(context, row_start=start)
-        return rows_attention(query, key, value, visible, call)
+        return rows_attention(query, key, value, visible, call)[0]

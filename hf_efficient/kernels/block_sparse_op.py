@@ -100,7 +100,13 @@ def block_sparse(
 
 
 def unsupported(
-    query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, is_linear: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    is_linear: bool = False,
 ) -> str | None:
     """Why the kernels can't take these tensors, with the remedy; `None` if they can.
 
@@ -110,6 +116,8 @@ def unsupported(
         from hf_efficient.kernels import linear_attention_op
 
         return linear_attention_op.unsupported(query, key, value)
+    if softcap is not None:
+        return f"the fused kernels don't cap logits, got softcap={softcap}; use implementation='torch'."
     device, dtype, width = query.device, query.dtype, query.shape[-1]
     if any(x.device != device or x.dtype != dtype for x in (key, value)):
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (query, key, value))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -74,6 +74,11 @@ class AttentionCall:
     positions: tuple[Tensor, Tensor] | None = None
     softcap: float | None = None
     return_lse: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the softmax is computed wherever `ops.softmax.attend` computes a part of it."""
+        return dict(scaling=self.scaling, dropout=self.dropout, softcap=self.softcap)
 
     @property
     def by_vectors(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.ops.context import AttentionCall
-from hf_efficient.ops.softmax import masked_attention
+from hf_efficient.ops.softmax import Result, additive_mask, attend
 
 
 def rows_attention(
@@ -20,7 +20,7 @@ def rows_attention(
     *,
     columns: Tensor | None = None,
     chunk: int = 32,
-) -> Tensor:
+) -> Result:
     """Causal softmax attention: query i sees key j ≤ i iff `visible(i - s, j - s)` or `columns[j]`, s the row's start.
 
     Query n stands at position `query_offset + n`. A query that may see nothing returns 0.
@@ -29,12 +29,12 @@ def rows_attention(
         query: (B, H, N, D). key, value: (B, H, S, D), in any order.
         visible: takes integer query positions (B or 1, N, 1) and key positions (B or 1, 1, S), negative before a row's
             start, and gives (B or 1, H or 1, N, S) bool, e.g. `Pattern.visible_per_head`.
-        call: always taken as causal; the bias goes by the true offsets j - i; without log-sum-exp.
+        call: always taken as causal; the bias goes by the true offsets j - i.
         columns: (B, S) bool, keys that every query from their position on sees.
         chunk: queries handled at once, which bounds memory.
 
     Returns:
-        (B, H, N, D). O(N · S) time, O(chunk · S) memory per head and row.
+        (B, H, N, D), and the log-sum-exp (B, H, N) or `None`. O(N · S) time, O(chunk · S) memory per head and row.
     """
     device, query_offset, key_positions = query.device, call.query_offset, call.key_positions
     positions = torch.arange(key.shape[2], device=device)[None] if key_positions is None else key_positions
@@ -42,7 +42,7 @@ def rows_attention(
     exists = positions >= 0
     if call.key_padding_mask is not None:
         exists = exists & call.key_padding_mask
-    outputs = []
+    outputs, sums = [], []
     for part in query.split(chunk, dim=2):
         rows = torch.arange(query_offset, query_offset + part.shape[2], device=device)
         query_offset += part.shape[2]
@@ -51,11 +51,13 @@ def rows_attention(
             seen = seen | columns[:, None, None]
         offset = positions[:, None] - rows[:, None]  # (B or 1, n, S)
         mask = seen & ((offset <= 0) & exists[:, None])[:, None]
+        logits = additive_mask(mask, query.dtype)
         if call.relative_bias is not None:
-            bias = call.relative_bias.at(offset).transpose(0, 1).to(query.dtype)
-            mask = torch.where(mask, bias, float("-inf"))
-        outputs.append(masked_attention(part, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scaling))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+            logits = logits + call.relative_bias.at(offset).transpose(0, 1).to(query.dtype)
+        out, lse = attend(part, key, value, logits, return_lse=call.return_lse, **call.options)
+        outputs.append(out)
+        sums += [] if lse is None else [lse]
+    return torch.cat(outputs, dim=2), torch.cat(sums, dim=2) if sums else None
 
 
 def entries_at(positions: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.ops.graph import is_captured, leaves_torch
+from hf_efficient.ops.grouped_heads import expand_heads
 
 Partial = tuple[Tensor, Tensor]
 Result = tuple[Tensor, Tensor | None]
@@ -39,15 +40,21 @@ def masked_attention(
 ) -> Tensor:
     """`F.scaled_dot_product_attention`, in which a query without any visible key gives 0, in every graph too.
 
-    PyTorch promises that for its own operator alone: other runtimes compute what the formula says, which is 0 / 0.
+    PyTorch promises that for its own operator alone: other runtimes compute what the formula says, which is 0 / 0. Keys and
+    values may have fewer heads, each for as many heads of queries; on the CPU they are not repeated.
     """
+    is_grouped = query.dim() == 4 and key.shape[1] != query.shape[1]
+    # fast kernels of other devices take either a mask or grouped heads, and other runtimes know no grouped heads
+    if is_grouped and (leaves_torch() or (attn_mask is not None and query.device.type != "cpu")):
+        key, value = expand_heads(query, key, value)
+        is_grouped = False
     if attn_mask is not None and leaves_torch():
         visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask > float("-inf")
         lowest = torch.finfo(query.dtype).min / 2
         logits = torch.where(visible, 0.0 if attn_mask.dtype == torch.bool else attn_mask, lowest).to(query.dtype)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=logits, **options)
         return torch.where(visible.any(-1, keepdim=True), out, 0.0)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, enable_gqa=is_grouped, **options)
 
 
 def attend(
@@ -64,7 +71,8 @@ def attend(
     """`out_i = Σ_j softmax_j(s · q_i·k_j + logits_ij) v_j`, and `lse_i = log Σ_j exp(s · q_i·k_j + logits_ij)`.
 
     Args:
-        query: (…, N, D); key, value: (…, K, D); logits: additive, broadcastable to (…, N, K), -inf = not visible.
+        query: (…, H, N, D); key, value: (…, HK, K, D), H a multiple of HK (grouped heads, which are not repeated). logits:
+            additive, broadcastable to (…, H, N, K), -inf = not visible.
         return_lse: also return the log-sum-exp (…, N), in fp32 at least, with its gradient.
         softcap: c, where `s · q_i·k_j` becomes `c · tanh(s · q_i·k_j / c)`.
 
@@ -84,20 +92,13 @@ def attend(
         and not leaves_torch()
     ):
         return _fused(query, key, value, logits, scaling)
-    batch = query.shape[0]
-    if batch > 1 and query[..., 0].numel() * key.shape[-2] > SCORE_BUDGET:
-        cut = (batch // 2, batch - batch // 2)
-        masks = [logits, logits]
-        if logits is not None and logits.dim() == query.dim() and logits.shape[0] > 1:
-            masks = list(logits.split(cut))
-        tiles = zip(query.split(cut), key.split(cut), value.split(cut), masks, strict=True)
-        options: dict[str, Any] = dict(scaling=scaling, dropout=dropout, return_lse=True, softcap=softcap)
-        done = [attend(q, k, v, m, **options) for q, k, v, m in tiles]
-        return torch.cat([out for out, _ in done]), torch.cat([lse for _, lse in done if lse is not None])
+    options: dict[str, Any] = dict(scaling=scaling, dropout=dropout, return_lse=True, softcap=softcap)
+    if query[..., 0].numel() * key.shape[-2] > SCORE_BUDGET and max(query.shape[0], query.shape[-2]) > 1:
+        return _in_halves(query, key, value, logits, **options)
     wide = torch.promote_types(query.dtype, torch.float32)
     # half precision would round the logits before the softmax, which attention kernels never do; so would autocast
     with torch.autocast(query.device.type, enabled=False):
-        scores = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * scaling
+        scores = _grouped_product(query.to(wide), key.to(wide).transpose(-1, -2)) * scaling
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     if logits is not None:
@@ -111,15 +112,38 @@ def attend(
     total = torch.where(visible, total, 1.0)
     # shares before the product: sums of many values would leave the range of float16
     shares = weights / total
-    out = (F.dropout(shares, dropout) if dropout else shares).to(value.dtype) @ value
+    out = _grouped_product((F.dropout(shares, dropout) if dropout else shares).to(value.dtype), value)
     lse = torch.where(visible, total.log() + top, float("-inf"))
     return out, lse.squeeze(-1)
+
+
+def _grouped_product(x: Tensor, y: Tensor) -> Tensor:
+    """(…, H, N, A) times (…, HK, A, K) as (…, H, N, K): the heads that share one of `y` are further rows for it."""
+    if x.dim() < 4 or y.shape[-3] == x.shape[-3]:
+        return x @ y
+    rows = x.unflatten(-3, (y.shape[-3], -1)).flatten(-3, -2) @ y
+    return rows.unflatten(-2, (-1, x.shape[-2])).flatten(-4, -3)
+
+
+def _in_halves(query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, **options: Any) -> Partial:
+    """`attend` with its log-sum-exp for one half of the batch, or of the queries of a single row, after the other."""
+    by_batch = query.shape[0] > 1
+    axis = 0 if by_batch else query.dim() - 2
+    cut = (query.shape[axis] // 2, query.shape[axis] - query.shape[axis] // 2)
+    masks = [logits, logits]
+    if logits is not None and logits.dim() >= query.dim() - axis and logits.shape[axis - query.dim()] > 1:
+        masks = list(logits.split(cut, axis - query.dim()))
+    keys, values = (x.split(cut) if by_batch else (x, x) for x in (key, value))
+    done = [
+        attend(q, k, v, m, **options) for q, k, v, m in zip(query.split(cut, axis), keys, values, masks, strict=True)
+    ]
+    return torch.cat([out for out, _ in done], axis), torch.cat([lse for _, lse in done if lse is not None], axis)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
     """`attend` with its log-sum-exp by PyTorch's attention kernel for the CPU, for logits without a gradient."""
     # the kernel checks nothing, and would read beyond its inputs
-    fit = key.shape == value.shape and key.shape[:2] + key.shape[3:] == query.shape[:2] + query.shape[3:]
+    fit = key.shape == value.shape and key.shape[::3] == query.shape[::3] and query.shape[1] % key.shape[1] == 0
     scores = (*query.shape[:3], key.shape[2])
     if not fit or (logits is not None and torch.broadcast_shapes(logits.shape, scores) != scores):
         shapes = [None if x is None else tuple(x.shape) for x in (query, key, value, logits)]

@@ -134,7 +134,8 @@ def efficient_attention_forward(
     _require_known(module, geometry, s_aux, softcap, kwargs)
     if efficient_rows is None:
         _require_agreement(module, geometry, attention_mask, is_causal)
-    key, value = expand_heads(query, key, value)
+    if mechanism is not None and not mechanism.grouped_heads:
+        key, value = expand_heads(query, key, value)
     context = AttentionContext(
         is_causal=geometry is not None and geometry.is_causal,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,

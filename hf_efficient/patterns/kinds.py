@@ -1,14 +1,15 @@
 """Attention patterns as data: which keys may a query see, by position alone.
 
 A pattern is a small frozen object. `visible` is its definition; everything else is derived from it in closed form: which
-tiles it touches, which tiles look alike, and which keys no later query can see. Patterns unite (`a | b`), exclude
-(`Without`) and differ per head (`PerHead`), and travel as JSON text (`spec`, `parse_pattern`).
+tiles it touches, which tiles look alike, and which keys no later query can see. Patterns unite (`a | b`), intersect
+(`a & b`), exclude (`Without`) and differ per head (`PerHead`), and travel as JSON text (`spec`, `parse_pattern`).
 
 Positions count from 0 at a row's first token. Causality is not part of a pattern: callers add `key ≤ query`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +32,9 @@ class Full(Pattern):
 
     def tile_key(self, query: Tensor, key: Tensor, block_q: int, block_k: int) -> list[Tensor]:
         return []
+
+    def meet(self, other: Pattern) -> Pattern:
+        return other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,16 @@ class Window(Pattern):
         if self.dilation == 1 and self.left > inner and self.right > inner:
             offset = torch.where((offset > inner - self.left) & (offset < self.right - inner), 0, offset)
         return [offset]
+
+    def meet(self, other: Pattern) -> Pattern | None:
+        if not isinstance(other, (Window, Strided)):
+            return None
+        # offsets that both show are multiples of both steps
+        step = math.lcm(self.dilation, other.dilation if isinstance(other, Window) else other.stride)
+        windows = [self, other] if isinstance(other, Window) else [self]
+        left, right = (min(getattr(w, side) * w.dilation for w in windows) // step for side in ("left", "right"))
+        # a window that shows nothing but the token itself has no step
+        return Window(left=left, right=right, dilation=step if left or right else 1)
 
     def needed(self, key: Tensor, following: Tensor | int) -> Tensor:
         return key >= following - self.left * self.dilation
@@ -141,6 +155,9 @@ class Strided(Pattern):
 
     def tile_key(self, query: Tensor, key: Tensor, block_q: int, block_k: int) -> list[Tensor]:
         return [(key - query) % self.stride]
+
+    def meet(self, other: Pattern) -> Pattern | None:
+        return Strided(stride=math.lcm(self.stride, other.stride)) if isinstance(other, Strided) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,11 @@
-"""What a pattern is, and the union of patterns."""
+"""What a pattern is, and unions and intersections of patterns."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 from typing import Any, ClassVar
 
 import torch
@@ -104,6 +106,17 @@ class Pattern:
 
         return Union(parts=parts_of(self) + parts_of(other))
 
+    def __and__(self, other: Pattern) -> Pattern:
+        for one, another in ((self, other), (other, self)):
+            if (simpler := one.meet(another)) is not None:
+                return simpler
+        both = (p for one in (self, other) for p in (one.parts if isinstance(one, Intersection) else (one,)))
+        return Intersection(parts=tuple(both))
+
+    def meet(self, other: Pattern) -> Pattern | None:
+        """What this pattern and `other` both show, in a form of its own that is simpler; `None` where it knows none."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind} | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
@@ -182,6 +195,10 @@ class Union(Pattern):
     def at_length(self, length: int) -> Pattern:
         return Union(parts=tuple(part.at_length(length) for part in self.parts))
 
+    def meet(self, other: Pattern) -> Pattern:
+        # part by part, so that each keeps its fast form
+        return Union(parts=tuple(p for part in self.parts for p in parts_of(part & other)))
+
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         seen = self.parts[0].visible(query, key)
         for part in self.parts[1:]:
@@ -201,3 +218,62 @@ class Union(Pattern):
         for part in self.parts[1:]:
             kept = kept | part.needed(key, following)
         return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intersection(Pattern):
+    """A key is visible if every one of the parts shows it; made by `&` where the parts have no simpler form together."""
+
+    parts: tuple[Pattern, ...]
+
+    def __post_init__(self) -> None:
+        heads = {part.num_heads for part in self.parts} - {1}
+        if len(self.parts) < 2 or len(heads) > 1:
+            raise ValueError(
+                f"an intersection needs two parts made for one number of heads, not {sorted(heads)} of {self.parts}."
+            )
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return all(part.shift_invariant for part in self.parts)
+
+    @property
+    def depends_on_length(self) -> bool:  # type: ignore[override]
+        return any(part.depends_on_length for part in self.parts)
+
+    @property
+    def num_heads(self) -> int:
+        return max(part.num_heads for part in self.parts)
+
+    @property
+    def reach(self) -> int | None:
+        return min((part.reach for part in self.parts if part.reach is not None), default=None)
+
+    def head(self, index: int) -> Pattern:
+        return reduce(and_, (part.head(index) for part in self.parts))
+
+    def at_length(self, length: int) -> Pattern:
+        return reduce(and_, (part.at_length(length) for part in self.parts))
+
+    def visible(self, query: Tensor, key: Tensor) -> Tensor:
+        return reduce(and_, (part.visible(query, key) for part in self.parts))
+
+    def visible_per_head(self, query: Tensor, key: Tensor) -> Tensor:
+        return reduce(and_, (part.visible_per_head(query, key) for part in self.parts))
+
+    def tiles(self, num_queries: int, num_keys: int, block_q: int, block_k: int, offset: int) -> tuple[Tensor, Tensor]:
+        columns = -(-num_keys // block_k)
+        # parts that touch every tile narrow nothing down
+        narrow = [part for part in self.parts if type(part).tiles is not Pattern.tiles] or self.parts[:1]
+        found = (part.tiles(num_queries, num_keys, block_q, block_k, offset) for part in narrow)
+        flat, *others = (row * columns + column for row, column in found)
+        for other in others:
+            flat = flat[torch.isin(flat, other)]
+        return flat // columns, flat % columns
+
+    def tile_key(self, query: Tensor, key: Tensor, block_q: int, block_k: int) -> list[Tensor] | None:
+        keys = [part.tile_key(query, key, block_q, block_k) for part in self.parts]
+        return None if any(k is None for k in keys) else [entry for k in keys if k is not None for entry in k]
+
+    def needed(self, key: Tensor, following: Tensor | int) -> Tensor:
+        return reduce(and_, (part.needed(key, following) for part in self.parts))

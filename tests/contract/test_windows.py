@@ -10,6 +10,7 @@ from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function
 
 import hf_efficient as he
+from hf_efficient.attention.base.registry import get_mechanism
 from hf_efficient.families import HostModel
 from hf_efficient.families.probe import probe_inputs, real_part, token_outputs
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
@@ -17,11 +18,10 @@ from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.softmax import with_sinks
 from hf_efficient.patching.mask_facts import mask_facts
 from hf_efficient.patterns.kinds import Window
-from hf_efficient.patterns.parse import parse_pattern
-from hf_efficient.patterns.sets import within
 from hf_efficient.profiling.counters import LargestTensor
 from hf_efficient.testing import assert_close, tiny_model
 
+PATTERNS = ("axial", "bigbird", "sparse_transformer")
 HOSTS = ("mistral", "gemma2", "gemma3_text", "gpt_oss", "modernbert", "modernbert-decoder")
 
 
@@ -32,9 +32,18 @@ def outputs(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize("model_type", HOSTS)
 def test_the_window_of_the_host_holds(model_type: str) -> None:
-    """In the exact limit a converted layer is the source with its window, and so is a layer beside it; a dilated window and
-    global columns stay inside."""
+    """In the exact limit a converted layer is the source with its window, and so is a layer beside it; global columns and
+    every other pattern stay inside."""
     model = tiny_model(model_type)
+    host = HostModel.of(model)
+    geometry = host.family.geometry(host.stacks[0], host.stacks[0].layers[0])
+    exact = (get_mechanism(name).exact_config(he.attention_config(name), geometry, 60) for name in PATTERNS)
+    whole = dict(attention_window=122)
+    calls: list[Any] = [
+        ("local", whole | more) for more in ({}, dict(layers=[0]), dict(layers=[1]), dict(sink_tokens=3))
+    ]
+    calls += [(config, {}) for config in exact if not config.attention_class.unsupported(config, geometry)]
+    assert len(calls) > 6, calls
     inputs = probe_inputs(model, 60)
     model.set_attn_implementation("eager")
     source = outputs(model, inputs)
@@ -42,11 +51,9 @@ def test_the_window_of_the_host_holds(model_type: str) -> None:
         inputs["attention_mask"] = padding
         model.set_attn_implementation("eager")
         source = outputs(model, inputs)
-        for options in (dict(), dict(layers=[0]), dict(layers=[1]), dict(sink_tokens=3)):
-            if model_type in ("gpt_oss", "gemma2") and "sink_tokens" in options:
-                continue
-            with he.patch_attention(model, "local", attention_window=122, **options):
-                assert_close(outputs(model, inputs), source, 1e-5, f"{model_type} {options}")
+        for mechanism, options in calls:
+            with he.patch_attention(model, mechanism, **options):
+                assert_close(outputs(model, inputs), source, 1e-5, f"{model_type} {mechanism} {options}")
     with he.patch_attention(model, "local", attention_window=4):
         assert (outputs(model, inputs) - source).abs().max() > 1e-3
 
@@ -59,10 +66,16 @@ def test_decoding_far_beyond_the_window(model_type: str) -> None:
     mask[0, :7] = 0
     call: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=120, min_new_tokens=120, do_sample=False)
     source = model.generate(ids, **call)
-    for options in (dict(attention_window=300, layers=[1]), dict(attention_window=6)):
-        with he.patch_attention(model, "local", **options):
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("local", dict(attention_window=300, layers=[1])),
+        ("local", dict(attention_window=6)),
+    ]
+    if model_type == "gpt_oss":
+        cases.append(("sparse_transformer", dict(stride=8)))
+    for mechanism, options in cases:
+        with he.patch_attention(model, mechanism, **options):
             decoded = model.generate(ids, **call)
-            if options["attention_window"] == 300:
+            if options.get("attention_window") == 300:
                 assert torch.equal(decoded, source), options
             else:
                 assert torch.equal(decoded, model.generate(ids, use_cache=False, **call)), options
@@ -86,14 +99,41 @@ def test_what_does_not_keep_to_a_window_or_sinks_is_refused() -> None:
             reasons = " ".join(config.attention_class.unsupported(config, geometry))
             if "window of 24 tokens" in reasons or "sinks" in reasons or "softcap=50.0" in reasons:
                 refused.append((model_type, name))
-    assert "local" not in {name for _, name in refused}
+    assert not {name for _, name in refused} & {*PATTERNS, "local", "blockwise"}
     assert {name for host, name in refused if host == "mistral"} >= {
         "linformer",
         "performer",
         "longformer",
         "reformer",
     }
-    assert {("gpt_oss", "bigbird"), ("gpt_oss", "linformer"), ("gemma2", "axial"), ("gemma2", "t2r")} <= set(refused)
+    assert {("gpt_oss", "linformer"), ("gpt_oss", "longformer"), ("gemma2", "longformer"), ("gemma2", "t2r")} <= set(
+        refused
+    )
+
+
+@pytest.mark.parametrize("model_type, implementation", [("gemma2", "triton"), ("gemma2", "flex"), ("gpt_oss", "flex")])
+def test_what_a_kernel_lacks_is_refused_at_conversion(model_type: str, implementation: str) -> None:
+    reason = f"implementation='{implementation}' .* use 'auto'"
+    with (
+        pytest.raises(ValueError, match=reason),
+        he.patch_attention(tiny_model(model_type), "local", implementation=implementation),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gpt_oss"])
+def test_no_head_of_keys_is_repeated(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for patterns, whose mechanisms take grouped heads, nor in layers that stay exact."""
+    model = tiny_model(model_type)
+    inputs = probe_inputs(model, 60)
+
+    def repeated(*_: Any) -> None:
+        raise AssertionError("keys are repeated")
+
+    for module in ("patching.dispatch", "ops.softmax"):
+        monkeypatch.setattr(f"hf_efficient.{module}.expand_heads", repeated)
+    with he.patch_attention(model, "bigbird", block_size=4, layers=[0]):
+        outputs(model, inputs)
 
 
 def test_mask_facts_agree_with_the_masks() -> None:
@@ -127,12 +167,6 @@ def test_a_mask_whose_window_is_not_that_of_the_config_is_refused() -> None:
         model.config.sliding_window = None  # now the host asks for a plain causal mask
         with pytest.raises(ValueError, match="converted as causal windowed attention, but its model asks for causal"):
             model(torch.randint(5, 99, (1, 12)))
-
-
-def test_two_windows_fold_to_one() -> None:
-    assert within(Window(left=3, right=9), Window(left=6, right=2)) == Window(left=3, right=2)
-    pattern = within(Window(left=3, right=3, dilation=2), Window(left=4, right=0))
-    assert parse_pattern(pattern.spec()) == pattern
 
 
 def test_sinks_are_one_more_logit() -> None:

@@ -16,7 +16,7 @@ from hf_efficient.patterns.kinds import (
     Window,
 )
 from hf_efficient.patterns.pattern import Pattern
-from hf_efficient.patterns.sets import PerHead, Without, within
+from hf_efficient.patterns.sets import PerHead, Without
 
 NEAR, BLOCKS = Window(left=20, right=3), BlockWindow(block_size=12, before=5, after=9)
 BOUNDED: list[Pattern] = [
@@ -28,10 +28,10 @@ BOUNDED: list[Pattern] = [
     ShiftedBlock(block_size=10, shift=2),
     NEAR | BLOCKS,
     Without(pattern=NEAR, excluded=Strided(stride=7)),
-    within(Strided(stride=5) | GlobalColumns(positions=(3,)), Window(left=10, right=7)),
-    within(BLOCKS | Strided(stride=2), Window(left=90, right=90)),
+    (Strided(stride=5) | GlobalColumns(positions=(3,))) & Window(left=10, right=7),
+    (BLOCKS | Strided(stride=2)) & Window(left=90, right=90),
     PerHead(parts=(NEAR, BLOCKS)),
-    within(PerHead(parts=(NEAR, BLOCKS)), Window(left=9, right=9)),
+    PerHead(parts=(NEAR, BLOCKS)) & Window(left=9, right=9),
 ]
 UNBOUNDED: list[Pattern] = [
     Full(),

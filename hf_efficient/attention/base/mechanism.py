@@ -147,6 +147,8 @@ class EfficientAttention(nn.Module):
     """Which keys a query sees, or with which weight, depends on where tokens stand: padding in between would count."""
     by_rotation: bool = True
     """Under rotary positions its result depends on where a row starts, not on distances alone."""
+    grouped_heads: ClassVar[bool] = False
+    """Takes keys and values as the host has them, of fewer heads than the queries; else each is repeated for its queries."""
     uses_global_attention_mask: bool = False
     needs_hidden_states: bool = False
     needs_input_ids: bool = False
@@ -169,7 +171,10 @@ class EfficientAttention(nn.Module):
         self.geometry = geometry
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        """Mix (B, H, N, D) queries with (B, H, S, D) keys and values, S ≥ N, into (B, H, N, D)."""
+        """Mix (B, H, N, D) queries with (B, H, S, D) keys and values, S ≥ N, into (B, H, N, D).
+
+        With `grouped_heads`, keys and values are (B, num_key_value_heads, S, D).
+        """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def with_unused_parameters(self, out: Tensor) -> Tensor:

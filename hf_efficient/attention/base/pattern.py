@@ -14,12 +14,12 @@ from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.cache.bounded import BoundedLayer
 from hf_efficient.ops.backend import IMPLEMENTATIONS, require_torch
 from hf_efficient.ops.block_sparse.attention import DECODING, block_sparse_attention
-from hf_efficient.ops.context import AttentionCall, AttentionContext
+from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.decoding import rows_attention
 from hf_efficient.ops.softmax import with_sinks
 from hf_efficient.patterns.kinds import Window
 from hf_efficient.patterns.pattern import Pattern
-from hf_efficient.patterns.sets import PerHead, within
+from hf_efficient.patterns.sets import PerHead
 
 SHARED_OPTIONS: dict[str, Any] = {"layers": None, "side": None, "implementation": "auto"}
 """What a pattern inside a combination leaves to the combination."""
@@ -78,48 +78,59 @@ class PatternAttention(EfficientAttention):
     config: PatternAttentionConfig
     by_rotation = False
 
+    grouped_heads = True
+
+    @classmethod
+    def is_pattern_alone(cls, config: Any) -> bool:
+        """Whether every output is attention over what the pattern shows, with no keys or rows of another kind."""
+        return cls.forward is PatternAttention.forward
+
     @classmethod
     def honours_sliding_window(cls, config: Any) -> bool:
-        return cls.forward is PatternAttention.forward
+        return cls.is_pattern_alone(config)
+
+    @classmethod
+    def honours_softcap(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        return cls.is_pattern_alone(config)
+
+    @classmethod
+    def honours_sinks(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        return cls.is_pattern_alone(config)
+
+    @classmethod
+    def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
+        reasons, wanted = super().unsupported(config, geometry), config.implementation
+        if geometry.softcap is not None and wanted in ("triton", "flex"):
+            reasons.append(
+                f"implementation={wanted!r} can't cap logits (softcap={geometry.softcap}): use 'auto' or 'torch'"
+            )
+        if geometry.has_sinks and wanted == "flex":
+            reasons.append(
+                "implementation='flex' gives no log-sum-exp, which sinks need: use 'auto', 'torch' or 'triton'"
+            )
+        return reasons
 
     def __init__(self, config: PatternAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
         self.pattern = config.visible_keys(geometry)
         if geometry.sliding_window is not None:
             left, right = geometry.sliding_window
-            self.pattern = within(self.pattern, Window(left=left, right=right))
+            self.pattern = self.pattern & Window(left=left, right=right)
         self.left_aligned = not self.pattern.shift_invariant
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        if context.sinks is None:
-            return self.attend(query, key, value, context)
-        return with_sinks(
-            *block_sparse_attention(
-                query, key, value, self.pattern, context, return_lse=True, implementation=self.config.implementation
-            ),
-            context.sinks,
-        )
-
-    @classmethod
-    def honours_softcap(cls, config: PatternAttentionConfig, geometry: AttentionGeometry) -> bool:
-        """In windows alone, and by PyTorch alone."""
-        pattern, uses_torch = config.visible_keys(geometry), config.implementation in ("auto", "torch")
-        is_window = isinstance(pattern, Window) and (geometry.sliding_window is None or pattern.dilation == 1)
-        return cls.forward is PatternAttention.forward and is_window and uses_torch
-
-    @classmethod
-    def honours_sinks(cls, config: PatternAttentionConfig, geometry: AttentionGeometry) -> bool:
-        """Where the log-sum-exp is known in every call: decoding gives it for windows alone."""
-        pattern = config.visible_keys(geometry)
-        is_window = isinstance(pattern, Window) and (geometry.sliding_window is None or pattern.dilation == 1)
-        return cls.forward is PatternAttention.forward and (is_window or not geometry.is_causal)
+        return self.attend(query, key, value, context)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, pattern: Pattern | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, pattern: Pattern | None = None
     ) -> Tensor:
         """`block_sparse_attention` with `pattern`, else that of this layer, on the implementation of the config."""
         pattern = self.pattern if pattern is None else pattern
-        return block_sparse_attention(query, key, value, pattern, call, implementation=self.config.implementation)
+        facts: dict[str, Any] = dict(implementation=self.config.implementation)
+        if context.sinks is None:
+            return block_sparse_attention(query, key, value, pattern, context, **facts)
+        found = block_sparse_attention(query, key, value, pattern, context, return_lse=True, **facts)
+        return with_sinks(*found, context.sinks)
 
     def cache_layer(self) -> BoundedLayer | None:
         if not (self.geometry.is_causal and self.pattern.is_bounded):
@@ -162,4 +173,4 @@ def attend_kept(
         ValueError: an explicit `implementation` that does not decode.
     """
     require_torch(implementation, DECODING)
-    return rows_attention(query, key, value, pattern.visible_per_head, context, columns=columns)
+    return rows_attention(query, key, value, pattern.visible_per_head, context, columns=columns)[0]

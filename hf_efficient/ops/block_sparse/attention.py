@@ -24,7 +24,6 @@ from hf_efficient.ops.softmax import Partial, Result, additive_mask, attend
 from hf_efficient.patterns.kinds import Window
 from hf_efficient.patterns.pattern import Pattern
 
-CAPPED = "capped logits (softcap) are computed by PyTorch alone"
 DECODING = "queries of new tokens against a cache are computed by PyTorch alone"
 
 
@@ -86,17 +85,11 @@ def block_sparse_attention(
         # one pattern for each of one head
         pattern = pattern.head(0)
     _check(query, key, value, pattern, call)
-    if call.softcap is not None:
-        require_torch(implementation, CAPPED)
     if query.shape[2] < key.shape[2] or call.key_positions is not None:
         require_torch(implementation, DECODING)
-        key, value = expand_heads(query, key, value)
         out, lse = _decode(query, key, value, pattern, call)
     else:
-        chosen = implementation if call.softcap is None else "torch"
-        backend = resolve(chosen, query, key, value, dropout=call.dropout)
-        if backend != "triton":
-            key, value = expand_heads(query, key, value)
+        backend = resolve(implementation, query, key, value, dropout=call.dropout, softcap=call.softcap)
         out, lse = _backend(backend)(query, key, value, pattern, call)
     return (out, lse) if return_lse and lse is not None else out
 
@@ -105,15 +98,13 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: A
     """Queries of new tokens against the keys in a cache."""
     if call.by_vectors or call.extra is not None:
         raise ValueError("decoding (fewer queries than keys) takes no segments, positions or extra keys.")
-    if call.return_lse and not isinstance(pattern, Window):
-        raise ValueError("decoding (fewer queries than keys) gives no log-sum-exp, except for a window.")
     if not call.is_causal:
         raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys: only a causal pattern can decode.")
     if isinstance(pattern, Window):
         # what the cache forgot lies to the left of all windows, so the queries end a gapless run of tokens
         call = dataclasses.replace(call, query_offset=key.shape[2] - query.shape[2])
         return window_attention(query, key, value, pattern, call)
-    return rows_attention(query, key, value, pattern.visible_per_head, call), None
+    return rows_attention(query, key, value, pattern.visible_per_head, call)
 
 
 def _backend(name: str) -> Backend:
@@ -169,7 +160,5 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: At
         raise ValueError(
             f"key_padding_mask of {keep.dtype} {tuple(keep.shape)} must be bool {(key.shape[0], key.shape[2])}."
         )
-    if call.softcap is not None and not isinstance(pattern, Window):
-        raise ValueError(f"softcap={call.softcap} of the logits goes with a window alone, not with {pattern}.")
     if call.positions is not None and call.relative_bias is not None:
         raise ValueError("a relative bias counts positions in order: it does not go with `positions`.")

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from hf_efficient.ops.block_sparse.windows import extra_attention, fold, unfold
 from hf_efficient.ops.context import AttentionCall, ExtraKeys
 from hf_efficient.ops.graph import is_captured
+from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.padding import real_length
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.softmax import Result, merge_attention
 from hf_efficient.patterns.kinds import Full, GlobalColumns, Strided, Summary, Window
 from hf_efficient.patterns.parse import parse_pattern
-from hf_efficient.patterns.pattern import Pattern, Union, parts_of
+from hf_efficient.patterns.pattern import Intersection, Pattern, Union, parts_of
 from hf_efficient.patterns.sets import Without
 
 Backend = Callable[[Tensor, Tensor, Tensor, Pattern, AttentionCall], Result]
@@ -45,10 +47,9 @@ def by_head(
         groups.setdefault(pattern.head(head), []).append(head)
     outputs, sums = [], []
     for single, heads in groups.items():
-        index = torch.tensor(heads, device=query.device)
 
-        def own(x: Tensor, index: Tensor = index) -> Tensor:
-            return x.index_select(1, index) if x.shape[1] > 1 else x
+        def own(x: Tensor, heads: list[int] = heads) -> Tensor:
+            return _heads_of(x, heads, pattern.num_heads)
 
         def pair(x: tuple[Tensor, Tensor] | None, own: Callable[[Tensor], Tensor] = own) -> Any:
             return None if x is None else (own(x[0]), own(x[1]))
@@ -59,7 +60,7 @@ def by_head(
                 key=own(extra.key), value=own(extra.value), bias=None if extra.bias is None else own(extra.bias)
             )
         if bias is not None:
-            bias = RelativeBias(bias.table.index_select(1, index.to(bias.table.device)), bias.bucket, bias.saturation)
+            bias = RelativeBias(own(bias.table), bias.bucket, bias.saturation)
         part = dataclasses.replace(
             call, extra=extra, relative_bias=bias, segments=pair(call.segments), positions=pair(call.positions)
         )
@@ -69,6 +70,18 @@ def by_head(
     order = torch.tensor([head for heads in groups.values() for head in heads], device=query.device).argsort()
     out, *rest = (torch.cat(x, dim=1).index_select(1, order) for x in (outputs, sums) if x)
     return out, rest[0] if rest else None
+
+
+def _heads_of(x: Tensor, heads: list[int], num_heads: int) -> Tensor:
+    """(B, …) entries for these of `num_heads` heads of queries, of (B, 1, or a divisor of `num_heads`, …) entries: those
+    that several of the heads share stay shared where they are equally many."""
+    if x.shape[1] == 1:
+        return x
+    index = [head * x.shape[1] // num_heads for head in heads]
+    runs = [len(list(run)) for _, run in groupby(index)]
+    if len(set(runs)) == 1:
+        index = index[:: runs[0]]
+    return x.index_select(1, torch.tensor(index, device=x.device))
 
 
 def by_length(
@@ -113,25 +126,37 @@ def _for_rows(call: AttentionCall, index: Tensor) -> AttentionCall:
     return dataclasses.replace(call, **{name: own(getattr(call, name)) for name in names})
 
 
+def _columns(part: Pattern) -> tuple[int, ...] | None:
+    """The positions of the keys beyond which the part shows none; `None` where it is not made of columns."""
+    inside = part.parts if isinstance(part, Intersection) else (part,)
+    return next((p.positions for p in inside if isinstance(p, GlobalColumns)), None)
+
+
 def as_window(pattern: Pattern) -> tuple[Window, tuple[int, ...], int | None] | None:
-    """(window, global columns, stride left out) if the pattern is a window with at most these; else `None`."""
+    """(window, columns, stride left out) if the pattern is a window with at most these; else `None`.
+
+    Columns may be seen by every query, or by those of which an intersection says so.
+    """
     skip = None
     if isinstance(pattern, Without) and isinstance(pattern.excluded, Strided):
         skip, pattern = pattern.excluded.stride, pattern.pattern
     windows = [part for part in parts_of(pattern) if isinstance(part, Window)]
-    rest = without(pattern, Window, GlobalColumns)
-    if len(windows) != 1 or rest is not None:
+    rest = [_columns(part) for part in parts_of(pattern) if not isinstance(part, Window)]
+    if len(windows) != 1 or None in rest:
         return None
-    columns = {p for part in parts_of(pattern) if isinstance(part, GlobalColumns) for p in part.positions}
+    columns = {p for positions in rest if positions is not None for p in positions}
     if columns and skip is not None:
         return None
     return windows[0], tuple(sorted(columns)), skip
 
 
 def shared_columns(
-    key: Tensor, value: Tensor, columns: tuple[int, ...], call: AttentionCall
+    key: Tensor, value: Tensor, columns: tuple[int, ...], call: AttentionCall, pattern: Pattern | None = None
 ) -> tuple[Tensor, ExtraKeys]:
-    """Which keys are left beside those at `columns`, and these as extra keys of every query; causal: of later queries."""
+    """Which keys are left beside those at `columns`, and these as extra keys of every query; causal: of later queries.
+
+    With `pattern`, only of the queries to which it shows them.
+    """
     n = key.shape[2]
     index = torch.tensor(columns, device=key.device)
     position = torch.arange(n, device=key.device)
@@ -141,7 +166,8 @@ def shared_columns(
         else call.key_padding_mask
     )
     offset = index - position[:, None]
-    shown = there[:, None, index] & ((offset <= 0) if call.is_causal else torch.ones_like(offset, dtype=torch.bool))
+    seen = torch.ones_like(offset, dtype=torch.bool) if pattern is None else pattern.visible(position[:, None], index)
+    shown = there[:, None, index] & (seen & (offset <= 0) if call.is_causal else seen)
     bias = None if call.relative_bias is None else call.relative_bias.at(offset)[None]
     extra = _joined(call.extra, ExtraKeys(key[:, :, index], value[:, :, index], shown, bias))
     return there & ~torch.isin(position, index), extra
@@ -150,23 +176,19 @@ def shared_columns(
 def _joined(first: ExtraKeys | None, second: ExtraKeys) -> ExtraKeys:
     if first is None:
         return second
-    batch, heads, _, _ = first.key.shape
-    n = max(first.keep.shape[1], second.keep.shape[1])
+    batch, n = first.key.shape[0], max(first.keep.shape[1], second.keep.shape[1])
     keep = torch.cat([x.keep.expand(batch, n, -1) for x in (first, second)], dim=-1)
     bias = None
-    if first.bias is not None or second.bias is not None:
-        bias = torch.cat(
-            [
-                first.key.new_zeros(1).expand(batch, heads, n, x.keep.shape[-1])
-                if x.bias is None
-                else x.bias.expand(batch, -1, n, -1)
-                for x in (first, second)
-            ],
-            dim=-1,
-        )
-    return ExtraKeys(
-        torch.cat([first.key, second.key], dim=2), torch.cat([first.value, second.value], dim=2), keep, bias
+    if given := [x.bias for x in (first, second) if x.bias is not None]:
+        heads = max(x.shape[1] for x in given)
+        both = (first.key.new_zeros(1, 1, 1, 1) if x.bias is None else x.bias for x in (first, second))
+        sizes = (x.keep.shape[-1] for x in (first, second))
+        bias = torch.cat([b.expand(batch, heads, n, size) for b, size in zip(both, sizes, strict=True)], dim=-1)
+    widest = max(first.key, second.key, key=lambda x: x.shape[1])
+    keys, values = (
+        [expand_heads(widest, x)[0] for x in pair] for pair in ((first.key, second.key), (first.value, second.value))
     )
+    return ExtraKeys(torch.cat(keys, dim=2), torch.cat(values, dim=2), keep, bias)
 
 
 @lru_cache(maxsize=256)
@@ -270,5 +292,5 @@ def with_stride(
 def extra_only(query: Tensor, call: AttentionCall) -> Result:
     """Attention over the extra keys alone."""
     assert call.extra is not None
-    out, lse = extra_attention(query, call.extra, scaling=call.scaling, dropout=call.dropout)
+    out, lse = extra_attention(query, call.extra, **call.options)
     return out, lse if call.return_lse else None

@@ -109,7 +109,7 @@ def block_list_attention(
     """Softmax attention in which each query block sees exactly the key blocks, and their elements, of `plan`.
 
     Args:
-        query, key, value: (B, H, N, D); the last block may be short.
+        query: (B, H, N, D). key, value: (B, HK, N, D), H a multiple of HK. The last block may be short.
         call: all of it but `extra`; causality and the bias go by the order of the tokens, N = S.
 
     Returns:
@@ -125,9 +125,9 @@ def block_list_attention(
     if padding:
         query, key, value = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value))
     query, key, value = (x.unflatten(2, (rows, block_size)) for x in (query, key, value))
-    gathered = _Gathered(key, value, block_size, n, call)
+    gathered = _Gathered(key, value, heads, n, call)
     logits_of = _Logits(plan.masks, block_size, call, query.dtype)
-    options: dict[str, Any] = dict(scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
+    options = call.options | {"return_lse": call.return_lse}
     outputs, sums = [], []
     for members, columns, tile_masks in plan.groups:
         per_block = batch * heads * block_size * max(width, block_size) * (1 if columns is None else columns.shape[-1])
@@ -167,11 +167,14 @@ def _in_order(parts: list[Tensor], order: Tensor | None) -> Tensor:
 class _Gathered:
     """Keys, values and per-key facts by block."""
 
-    def __init__(self, key: Tensor, value: Tensor, block_size: int, n: int, call: AttentionCall):
-        self.shape = batch, heads, rows, _, width = key.shape
+    def __init__(self, key: Tensor, value: Tensor, heads: int, n: int, call: AttentionCall):
+        batch, kv_heads, rows, block_size, width = key.shape
+        self.shape = batch, heads, rows, block_size, width
         # whole blocks as rows of a matrix: gathering them is a plain copy of memory
-        self.key, self.value = (x.contiguous().view(batch * heads * rows, block_size * width) for x in (key, value))
-        self.first = rows * torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1)
+        self.key, self.value = (x.contiguous().view(-1, block_size * width) for x in (key, value))
+        # where the blocks start of that head of keys which a head of queries shares with others
+        first = rows * torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1, 1)
+        self.first = first.repeat_interleave(heads // kv_heads, dim=1)
         self.padding = rows * block_size - n
         self.keep, keep = None, call.key_padding_mask
         if keep is not None or self.padding:

@@ -22,7 +22,6 @@ from hf_efficient.ops.block_sparse.decompose import (
 )
 from hf_efficient.ops.block_sparse.windows import fold, unfold
 from hf_efficient.ops.context import AttentionCall
-from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.softmax import Result, merge_attention
 from hf_efficient.patterns.kinds import Summary, Window
 from hf_efficient.patterns.pattern import Pattern
@@ -34,7 +33,6 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern
         return by_length(query, key, value, pattern, call, triton_attention)
     heads = [pattern.head(h) for h in range(pattern.num_heads)]
     if len(heads) > 1 and any(_folds(single) for single in heads):
-        key, value = expand_heads(query, key, value)
         return by_head(query, key, value, pattern, call, triton_attention)
     if not call.by_vectors:
         if summaries := summaries_of(pattern, query.shape[2]):
@@ -42,10 +40,8 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern
         if stride := stride_of(pattern):
             return with_stride(query, key, value, pattern, stride, call, triton_attention)
     if call.extra is not None:
-        extra_key, extra_value = expand_heads(query, call.extra.key, call.extra.value)
-        front = call.extra._replace(key=extra_key, value=extra_value)
         part = triton_attention(query, key, value, pattern, dataclasses.replace(call, extra=None, return_lse=True))
-        other = extra_only(query, dataclasses.replace(call, extra=front))
+        other = extra_only(query, call)
         merged = merge_attention(part, other)  # type: ignore[arg-type]
         return merged if call.return_lse else (merged[0], None)
     if isinstance(pattern, Window) and pattern.dilation > 1 and not call.by_vectors:
@@ -88,10 +84,10 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, 
     Raises:
         ValueError: the call needs what FlexAttention, or its use here, can't give.
     """
-    if call.return_lse or call.extra is not None or call.by_vectors or call.dropout:
+    if call.return_lse or call.extra is not None or call.by_vectors or call.dropout or call.softcap is not None:
         raise ValueError(
-            "implementation='flex' takes no dropout, extra keys, segments or positions, and gives no log-sum-exp; use "
-            "'torch' or 'triton'."
+            "implementation='flex' takes no dropout, softcap, extra keys, segments or positions, and gives no log-sum-exp; "
+            "use 'torch' or 'triton'."
         )
     if pattern.depends_on_length:
         return by_length(query, key, value, pattern, call, flex_attention)

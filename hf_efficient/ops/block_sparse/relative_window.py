@@ -52,6 +52,5 @@ def labelled_window_attention(
             # labels have a gradient, with which kernels give no log-sum-exp: so the extra keys come in front
             logits = torch.cat([front[:, :, start:stop].expand(*logits.shape[:3], -1), logits], dim=-1)
             keys, values = torch.cat([extra.key, keys], dim=2), torch.cat([extra.value, values], dim=2)
-        options = dict(scaling=call.scaling, dropout=call.dropout)
-        outputs.append(attend(query[:, :, start:stop], keys, values, logits, **options)[0])  # type: ignore[arg-type]
+        outputs.append(attend(query[:, :, start:stop], keys, values, logits, **call.options)[0])
     return torch.cat(outputs, dim=2)

@@ -30,7 +30,7 @@ from hf_efficient.ops.padding import real_length
 from hf_efficient.ops.softmax import Result, additive_mask, attend, bool_all, merge_attention
 from hf_efficient.patterns.kinds import BlockList, GlobalRows, Strided, Summary, Window
 from hf_efficient.patterns.parse import parse_pattern
-from hf_efficient.patterns.pattern import Pattern, parts_of
+from hf_efficient.patterns.pattern import Intersection, Pattern, parts_of
 from hf_efficient.patterns.tile_table import tile_table
 
 # above this share of computed pairs one dense tile is faster than pieces; beyond this length it would be too large
@@ -68,7 +68,7 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern,
         if stride := stride_of(pattern):
             return with_stride(query, key, value, pattern, stride, call, torch_attention)
         if (window := as_window(pattern)) is not None:
-            return _window(query, key, value, *window, call)
+            return _window(query, key, value, pattern, *window, call)
     return table_attention(query, key, value, pattern, call)
 
 
@@ -113,7 +113,7 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, index: Tensor, call: Attent
     logits = additive_mask(mask, query.dtype)
     if call.relative_bias is not None:
         logits = logits + call.relative_bias.per_head(offset[:, None], 1).to(query.dtype)
-    return attend(rows, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
+    return attend(rows, key, value, logits, return_lse=call.return_lse, **call.options)
 
 
 def _written(out: Tensor, lse: Tensor | None, index: Tensor, exists: Tensor, dense: Result) -> Result:
@@ -187,13 +187,14 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: At
             logits = torch.where(compare(pair[0][..., None], pair[1][..., None, :]), logits, float("-inf"))
     if call.relative_bias is not None:
         logits = logits + call.relative_bias.dense(n, n, 0, query.device).to(query.dtype)
-    return attend(query, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
+    return attend(query, key, value, logits, return_lse=call.return_lse, **call.options)
 
 
 def _window(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    pattern: Pattern,
     window: Window,
     columns: tuple[int, ...],
     skip: int | None,
@@ -201,7 +202,8 @@ def _window(
 ) -> Result:
     here = tuple(p for p in columns if p < query.shape[2])
     if here:
-        keep, extra = shared_columns(key, value, here, call)
+        seen_by = pattern if any(isinstance(part, Intersection) for part in parts_of(pattern)) else None
+        keep, extra = shared_columns(key, value, here, call, seen_by)
         call = dataclasses.replace(call, key_padding_mask=keep, extra=extra)
     return window_attention(query, key, value, window, call, skip=skip)
 
@@ -319,6 +321,8 @@ def _dense_blocks(
     batch, heads, n, width = query.shape
     rows = seen.shape[-1]
     is_plain = not call.is_causal and call.relative_bias is None and not call.return_lse and not call.dropout
+    # only kernels read the keys of several blocks of queries without copies of them
+    is_plain = is_plain and call.softcap is None
     # backward would write the gradient of every key once per block of queries
     is_plain = is_plain and not (torch.is_grad_enabled() and key.requires_grad)
     if (
@@ -331,10 +335,10 @@ def _dense_blocks(
         visible = seen.repeat_interleave(size, -1)
         if call.key_padding_mask is not None:
             visible = visible & call.key_padding_mask[:, None, None]
-        mask = additive_mask(visible, query.dtype).expand(batch, heads, -1, -1).flatten(0, 1)[:, :, None]
-        blocks = query.flatten(0, 1).unflatten(1, (rows, size))
-        k, v = (x.flatten(0, 1)[:, None].expand(-1, rows, -1, -1) for x in (key, value))
-        return attend(blocks, k, v, mask, scaling=call.scaling)[0].reshape(batch, heads, n, width), None
+        mask = additive_mask(visible, query.dtype).expand(batch, heads, -1, -1).reshape(batch * key.shape[1], -1, 1, n)
+        blocks = query.reshape(batch * key.shape[1], -1, size, width)
+        k, v = (x.flatten(0, 1)[:, None].expand(-1, blocks.shape[1], -1, -1) for x in (key, value))
+        return attend(blocks, k, v, mask, **call.options)[0].reshape(batch, heads, n, width), None
     logits = None
     if not sees_all or call.is_causal or call.key_padding_mask is not None or call.relative_bias is not None:
         # every block becomes size × size equal entries in one copy
@@ -347,4 +351,4 @@ def _dense_blocks(
             logits = torch.where(call.key_padding_mask[:, None, None], logits, float("-inf"))
         if call.relative_bias is not None:
             logits = logits + call.relative_bias.dense(n, n, 0, query.device).to(query.dtype)
-    return attend(query, key, value, logits, scaling=call.scaling, dropout=call.dropout, return_lse=call.return_lse)
+    return attend(query, key, value, logits, return_lse=call.return_lse, **call.options)

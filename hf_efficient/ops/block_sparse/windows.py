@@ -37,7 +37,7 @@ def window_attention(
 
     Args:
         query: (B, H, N, D).
-        key, value: (B, H, S, D), S ≥ N.
+        key, value: (B, HK, S, D), H a multiple of HK, S ≥ N.
         call: all of it but `segments` and `positions`.
         skip: offsets that are multiples of this number are not visible (another pattern has them).
 
@@ -49,15 +49,14 @@ def window_attention(
     """
     left, right, dilation = window.left, 0 if call.is_causal else window.right, window.dilation
     sight = _Sight(left, right, dilation, skip, call.relative_bias)
-    options: dict[str, Any] = dict(scaling=call.scaling, dropout=call.dropout, softcap=call.softcap)
-    options["return_lse"] = call.return_lse or call.extra is not None
+    options = call.options | {"return_lse": call.return_lse or call.extra is not None}
     facts = (query, key, value, call.key_padding_mask, sight, call.query_offset)
     if is_one_tile(query.shape[2], left, right, dilation):
         part = _one_tile(*facts, **options)
     else:
         part = (_blocked if dilation == 1 else _dilated)(*facts, **options)
     if call.extra is not None:
-        far = extra_attention(query, call.extra, scaling=call.scaling, dropout=call.dropout, softcap=call.softcap)
+        far = extra_attention(query, call.extra, **call.options)
         part = merge_attention(part, far)  # type: ignore[arg-type]
     return part if call.return_lse else (part[0], None)
 
@@ -153,7 +152,7 @@ def _blocked(
     query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, sight: _Sight, query_offset: int, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Blocks of queries, folded into the batch, against overlapping views of the padded keys."""
-    batch, heads, n, width = query.shape
+    batch, _, n, width = query.shape
     block = _block_size(sight.left + sight.right)
     rows, span = -(-n // block), sight.left + block + sight.right
     start = query_offset - sight.left  # key position at which the first block's span starts
@@ -164,7 +163,7 @@ def _blocked(
     seen = additive_mask(seen.unfold(1, span, block), query.dtype)  # (B or 1, rows, span)
     tile = _window_tile(query, sight, block)
     per_row = batch * block * span * tile.shape[0]
-    copied = batch * heads * span * width if batch > 1 else 1
+    copied = batch * key.shape[1] * span * width if batch > 1 else 1
     group = max(1, min(MASK_BUDGET // per_row, COPY_BUDGET // copied))
     outputs, sums = [], []
     for first in range(0, rows, group):
