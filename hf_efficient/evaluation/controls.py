@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,26 +12,39 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
 from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.evaluation.fidelity import compare
 from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.dense import exact_attention
 from hf_efficient.patching.temporary import patch_attention
 
 
 class MeanOfValues(EfficientAttention):
-    """Control: every visible value counts the same, `y_i = mean of v_j`; a mechanism must be closer than this."""
+    """Control: every visible value counts the same, `y_i = mean of v_j`; a mechanism must be closer than this.
+
+    What is added to logits or caps them has no effect on equal ones, and sinks are left out of the mean; a window of the
+    host's holds.
+    """
+
+    grouped_heads = True
+
+    @classmethod
+    def honours_sliding_window(cls, config: Any) -> bool:
+        return True
+
+    @classmethod
+    def honours_softcap(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        return True
+
+    @classmethod
+    def honours_sinks(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        return True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        keep = torch.ones_like(value[..., :1])
-        if context.key_padding_mask is not None:
-            keep = keep * context.key_padding_mask[:, None, :, None]
-        n = query.shape[2]
-        if context.is_causal:
-            total, count = (value * keep).cumsum(2)[:, :, -n:], keep.cumsum(2)[:, :, -n:]
-        else:
-            total, count = (value * keep).sum(2, keepdim=True), keep.sum(2, keepdim=True)
-        return (total / count.clamp(min=1)).expand_as(query)
+        equal = dataclasses.replace(context, relative_bias=None, softcap=None, sinks=None)
+        return exact_attention(torch.zeros_like(query), key, value, equal, self.geometry.sliding_window)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,9 @@ class PerHead(Pattern):
     def at_length(self, length: int) -> Pattern:
         return PerHead(parts=tuple(part.at_length(length) for part in self.parts))
 
-    def meet(self, other: Pattern) -> Pattern:
+    def meet(self, other: Pattern) -> Pattern | None:
+        if other.num_heads not in (1, self.num_heads):
+            return None
         return PerHead(parts=tuple(part & other.head(index) for index, part in enumerate(self.parts)))
 
     def visible_per_head(self, query: Tensor, key: Tensor) -> Tensor:

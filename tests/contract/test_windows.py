@@ -10,16 +10,19 @@ from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function
 
 import hf_efficient as he
+from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.attention.base.registry import get_mechanism
+from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.families import HostModel
 from hf_efficient.families.probe import probe_inputs, real_part, token_outputs
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
-from hf_efficient.ops.context import AttentionCall
+from hf_efficient.ops.context import AttentionCall, AttentionContext
 from hf_efficient.ops.softmax import with_sinks
 from hf_efficient.patching.mask_facts import mask_facts
 from hf_efficient.patterns.kinds import Window
 from hf_efficient.profiling.counters import LargestTensor
 from hf_efficient.testing import assert_close, tiny_model
+from hf_efficient.training.transfer.layer_errors import layer_errors
 
 PATTERNS = ("axial", "bigbird", "sparse_transformer")
 HOSTS = ("mistral", "gemma2", "gemma3_text", "gpt_oss", "modernbert", "modernbert-decoder")
@@ -30,13 +33,17 @@ def outputs(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         return real_part(token_outputs(model(**inputs)), inputs)
 
 
+def first_geometry(model: Any) -> AttentionGeometry:
+    host = HostModel.of(model)
+    return host.family.geometry(host.stacks[0], host.stacks[0].layers[0])
+
+
 @pytest.mark.parametrize("model_type", HOSTS)
 def test_the_window_of_the_host_holds(model_type: str) -> None:
     """In the exact limit a converted layer is the source with its window, and so is a layer beside it; global columns and
     every other pattern stay inside."""
     model = tiny_model(model_type)
-    host = HostModel.of(model)
-    geometry = host.family.geometry(host.stacks[0], host.stacks[0].layers[0])
+    geometry = first_geometry(model)
     exact = (get_mechanism(name).exact_config(he.attention_config(name), geometry, 60) for name in PATTERNS)
     whole = dict(attention_window=122)
     calls: list[Any] = [
@@ -119,6 +126,22 @@ def test_what_a_kernel_lacks_is_refused_at_conversion(model_type: str, implement
         he.patch_attention(tiny_model(model_type), "local", implementation=implementation),
     ):
         pass
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
+def test_figures_of_a_layer_go_by_what_the_host_computes(model_type: str) -> None:
+    """An exact layer has no error there, and the mean of values keeps to the host's window."""
+    model = tiny_model(model_type)
+    inputs = probe_inputs(model, 60)
+    with he.patch_attention(model, "local", attention_window=122):
+        found = layer_errors(model, [inputs])
+    assert max(found["mechanism"]) < 1e-5 < 0.01 < min(found["mean of values"])
+    geometry = first_geometry(model)
+    value = torch.randn(1, geometry.num_heads, 60, 8)
+    mean = MeanOfValues(MeanOfValuesConfig(), geometry)(
+        value, value[:, ::2], value[:, ::2], AttentionContext(is_causal=True, scaling=1.0)
+    )
+    assert_close(mean[:, 1, 50], value[:, 0, 27:51].mean(1), 1e-6)
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "gpt_oss"])

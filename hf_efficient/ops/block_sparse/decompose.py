@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -73,14 +72,16 @@ def by_head(
 
 
 def _heads_of(x: Tensor, heads: list[int], num_heads: int) -> Tensor:
-    """(B, …) entries for these of `num_heads` heads of queries, of (B, 1, or a divisor of `num_heads`, …) entries: those
-    that several of the heads share stay shared where they are equally many."""
+    """The entries of `x` (B, 1 or a divisor of `num_heads`, …) that belong to these heads of queries, in their order.
+
+    Heads of keys that several heads of queries share stay shared where each is shared by equally many of these.
+    """
     if x.shape[1] == 1:
         return x
     index = [head * x.shape[1] // num_heads for head in heads]
-    runs = [len(list(run)) for _, run in groupby(index)]
-    if len(set(runs)) == 1:
-        index = index[:: runs[0]]
+    distinct = list(dict.fromkeys(index))
+    if index == [owner for owner in distinct for _ in range(len(index) // len(distinct))]:
+        index = distinct
     return x.index_select(1, torch.tensor(index, device=x.device))
 
 

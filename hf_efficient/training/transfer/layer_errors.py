@@ -1,4 +1,4 @@
-"""What one mechanism does in one call beside what full attention does there: the hooks, and the errors layer by layer."""
+"""What one mechanism does in one call beside what the host's own attention does there: the hooks, and errors by layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.dense import dense_attention
+from hf_efficient.ops.dense import exact_attention
 from hf_efficient.patching.dispatch import aligned_call
 from hf_efficient.patching.downsampling import FullLength
 from hf_efficient.patching.exact import converted_layers, eval_mode, mechanism_of
@@ -27,7 +27,8 @@ class LayerCall:
     Attributes:
         mechanism: the module that was called.
         query, key, value, context: its arguments; rows are aligned as the mechanism wants them.
-        student, teacher: (B, H, N, D) its output, and that of full attention on the same arguments.
+        student, teacher: (B, H, N, D) its output, and that of full attention, or of the host's own window, on the same
+            arguments.
     """
 
     mechanism: Any
@@ -79,7 +80,7 @@ def _call(
     keep = context.key_padding_mask
     context = dataclasses.replace(context, dropout=0.0, key_padding_mask=None if keep is None else keep[:, extra:])
     with torch.no_grad():
-        teacher = dense_attention(query, key, value, context)
+        teacher = exact_attention(query, key, value, context, mechanism.geometry.sliding_window)
     return LayerCall(mechanism, query, key, value, context, student, teacher), extra
 
 
@@ -90,7 +91,7 @@ def is_mechanism(name: str) -> bool:
 
 @torch.no_grad()
 def layer_errors(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """How far each converted layer is from full attention on the same q, k, v, beside what controls reach there.
+    """How far each converted layer is from the unconverted one on the same q, k, v, beside what controls reach there.
 
     An error is ‖ŷ - y‖ / ‖y‖ over the real positions of all batches, on the heads' outputs before the output projection,
     every layer seeing the states that full attention in all layers before makes. Controls: "mean of values", attention that
