@@ -510,19 +510,21 @@ def test_rows_attention_against_the_definition(pattern):
     seen = heads_of.visible_per_head(rows, keys) | columns[:, None, None]
     seen &= ((j <= i) & keep[:, None])[:, None]
     logits = 0.7 * query @ key.mT + bias.at(j - i)
-    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
-    expected = weights @ value
+    logits = logits.masked_fill(~seen, -torch.inf)
+    expected = logits.softmax(-1).nan_to_num(0.0) @ value
+    sums = logits.logsumexp(-1)
 
     order = torch.rand(batch, length, generator=generator).argsort(-1)
     where = order[:, None, :, None].expand_as(key)
     spare = torch.randn(batch, heads, 3, width, generator=generator, dtype=torch.float64)
     call = AttentionCall(is_causal=True, scaling=0.7, relative_bias=bias, query_offset=old, row_start=start)
+    call = replace(call, return_lse=True)
     moved = replace(
         call,
         key_padding_mask=torch.cat([keep.gather(1, order), torch.ones(batch, 3, dtype=torch.bool)], 1),
         key_positions=torch.cat([order, torch.full((batch, 3), -1)], 1),
     )
-    actual = rows_attention(
+    actual, lse = rows_attention(
         query,
         torch.cat([key.gather(2, where), spare], 2),
         torch.cat([value.gather(2, where), spare], 2),
@@ -533,6 +535,8 @@ def test_rows_attention_against_the_definition(pattern):
     )
     assert_close(actual, expected, 1e-12)
     assert (actual[2, :, :3] == 0).all()
+    assert lse is not None
+    assert_close(lse.exp(), sums.exp(), 1e-12)
     call = replace(call, key_padding_mask=keep)
-    actual = rows_attention(query, key, value, heads_of.visible_per_head, call, columns=columns, chunk=2)
+    actual, _ = rows_attention(query, key, value, heads_of.visible_per_head, call, columns=columns, chunk=2)
     assert_close(actual, expected, 1e-12)
