@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_efficient.kernels import cpu_attention
 from hf_efficient.ops.graph import is_captured, leaves_torch
 from hf_efficient.ops.grouped_heads import expand_heads
 
@@ -17,12 +18,6 @@ Result = tuple[Tensor, Tensor | None]
 
 # elements of the scores that are held at once, where no gradient needs them later: bounds working memory, not results
 SCORE_BUDGET = 2**25
-# up to so many keys plain operations are faster than a kernel
-FEW_KEYS = 8
-# far below every gradient that matters, far above what float32 rounds to 0
-SMALL = 1e-30
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,7 +81,6 @@ def attend(
         query.device.type == "cpu"
         and softcap is None
         and query.dim() == 4
-        and key.shape[-2] > FEW_KEYS
         and not dropout
         and not takes_gradient
         and not leaves_torch()
@@ -166,22 +160,17 @@ class _FlashWithSum(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, scaling: float
     ) -> tuple[Tensor, Tensor]:
-        out, lse = FLASH(query, key, value, attn_mask=logits, scale=scaling)
+        ctx.set_materialize_grads(False)
+        out, lse = cpu_attention.forward(query, key, value, logits, scaling)
         ctx.save_for_backward(query, key, value, logits, out, lse)
         ctx.scaling = scaling
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, logits, out, lse = ctx.saved_tensors
-        # scores get P ∘ (dP - (Σ dO ∘ O - dL)), of which the kernel knows no dL: the first term of the sum takes it in,
-        # whose dO must not be 0 then
-        first, total = grad_out[..., :1], grad_lse[..., None]
-        first = torch.where((total != 0) & (first.abs() < SMALL), SMALL, first)
-        shift = torch.where(total != 0, total / first, 0.0)
-        grad_out = torch.cat([first, grad_out[..., 1:]], dim=-1)
-        out = torch.cat([out[..., :1] - shift, out[..., 1:]], dim=-1)
-        grads = FLASH_BACKWARD(grad_out, query, key, value, out, lse, 0.0, False, attn_mask=logits, scale=ctx.scaling)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = cpu_attention.backward(grad_out, grad_lse, query, key, value, out, lse, logits, ctx.scaling)
         return *grads, None, None
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_efficient.kernels import cpu_attention, cpu_band
 from hf_efficient.ops import linear_attention
 from hf_efficient.ops import softmax as attend_module
 from hf_efficient.ops.block_sparse import gather as blocks
@@ -101,15 +102,20 @@ def assert_same_with_gradients(actual: Tensor, expected: Tensor, leaves: dict[st
 
 # ---- windows -----------------------------------------------------------------------------------------------------
 
-# rows per block; None = the length's own choice
-PATHS = {"own": None, "tile": 10**6, "blocks": 4}
+# rows of a block, and whether operations of any device stand in for the fused kernel
+PATHS = {"own": (None, True), "blocks": (4, True), "plain": (4, False)}
 
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    block = PATHS[request.param]
-    if block is not None:
-        monkeypatch.setattr(windows, "_block_size", lambda reach: block)
+    rows, is_fused = PATHS[request.param]
+    if not is_fused:
+        monkeypatch.setattr(windows, "_is_fused", lambda query, call: False)
+    if rows is not None:
+        monkeypatch.setattr(windows, "_block_size", lambda reach: rows)
+        monkeypatch.setattr(cpu_band, "NARROW", 0)
+        monkeypatch.setattr(cpu_band, "FORWARD_ROWS", rows)
+        monkeypatch.setattr(cpu_band, "BACKWARD_ROWS", rows + 3)
     return request.param
 
 
@@ -134,21 +140,32 @@ def test_window(n: int, left: int, right: int, dilation: int, path: str) -> None
     assert_close(actual, attention(q, k, v, mask & keep[:, None, None]), TOLERANCE, "padded")
 
 
-def test_window_takes_blocks_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparisons above are of the blocked code only if it runs."""
-    calls = []
-    for name in ("_blocked", "_one_tile"):
-        function = getattr(windows, name)
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_window_is_a_few_calls_whatever_the_length(
+    dilation: int, is_padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks whose keys all exist are one call, and nothing is copied for them; padding at the ends only shortens rows."""
+    sizes: list[int] = []
+    forward = cpu_attention.forward
 
-        def spy(*args: Any, _name: str = name, _function: Any = function, **kwargs: Any) -> Tensor:
-            calls.append(_name)
-            return _function(*args, **kwargs)
+    def spy(query: Tensor, key: Tensor, *rest: Any) -> Any:
+        sizes.append(key.shape[2])
+        return forward(query, key, *rest)
 
-        monkeypatch.setattr(windows, name, spy)
-    for n, dilation in ((97, 1), (97, 3), (20, 1)):
-        q, k, v = query_key_value(4, n, n)
-        windowed(q, k, v, Window(left=4, right=4, dilation=dilation))
-    assert calls == ["_blocked", "_blocked", "_one_tile"]
+    monkeypatch.setattr(cpu_attention, "forward", spy)
+    near = Window(left=9, right=5, dilation=dilation)
+    for n in (600, 1200):
+        q, k, v = query_key_value(1, n, n)
+        keep = torch.arange(n)[None] < n - 17 * is_padded
+        sizes.clear()
+        with torch.no_grad(), LargestTensor() as recorder:
+            actual = windowed(q, k, v, near, key_padding_mask=keep if is_padded else None)
+        mask = window(n, n, 9, 5, dilation) & keep[:, None]
+        assert_close(actual, attention(q, k, v, mask), TOLERANCE)
+        assert recorder.numel <= (n + dilation) * HEADS * WIDTH
+        assert max(sizes) <= cpu_band.FORWARD_ROWS + 9 + 5
+        assert len(sizes) <= dilation * 4
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 3])
@@ -214,35 +231,31 @@ def test_window_with_extra_keys(n: int, s: int, form: str, with_bias: bool, dila
     assert_close(actual, expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5])
-@pytest.mark.parametrize("budget", ["MASK_BUDGET", "COPY_BUDGET"])
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_window_does_not_depend_on_how_rows_are_grouped(
-    budget: str, rows: int, dilation: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    n, block, span, batch = 97, 16, 22, 4 * dilation
+def test_masks_of_hidden_keys_are_held_in_parts(rows: int, dilation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that are hidden one by one take masks, of so many blocks at a time; which changes nothing."""
+    n, span, block = 97, 7, 8
     q, k, v = query_key_value(4, n, n)
     extra, bias, keep = extra_keys(4, n, "bn", True), table_bias(), padding(4, n)
     near = Window(left=4, right=2, dilation=dilation)
-    whole: Any = dict(
-        key_padding_mask=keep,
-        relative_bias=bias,
-        extra=extra,
-    )
+    whole: Any = dict(key_padding_mask=keep, relative_bias=bias, extra=extra)
     expected = windowed(q, k, v, near, **whole)
-    per_row = batch * HEADS * span * (block if budget == "MASK_BUDGET" else WIDTH)
-    monkeypatch.setattr(windows, budget, rows * per_row)
+    monkeypatch.setattr(cpu_band, "FORWARD_ROWS", 2 * block)
+    monkeypatch.setattr(cpu_band, "MASK_BUDGET", rows * HEADS * block * (span + block - 1))
     sizes = []
-    attend = windows.attend
+    forward = cpu_attention.forward
 
-    def record(q: torch.Tensor, k: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        sizes.extend([len(q) // batch] * (k.shape[2] == span))  # the extra keys are attended to in one go
-        return attend(q, k, *rest, **options)
+    def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Any:
+        # the extra keys are attended to in one go
+        sizes.extend(
+            [len(mask)] * (k.shape[2] == span + block - 1) if mask is not None and len(mask) == len(q) else []
+        )
+        return forward(q, k, v, mask, *rest)
 
-    monkeypatch.setattr(windows, "attend", record)
+    monkeypatch.setattr(cpu_attention, "forward", record)
     assert_close(windowed(q, k, v, near, **whole), expected, TOLERANCE)
-    total = math.ceil(math.ceil(n / dilation) / block)
-    assert sizes == [rows] * (total // rows) + [total % rows] * (total % rows > 0), "the budget did not cut the rows"
+    assert max(sizes) == rows, "the budget did not cut the blocks"
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -151,27 +151,28 @@ def as_window(pattern: Pattern) -> tuple[Window, tuple[int, ...], int | None] | 
     return windows[0], tuple(sorted(columns)), skip
 
 
-def shared_columns(
-    key: Tensor, value: Tensor, columns: tuple[int, ...], call: AttentionCall, pattern: Pattern | None = None
-) -> tuple[Tensor, ExtraKeys]:
-    """Which keys are left beside those at `columns`, and these as extra keys of every query; causal: of later queries.
+def columns_as_keys(
+    key: Tensor,
+    value: Tensor,
+    columns: tuple[int, ...],
+    call: AttentionCall,
+    pattern: Pattern | None = None,
+    window: Window | None = None,
+) -> ExtraKeys:
+    """The keys at `columns` as extra keys of every query; causal: of later queries.
 
-    With `pattern`, only of the queries to which it shows them.
+    With `pattern`, only of the queries to which it shows them; with `window`, of those that do not have them there.
     """
-    n = key.shape[2]
     index = torch.tensor(columns, device=key.device)
-    position = torch.arange(n, device=key.device)
-    there = (
-        torch.ones(1, n, dtype=torch.bool, device=key.device)
-        if call.key_padding_mask is None
-        else call.key_padding_mask
-    )
-    offset = index - position[:, None]
-    seen = torch.ones_like(offset, dtype=torch.bool) if pattern is None else pattern.visible(position[:, None], index)
-    shown = there[:, None, index] & (seen & (offset <= 0) if call.is_causal else seen)
+    position = torch.arange(key.shape[2], device=key.device)[:, None]
+    offset = index - position
+    shown = torch.ones_like(offset, dtype=torch.bool) if pattern is None else pattern.visible(position, index)
+    shown = shown if window is None else shown & ~window.visible(position, index)
+    shown = (shown & (offset <= 0) if call.is_causal else shown)[None]
+    if call.key_padding_mask is not None:
+        shown = shown & call.key_padding_mask[:, None, index]
     bias = None if call.relative_bias is None else call.relative_bias.at(offset)[None]
-    extra = _joined(call.extra, ExtraKeys(key[:, :, index], value[:, :, index], shown, bias))
-    return there & ~torch.isin(position, index), extra
+    return _joined(call.extra, ExtraKeys(key[:, :, index], value[:, :, index], shown, bias))
 
 
 def _joined(first: ExtraKeys | None, second: ExtraKeys) -> ExtraKeys:
@@ -222,8 +223,11 @@ def with_summaries(
     backend: Backend,
 ) -> Result:
     """Summaries as a short sequence of further keys: their tiles would mostly hold keys that nobody sees."""
-    keep, extra = shared_columns(key, value, columns, call)
-    call = dataclasses.replace(call, key_padding_mask=keep, extra=extra)
+    extra = columns_as_keys(key, value, columns, call)
+    keep = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
+    keep = keep if call.key_padding_mask is None else call.key_padding_mask
+    twins = torch.isin(torch.arange(key.shape[2], device=key.device), torch.tensor(columns, device=key.device))
+    call = dataclasses.replace(call, key_padding_mask=keep & ~twins, extra=extra)
     return extra_only(query, call) if rest is None else backend(query, key, value, rest, call)
 
 

@@ -13,9 +13,9 @@ from hf_efficient.ops.block_sparse.decompose import (
     as_window,
     by_head,
     by_length,
+    columns_as_keys,
     extra_only,
     left_out,
-    shared_columns,
     stride_of,
     summaries_of,
     with_stride,
@@ -23,7 +23,7 @@ from hf_efficient.ops.block_sparse.decompose import (
     without,
 )
 from hf_efficient.ops.block_sparse.gather import BlockPlan, block_list_attention, pattern_block, table_attention
-from hf_efficient.ops.block_sparse.windows import is_one_tile, window_attention
+from hf_efficient.ops.block_sparse.windows import window_attention
 from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.graph import is_captured
 from hf_efficient.ops.padding import real_length
@@ -149,11 +149,8 @@ def _is_dense(pattern: Pattern, n: int, is_causal: bool) -> bool:
     """One dense tile costs less than the pieces, which would compute most pairs anyway."""
     if n > DENSE_LIMIT:
         return False
-    if (found := as_window(pattern)) is not None:
-        window, columns, _ = found
-        left, right, step = window.left, 0 if is_causal else window.right, window.dilation
-        # windows alone find their own crossover; what columns cost beside blocks moves it up
-        return bool(columns) and (is_one_tile(n, left, right, step) or n <= 2 * step * (left + right))
+    if as_window(pattern) is not None:
+        return False
     length = len(range(n))  # a plain number, also while compiling
     if (shown := left_out(pattern)) is not None:
         pattern = shown[0]
@@ -203,8 +200,8 @@ def _window(
     here = tuple(p for p in columns if p < query.shape[2])
     if here:
         seen_by = pattern if any(isinstance(part, Intersection) for part in parts_of(pattern)) else None
-        keep, extra = shared_columns(key, value, here, call, seen_by)
-        call = dataclasses.replace(call, key_padding_mask=keep, extra=extra)
+        # columns that stand in a query's window are seen there
+        call = dataclasses.replace(call, extra=columns_as_keys(key, value, here, call, seen_by, window))
     return window_attention(query, key, value, window, call, skip=skip)
 
 
