@@ -152,7 +152,8 @@ def convert(
         origins |= _calibrated(opened.model, batches, length)
     else:
         bound_coverage(opened.model, length)
-    _tell_tokenizer(opened, max_positions)
+    # what it cuts is for the first stack
+    _tell_tokenizer(opened, max_positions if host.max_positions in (None, max_positions) else None)
     report = ConversionReport(
         source=opened.name,
         revision=revision,

@@ -45,10 +45,6 @@ class PositionScheme:
         """Longest input, in tokens, that a model built from `config` can take; `None` = any."""
         return None
 
-    def made_for(self, config: Any) -> int | None:
-        """Longest input, in tokens, that such a model was made for, whether or not it takes longer ones; `None` = any."""
-        return self.limit(config)
-
     def offset(self, config: Any) -> int:
         """Position of a text's first token, in a model that is built from `config`."""
         return 0
@@ -58,6 +54,10 @@ class PositionScheme:
     def length(self, stack: Stack) -> int | None:
         """Longest input, in tokens, that a loaded stack can take; `None` = any."""
         return None
+
+    def made_for(self, stack: Stack) -> int | None:
+        """Longest input, in tokens, that a stack was made for, whether or not it takes longer ones; `None` = any."""
+        return self.length(stack)
 
     def first(self, stack: Stack) -> int:
         """Position of a text's first token, in a loaded stack."""
@@ -86,7 +86,7 @@ class PositionScheme:
             return
         if type(count) is not int or count < 1:
             raise ValueError(f"max_positions={count!r} is not possible; it must be an integer ≥ 1.")
-        before = self.made_for(stack.module.config)
+        before = self.made_for(stack)
         if before is not None and count < before:
             raise ValueError(
                 f"max_positions={count} would drop positions; the source has {before}: give at least that."
@@ -116,6 +116,9 @@ class PositionScheme:
             ValueError: a method that can't give this length, or tensors that can't be read.
         """
         return []
+
+    def set_length(self, stack: Stack, count: int) -> None:
+        """Give a stack that is being built the length that it will be loaded with, where its config has another's."""
 
     def record(self, stack: Stack) -> dict[str, Any]:
         """What `restore` needs, as JSON."""
@@ -194,24 +197,36 @@ class PositionTable(PositionScheme):
         owner = stack.module.get_submodule(path)
         return owner, getattr(owner, leaf)
 
-    @torch.no_grad()
     def lengthen(self, stack: Stack, count: int, method: str, rope: Mapping[str, Any] | None = None) -> list[str]:
         if count == self.length(stack):
             return []
         name = f"{stack.name}.{self.table}".lstrip(".")
-        owner, table = self._table(stack)
+        table = self._table(stack)[1]
         require_rows(name, table)
+        self._resize(stack, count, method)
+        mark_initialised(table)
+        stack.module.config.max_position_embeddings = self.first(stack) + count
+        return [f"{name}.weight"]
+
+    def set_length(self, stack: Stack, count: int) -> None:
+        if count != self.length(stack):
+            self._resize(stack, count, next(iter(self.methods)))
+
+    @torch.no_grad()
+    def _resize(self, stack: Stack, count: int, method: str) -> None:
+        """The module stays: its class may add an offset to positions, and it may have hooks."""
+        owner, table = self._table(stack)
         front, weight = self.rows_in_front(stack), table.weight.data
-        rows = torch.cat([weight[:front], resize_rows(weight[front:], count, method)])
-        # the module stays: its class may add an offset to positions, and it may have hooks
+        rows = torch.cat([weight[:front], self.rows(stack, weight[front:], count, method)])
         table.weight = nn.Parameter(rows, requires_grad=table.weight.requires_grad)
         table.num_embeddings = len(rows)
-        mark_initialised(table)
         for buffer, fill in self.buffers:
             entries = torch.arange(len(rows)) if fill == "arange" else torch.zeros(len(rows))
             owner.register_buffer(buffer, entries.long().expand(1, -1).to(weight.device), persistent=False)
-        stack.module.config.max_position_embeddings = self.first(stack) + count
-        return [f"{name}.weight"]
+
+    def rows(self, stack: Stack, rows: Tensor, count: int, method: str) -> Tensor:
+        """(count, width) rows made from the (n, width) ones of a stack's table."""
+        return resize_rows(rows, count, method)
 
     def restore(self, stack: Stack, record: Mapping[str, Any]) -> None:
         if record.get("max_positions") is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -137,15 +137,34 @@ class HostModel:
         names = [f"{layer.name}.{part}" for layer in layers for part in self.family.projections]
         require_plain((name, self.model.get_submodule(name)) for name in names)
 
-    def lengthen(self, count: int, method: str | None = None, rope: Mapping[str, Any] | None = None) -> list[str]:
+    @property
+    def lengths(self) -> dict[str, int | None]:
+        """{side: longest input, in tokens, that this stack can take; `None` = any}."""
+        return {stack.side: self.family.positions.length(stack) for stack in self.stacks}
+
+    def set_lengths(self, lengths: Mapping[str, int]) -> None:
+        """Give stacks that are being built the lengths that a checkpoint has: see `PositionScheme.set_length`."""
+        for stack in self.stacks:
+            if stack.side in lengths:
+                self.family.positions.set_length(stack, lengths[stack.side])
+
+    def lengthen(
+        self,
+        count: int,
+        method: str | None = None,
+        rope: Mapping[str, Any] | None = None,
+        sides: Collection[str] | None = None,
+    ) -> list[str]:
         """Make it take inputs of `count` tokens: see `PositionScheme.lengthen`. Returns the tensors with other values.
 
         Args:
             method: `None` = the usual one of its scheme.
+            sides: whose inputs; `None` = of all its stacks.
         """
         scheme = self.family.positions
         method = method or next(iter(scheme.methods))
-        changed = [name for stack in self.stacks for name in scheme.lengthen(stack, count, method, rope)]
+        stacks = [stack for stack in self.stacks if sides is None or stack.side in sides]
+        changed = [name for stack in stacks for name in scheme.lengthen(stack, count, method, rope)]
         self._tell_config()
         return changed
 
@@ -153,14 +172,17 @@ class HostModel:
         """ "unchanged" or "changed": what lengthening to `count` does to inputs up to the old length; `None` = no count."""
         return None if count is None else "unchanged" if self.family.positions.methods[method] else "changed"
 
-    def record_positions(self) -> dict[str, Any]:
-        """What `restore_positions` needs."""
-        return self.family.positions.record(self.stacks[0])
+    def record_positions(self, sides: Collection[str]) -> dict[str, Any]:
+        """What `restore_positions` needs once the stacks of these sides have been lengthened."""
+        first = next((stack for stack in self.stacks if stack.side in sides), None)
+        record = {} if first is None else self.family.positions.record(first)
+        return record | {"lengthened": list(sides)} if len(self.stacks) > 1 else record
 
     def restore_positions(self, record: Mapping[str, Any]) -> None:
         """Undo `lengthen`: see `PositionScheme.restore`."""
         for stack in self.stacks:
-            self.family.positions.restore(stack, record)
+            if stack.side in record.get("lengthened", (stack.side,)):
+                self.family.positions.restore(stack, record)
         self._tell_config()
 
     def _tell_config(self) -> None:

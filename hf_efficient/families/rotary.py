@@ -56,8 +56,8 @@ class RotaryPositions(PositionScheme):
     methods: ClassVar[dict[str, bool]] = {"unchanged": True} | dict.fromkeys(NUMBERS, False)
     fields: ClassVar[tuple[str, ...]] = ("max_position_embeddings", "rope_parameters")
 
-    def made_for(self, config: Any) -> int | None:
-        length: int | None = getattr(config, "max_position_embeddings", None)
+    def made_for(self, stack: Stack) -> int | None:
+        length: int | None = getattr(stack.module.config, "max_position_embeddings", None)
         return length
 
     def dim(self, stack: Stack, layer_kind: str | None = None) -> int:
@@ -119,7 +119,7 @@ class RotaryPositions(PositionScheme):
             _require_number(name, value)
 
     def method(self, stack: Stack, wanted: LongerInputs, farthest: int | None) -> str:
-        before = self.made_for(stack.module.config)
+        before = self.made_for(stack)
         count = wanted.max_positions
         if wanted.positions is not None or count is None or before is None or count == before:
             return super().method(stack, wanted, farthest)
@@ -141,7 +141,7 @@ class RotaryPositions(PositionScheme):
             ValueError: numbers that do not fit the method or the model.
         """
         config = stack.module.config
-        before = self.made_for(config) or count
+        before = self.made_for(stack) or count
         found = copy.deepcopy(config.rope_parameters)
         scaled = []
         for where, given in _parts(config).items():

@@ -55,7 +55,7 @@ def config_of_class(config: Any, cls: Any) -> Any:
     """A config's values as a config of `cls`: the stock class, or the Efficient one, then without mechanisms as yet."""
     values = config.to_dict() | {"model_type": cls.config_class.model_type}
     if is_efficient(cls):
-        values.pop("efficient_source", None)
+        values = {k: v for k, v in values.items() if k not in ("efficient_source", "efficient_positions")}
         values |= {"efficient_attention": []}
     else:
         # saving in between wrote the Efficient class there
@@ -110,15 +110,16 @@ def convert_in_place(
     method = scheme.method(host.stacks[0], longer, farthest_key(host, chosen))
     if isinstance(host.family, GenericFamily):
         prove(host)
+    # a stack that stays exact keeps its length
+    converted = [stack.side for stack in host.stacks if any(layer.name in chosen for layer in stack.layers)]
     source = {"max_positions": before, "positions": method}
-    if count is not None:
-        source |= host.record_positions()
+    source |= host.record_positions([] if count is None else converted)
     source["attn_implementation"] = host.model.config._attn_implementation
     if is_hub_id(host.model.config._name_or_path):
         source["base_model"] = host.model.config._name_or_path
     replaced = [entry for stack in host.stacks for entry in scheme.weights(stack)]
     try:
-        resized = [] if count is None else host.lengthen(count, method, longer.rope)
+        resized = [] if count is None else host.lengthen(count, method, longer.rope, converted)
         origins = install(host, chosen)
     except BaseException:
         if count is not None:
@@ -154,6 +155,8 @@ def _become_efficient(host: HostModel, configs: list[EfficientAttentionConfig], 
     new = config_of_class(config, cls)
     new.efficient_attention = [c.to_dict() for c in configs]
     new.efficient_source = source
+    if len(set(host.lengths.values())) > 1:
+        new.efficient_positions = host.lengths
     new.attn_implementation = IMPLEMENTATION
     change_class(model, cls, new)
     change_config(config, new)

@@ -242,12 +242,15 @@ def require_host_tensors(name: Any, model: Any, missing: Any) -> None:
     """
     if not missing:
         return
+    host = HostModel.of(model)
     needed = {
         id(tensor)
-        for stack in HostModel.of(model).stacks
+        for stack in host.stacks
         for inside, tensor in stack.module.named_parameters()
         if not inside.startswith("pooler.")
     }
+    if host.family.positions.kind == "sinusoidal":  # Marian does not save what it computes
+        needed -= {id(weight) for stack in host.stacks for _, weight in host.family.positions.weights(stack)}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     lost = sorted(key for key in missing if key in parameters and id(parameters[key]) in needed)
     if lost:

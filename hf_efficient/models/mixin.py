@@ -55,6 +55,7 @@ class EfficientModelMixin:
         config._experts_implementation = None
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         host = HostModel.of(self)  # type: ignore[arg-type]
+        host.set_lengths(getattr(config, "efficient_positions", None) or {})
         if attention:
             install(host, plan(host, self._configs_of_stacks(host)), initialise=False)
             self.all_tied_weights_keys.update(shared_parameters(self))  # type: ignore[arg-type]

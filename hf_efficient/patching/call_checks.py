@@ -294,12 +294,9 @@ def _check_distances(call: dict[str, Any], shape: CallShape, info: StackInfo) ->
     `_find_sequences` compares positions that are given among the tokens of this call; here are those before them, in the
     cache, whose positions only the mask tells, and the positions that the host makes itself.
     """
-    positions, mask, ids = (call.get(name) for name in ("position_ids", "attention_mask", "input_ids"))
-    if (
-        mask is None
-        or "position_ids" not in info.parameters
-        or not (positions is not None if shape.seen else info.positions_skip_padding)
-    ):
+    mask, ids = call.get("attention_mask"), call.get("input_ids")
+    positions = call.get("position_ids") if "position_ids" in info.parameters else None
+    if mask is None or not (positions is not None if shape.seen else info.positions_skip_padding):
         return
     real = mask.bool()
     index = torch.arange(shape.tokens, device=mask.device)

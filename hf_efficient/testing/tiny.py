@@ -127,6 +127,8 @@ def random_model(config: Any, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     model = cls(config).eval()
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # computed by a formula
+            continue
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.2)
         elif "sink" in name:

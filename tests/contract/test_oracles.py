@@ -296,6 +296,50 @@ def test_longformer_equals_transformers_longformer(family: str, windows: tuple[i
         assert (without - expected)[keep].abs().max() > 1e-2, "the global tokens made no difference"
 
 
+LED_NAMES = {
+    ".self_attn.q_proj": ".self_attn.longformer_self_attn.query",
+    ".self_attn.k_proj": ".self_attn.longformer_self_attn.key",
+    ".self_attn.v_proj": ".self_attn.longformer_self_attn.value",
+    ".self_attn.out_proj": ".self_attn.output",
+    ".self_attn.efficient": ".self_attn.longformer_self_attn",
+}
+
+
+@pytest.mark.parametrize("num_global", [0, 3], ids="{} global".format)
+def test_bart_with_longformer_equals_transformers_led(num_global: int) -> None:
+    """Encoder and decoder with the same weights; LED's tables have no rows in front."""
+    from transformers import LEDConfig, LEDModel
+
+    model = tiny_model("bart").double().model
+    config, inputs = model.config, inputs_for(model, length=LENGTH)
+    he.patch_attention(model, "longformer", attention_window=(4, 12))
+    generator = torch.Generator().manual_seed(4)
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if ".efficient." in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.4)
+        if name.startswith("encoder."):
+            for own, led in LED_NAMES.items():
+                name = name.replace(own, led)
+        weights[name] = tensor[2:] if "embed_positions" in name else tensor
+    same = ("vocab_size", "d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")
+    same += ("encoder_attention_heads", "decoder_attention_heads", "pad_token_id", "activation_function")
+    positions = dict.fromkeys((f"max_{s}_position_embeddings" for s in ("encoder", "decoder")), 132)
+    sizes = {name: getattr(config, name) for name in same} | positions
+    other = LEDModel(LEDConfig(**sizes, attention_window=[4, 12])).double().eval()
+    other.load_state_dict(weights)
+    chosen = torch.zeros_like(inputs["attention_mask"])
+    chosen[0, :num_global] = chosen[1, 10 : 10 + num_global] = 1
+    with torch.no_grad():
+        actual, expected = (
+            m(**inputs, global_attention_mask=chosen if num_global or m is other else None) for m in (model, other)
+        )
+    keep = inputs["attention_mask"].bool()
+    assert_close(actual.encoder_last_hidden_state, expected.encoder_last_hidden_state, 1e-5, where=keep)
+    targets = inputs["decoder_attention_mask"].bool()
+    assert_close(actual.last_hidden_state, expected.last_hidden_state, 1e-5, where=targets)
+
+
 @pytest.mark.parametrize("num_random_blocks", [1, 2, 3])
 @pytest.mark.parametrize("length", [64, 88])
 def test_bigbird_against_transformers_bigbird(length: int, num_random_blocks: int) -> None:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from decoders import save_decoder
 from paths import SCRIPTS
-from tiny import save_source
+from tiny import save_source, tiny_tokenizer
 from transformers import AutoConfig
 
 from hf_efficient.conversion.loading import load_converted, load_stock
 from hf_efficient.evaluation.verify import Check, FidelityReport
+from hf_efficient.testing import tiny_model
 
 # script: (family, its options, what the checkpoint must say, new tensors and how they are counted, positions)
 RUNS = {
@@ -86,7 +87,27 @@ RUNS = {
         {"extended": 0, "initialised": 6, "random": 0},
         None,
     ),
+    "convert_bart_to_longformer.py": (
+        "bart",
+        ["--attention-window", "8", "--global-tokens", "first", "--max-positions", "256"],
+        {"mechanism": "longformer", "attention_window": 8, "global_tokens": "first", "side": "encoder"},
+        {"extended": 1, "initialised": 12, "random": 0},
+        256,
+    ),
 }
+TABLES = ("position_embeddings.weight", "wpe.weight", "encoder.embed_positions.weight")
+ROWS_IN_FRONT = {"roberta": 2, "bart": 2}
+
+
+def save_original(path: Path, family: str) -> Path:
+    """A tiny checkpoint with its tokenizer."""
+    if family == "llama":
+        return save_decoder(path, family)
+    if family != "bart":
+        return save_source(path, family)
+    tiny_model(family).save_pretrained(path)
+    tiny_tokenizer("roberta").save_pretrained(path)
+    return path
 
 
 def run_here(monkeypatch, script: str, *arguments: str | Path) -> None:
@@ -117,9 +138,7 @@ def test_scripts_are_short_and_say_their_command():
 @pytest.mark.parametrize("script", sorted(RUNS))
 def test_script_converts(script, tmp_path, monkeypatch, capsys):
     family, options, expected, counts, positions = RUNS[script]
-    source = (
-        save_decoder(tmp_path / "source", family) if family == "llama" else save_source(tmp_path / "source", family)
-    )
+    source = save_original(tmp_path / "source", family)
     run_here(monkeypatch, script, source, tmp_path / "out", *options, "--no-verify")
     output = capsys.readouterr().out
 
@@ -135,8 +154,8 @@ def test_script_converts(script, tmp_path, monkeypatch, capsys):
     ]
     assert len(differ) == counts["extended"]
     if positions is not None:
-        table = next(t for n, t in state.items() if "position_embeddings" in n or n.endswith("wpe.weight"))
-        assert len(table) == positions + (2 if family == "roberta" else 0)
+        table = next(t for n, t in state.items() if n.endswith(TABLES))
+        assert len(table) == positions + ROWS_IN_FRONT.get(family, 0)
 
 
 @pytest.mark.parametrize("status", ["passed", "failed"])
@@ -152,9 +171,7 @@ def test_script_verifies_what_it_saved(script, status, tmp_path, monkeypatch, ca
     monkeypatch.setattr("hf_efficient.evaluation.verify.verify", verify)
     monkeypatch.setattr("hf_efficient.corpus.offline_texts", lambda: ["w10 w11"])
     family, options, *_ = RUNS[script]
-    source = (
-        save_decoder(tmp_path / "source", family) if family == "llama" else save_source(tmp_path / "source", family)
-    )
+    source = save_original(tmp_path / "source", family)
     with pytest.raises(SystemExit) as done:
         run_here(monkeypatch, script, source, tmp_path / "out", *options)
     assert done.value.code == (0 if status == "passed" else 1)
