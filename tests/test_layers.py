@@ -27,13 +27,15 @@ LAYERS = {
     "models": "experts patching families attention.base profiling",
     "conversion": "models experts patching families attention.base ops profiling corpus",
     "evaluation": "conversion models experts patching families attention.base ops profiling corpus",
+    "exporting": "conversion models patching families attention.base ops profiling",
     "testing": "conversion models patching families attention.base",
     "training": "evaluation conversion models experts patching families attention.base cache ops profiling corpus",
     "visualize": "attention.base patterns profiling",
-    "benchmarks": "training testing evaluation conversion models experts patching families attention.base cache ops "
-    "patterns profiling corpus",
+    "benchmarks": "training testing exporting evaluation conversion models experts patching families attention.base cache "
+    "ops patterns profiling corpus",
     "cards": "training conversion models experts attention.base profiling",
-    "cli": "cards benchmarks visualize training evaluation conversion models attention.base profiling corpus _version",
+    "cli": "cards benchmarks visualize training exporting evaluation conversion models attention.base profiling corpus "
+    "_version",
     "hf_efficient": "models patching attention.base _version",
 }
 

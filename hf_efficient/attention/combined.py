@@ -144,10 +144,10 @@ class CombinedAttention(PatternAttention):
                 "divide the number of heads",
             ]
         for part, own in config.geometries(geometry):
-            if getattr(part, "global_tokens", None) == "question":
+            if getattr(part, "separator_token_id", None) is not None:
                 reasons.append(
-                    f"{part.mechanism}: global_tokens='question' looks at the tokens, a combination at positions only: name "
-                    "positions"
+                    f"{part.mechanism}: global_tokens={part.global_tokens!r} looks at the tokens, a combination at "
+                    "positions only: name positions"
                 )
             own = dataclasses.replace(own, rotary=None)  # patterns alone mix what is rotated already
             reasons += [f"{part.mechanism}: {reason}" for reason in part.attention_class.unsupported(part, own)]

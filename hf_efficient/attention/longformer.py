@@ -34,7 +34,8 @@ from hf_efficient.patterns.kinds import GlobalColumns, GlobalRows, Window
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead
 
-GLOBAL_RULES = ("none", "first", "question")
+QUESTION_RULES = ("question", "before_separator")
+GLOBAL_RULES = ("none", "first", *QUESTION_RULES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +47,9 @@ class LongformerAttentionConfig(PatternAttentionConfig):
             plus the token itself. Causal: the last w keys, the token itself included.
         dilation: distance between neighbouring visible keys of the window; one number, or one per head.
         global_tokens: which tokens are global where the call gives no `global_attention_mask`: `"none"`, `"first"` (each
-            row's first real token), `"question"` (all tokens up to and including the first separator), or positions
-            counted from each row's first real token.
-        separator_token_id: the separator of `"question"`, `tokenizer.sep_token_id`; `None` with all other rules.
+            row's first real token), `"question"` (all up to the first separator, with it), `"before_separator"` (without
+            it), or positions counted from each row's first real token.
+        separator_token_id: the separator of these two, `tokenizer.sep_token_id`; `None` with all other rules.
     """
 
     mechanism: ClassVar[str] = "longformer"
@@ -72,18 +73,16 @@ class LongformerAttentionConfig(PatternAttentionConfig):
         steps = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
         fits = bool(steps) and all(type(d) is int and d > 0 for d in steps)
         self._require("dilation", fits, "integers ≥ 1, one for all heads or one per head")
-        rule = self.global_tokens
-        fits = rule in GLOBAL_RULES
+        rule, fits = self.global_tokens, self.global_tokens in GLOBAL_RULES
         if isinstance(rule, tuple):
             fits = bool(rule) and all(type(i) is int and i >= 0 for i in rule) and len(set(rule)) == len(rule)
         self._require("global_tokens", fits, f"one of {', '.join(GLOBAL_RULES)}, or distinct positions ≥ 0")
-        separator = self.separator_token_id
-        fits = type(separator) is int if rule == "question" else separator is None
-        self._require("separator_token_id", fits, "tokenizer.sep_token_id with global_tokens='question', else None")
+        fits = (type(self.separator_token_id) is int) if rule in QUESTION_RULES else self.separator_token_id is None
+        self._require("separator_token_id", fits, "tokenizer.sep_token_id with a rule that looks for it, else None")
 
     @classmethod
     def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        return () if options.get("global_tokens") == "question" else ("separator_token_id",)
+        return () if options.get("global_tokens") in QUESTION_RULES else ("separator_token_id",)
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -146,7 +145,7 @@ class LongformerAttention(PatternAttention):
         self.left_aligned = False
         self.has_global_rows = self.needs_hidden_states = not geometry.is_causal and geometry.rotary is None
         self.uses_global_attention_mask = geometry.is_causal or self.has_global_rows
-        self.needs_input_ids = config.global_tokens == "question"
+        self.needs_input_ids = config.global_tokens in QUESTION_RULES
         if self.has_global_rows:
             inner = geometry.num_heads * geometry.head_dim
             self.query_global, self.key_global, self.value_global = (
@@ -185,10 +184,10 @@ class LongformerAttention(PatternAttention):
             reasons.append(
                 "longformer projects global tokens without rotary positions: use global_tokens='none', or bigbird"
             )
-        if geometry.is_causal and config.global_tokens == "question":
+        if geometry.is_causal and config.global_tokens in QUESTION_RULES:
             reasons.append(
-                "global_tokens='question' looks ahead for the separator, which a causal model must not: name positions, "
-                "or give global_attention_mask in the call"
+                f"global_tokens={config.global_tokens!r} looks ahead for the separator, which a causal model must not: "
+                "name positions, or give global_attention_mask in the call"
             )
         return reasons
 
@@ -230,10 +229,11 @@ class LongformerAttention(PatternAttention):
 
     def _global_tokens(self, key: Tensor, context: AttentionContext) -> GlobalTokens | None:
         """The call's mask if there is one, else what the config's rule says."""
-        given, separator_id = context.global_attention_mask, self.config.separator_token_id
-        if given is None and self.needs_input_ids and context.input_ids is not None and separator_id is not None:
-            given = up_to_separator(context.input_ids, separator_id, context.key_padding_mask)
-        return chosen_tokens(given, self.config.columns, key, context.key_padding_mask, context.is_causal)
+        given, config = context.global_attention_mask, self.config
+        if given is None and self.needs_input_ids and context.input_ids is not None:
+            rule, separator_id = config.global_tokens, config.separator_token_id
+            given = up_to_separator(context.input_ids, separator_id, context.key_padding_mask, rule)
+        return chosen_tokens(given, config.columns, key, context.key_padding_mask, context.is_causal)
 
     def _global_rows(self, index: Tensor, context: AttentionContext) -> Tensor:
         """(B, H, G, D): what the global tokens see, through the projections of their own."""

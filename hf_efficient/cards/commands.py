@@ -53,7 +53,7 @@ def _compared_with(history: list[Step], index: int) -> Step:
 def _command(step: Step, out: str) -> str:
     if step.get("command"):
         return str(step["command"])
-    make = {"convert": _convert, "upcycle": _upcycle, "revert": _revert, "training": _training}
+    make = {"convert": _convert, "import": _import, "upcycle": _upcycle, "revert": _revert, "training": _training}
     return make.get(step["what"], _run)(step, out)
 
 
@@ -73,6 +73,10 @@ def _convert(step: Step, out: str) -> str:
     if settings.get("calibration"):
         words += ["--calibration", settings["calibration"]]
     return shlex.join(words + _loading(step))
+
+
+def _import(step: Step, out: str) -> str:
+    return shlex.join(["hf-efficient", "import", str(step["source"]), out, *_loading(step)])
 
 
 def _upcycle(step: Step, out: str) -> str:

@@ -12,6 +12,7 @@ import typer
 from hf_efficient.cli import common
 from hf_efficient.cli.bench import bench
 from hf_efficient.cli.convert import convert, revert
+from hf_efficient.cli.export import export, import_command
 from hf_efficient.cli.inspect import inspect_command, list_command
 from hf_efficient.cli.options import MechanismCommand
 from hf_efficient.cli.show import ShowCommand, show
@@ -55,6 +56,8 @@ MECHANISM = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("convert", cls=MechanismCommand, context_settings=MECHANISM)(convert)
 app.command("verify")(verify)
 app.command("revert")(revert)
+app.command("export")(export)
+app.command("import")(import_command)
 app.command("list")(list_command)
 app.command("inspect")(inspect_command)
 app.command("show", cls=ShowCommand, context_settings=MECHANISM)(show)

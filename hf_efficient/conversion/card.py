@@ -46,6 +46,11 @@ def write_first_card(folder: Path, model: Any, source: str, title: str) -> None:
         origin=f"{made_from} with {' and '.join(parts)}.",
         cls=type(model).__name__,
     )
+    write_sealed(path, text)
+
+
+def write_sealed(path: Path, text: str) -> None:
+    """Write a card of ours with a last line by which `is_first_card` knows it."""
     path.write_text(text + _seal(text), encoding="utf-8")
 
 

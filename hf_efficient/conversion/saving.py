@@ -62,7 +62,11 @@ class Result:
                 self.tokenizer.save_pretrained(folder)
             if self.source_folder is not None:
                 copy_side_files(self.source_folder, folder, self._text_length())
-            write_first_card(folder, self.model, self.report.source, target.path.name)
+            self._describe(folder, target.path.name)
+
+    def _describe(self, folder: Path, title: str) -> None:
+        """Write what people read of the checkpoint into its folder."""
+        write_first_card(folder, self.model, self.report.source, title)
 
     def _text_length(self) -> int | None:
         """Tokens after which sentence-transformers is to cut texts; `None` = as before."""

@@ -169,7 +169,8 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     Experts stay as they are. In a model with experts alone this undoes `upcycle`, as long as they are still equal.
 
     Raises:
-        ValueError: the model is not a converted one, carries adapters, or has experts alone and they were trained apart.
+        ValueError: the model is not a converted one, was imported, carries adapters, or has experts alone and they were
+            trained apart.
     """
     refuse_adapters(model, "revert")
     if not is_efficient(type(model)):
@@ -178,6 +179,12 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     config, stock = model.config, stock_class(model)
     # a model built from its config never had an original: its position table stays
     source = getattr(config, "efficient_source", {"max_positions": None})
+    if (imported := source.get("import")) is not None:
+        raise ValueError(
+            f"this model was imported from a {imported} checkpoint and never had full attention: "
+            f"hf_efficient.export(model, to={imported!r}), or hf-efficient export … --to {imported}, gives that "
+            "checkpoint again."
+        )
     keeps_experts = bool(getattr(config, "efficient_experts", None) and config.efficient_attention)
     undone = "convert" if config.efficient_attention else "upcycle"
     if undone == "upcycle":

@@ -260,6 +260,8 @@ def naming_global_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
     without global tokens refuses it.
     """
     signature = inspect.signature(forward)
+    if GLOBAL in signature.parameters:
+        return forward
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     # behind `*args` or a keyword-only parameter there can be no positional one

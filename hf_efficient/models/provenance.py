@@ -2,7 +2,8 @@
 
 A step is a dict, as JSON, with at least
 
-    what        "convert", "upcycle", "revert", a run ("distill", "mlm", …), or "training": steps that no run describes
+    what        "convert", "import", "upcycle", "revert", a run ("distill", "mlm", …), or "training": steps that no run
+                describes
     source      folder or Hub id of the checkpoint that it began with
     settings    its options; `command` what was typed, `None` = it was called from Python
     versions    of the packages
@@ -34,7 +35,7 @@ ABSENT = "absent from the source checkpoint"
 HISTORY_NAME = "history.json"
 """Holds the steps of a checkpoint that has neither report."""
 RESULT_NAME = "result.json"
-CHANGES = ("convert", "upcycle", "revert")
+CHANGES = ("convert", "import", "upcycle", "revert")
 """Steps that train nothing."""
 EQUAL, TRAINED, CHANGED = "as in the source", "trained since", "changed, and no run that did it is recorded"
 """What tensors that were copied from a source can be, as `verify` finds them."""
@@ -96,7 +97,7 @@ class Provenance:
     def since(self, source: str | None) -> list[Step]:
         """The steps after a checkpoint of that name; of an unknown one, those from the first conversion on."""
         begins = [i for i, step in enumerate(self.history) if _same(step["source"], source)]
-        made = [i for i, step in enumerate(self.history) if step["what"] in ("convert", "upcycle")]
+        made = [i for i, step in enumerate(self.history) if step["what"] in ("convert", "import", "upcycle")]
         return self.history[(begins or made or [0])[0] :]
 
     def stepped(self, optimizer: str, source: str | None) -> None:

@@ -24,10 +24,13 @@ class GlobalTokens(NamedTuple):
     exists: Tensor
 
 
-def up_to_separator(input_ids: Tensor, separator_id: int, token_mask: Tensor | None = None) -> Tensor:
-    """(B, N) bool: all real tokens up to and including the first real separator.
+def up_to_separator(
+    input_ids: Tensor, separator_id: int | None, token_mask: Tensor | None = None, rule: Any = "question"
+) -> Tensor:
+    """(B, N) bool: all real tokens up to the first real separator.
 
     Args:
+        rule: `"question"`: with the separator. `"before_separator"`: without.
         token_mask: (B, N) bool, True = real token; `None` = all real. Padding may hold the separator's id, too.
 
     Raises:
@@ -37,10 +40,11 @@ def up_to_separator(input_ids: Tensor, separator_id: int, token_mask: Tensor | N
     separator = (input_ids == separator_id) & real
     if not is_captured() and bool((real.any(-1) & ~separator.any(-1)).any()):
         raise ValueError(
-            f"global_tokens='question': a row has no separator (separator_token_id={separator_id}), so that its question "
+            f"global_tokens={rule!r}: a row has no separator (separator_token_id={separator_id}), so that its question "
             "ends nowhere: give question and context as a pair, or global_attention_mask."
         )
-    return (separator.cumsum(-1) - separator.int() == 0) & separator.any(-1, keepdim=True) & real
+    own = separator.int() if rule == "question" else 0
+    return (separator.cumsum(-1) - own == 0) & separator.any(-1, keepdim=True) & real
 
 
 def masked_tokens(mask: Tensor) -> GlobalTokens | None:

@@ -88,7 +88,7 @@ def check_call(
         _count_from_first_tokens(call, shape, info)
     if info.needs_input_ids:
         if call.get("input_ids") is None:
-            raise ValueError("global_tokens='question' looks for separators and needs input_ids, not inputs_embeds.")
+            raise ValueError("global_tokens looks for separators by its rule and needs input_ids, not inputs_embeds.")
         call["efficient_input_ids"] = call["input_ids"]
     if segments is not None:
         call |= _packed(call, segments, info)

@@ -95,8 +95,11 @@ def _geometry(
         max_positions=None,
     )
     reasons = config.attention_class.unsupported(config, geometry)
-    if any(getattr(part, "global_tokens", None) == "question" for part in (config, *getattr(config, "patterns", ()))):
-        reasons.append("global_tokens='question' depends on the text: give positions such as 0,1,2 instead")
+    parts = (config, *getattr(config, "patterns", ()))
+    for part in (one for one in parts if getattr(one, "separator_token_id", None) is not None):
+        reasons.append(
+            f"global_tokens={part.global_tokens!r} depends on the text: give positions such as 0,1,2 instead"
+        )
     if reasons:
         raise ValueError(f"{config.mechanism} can't be drawn like this: {'; '.join(reasons)}.")
     return geometry

@@ -1,0 +1,273 @@
+"""transformers' Longformer classes from BERT, RoBERTa and their relatives with `longformer` or `local`, and back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LongformerConfig, PreTrainedConfig
+
+from hf_efficient.attention.base.registry import attention_config
+from hf_efficient.exporting.names import Names
+from hf_efficient.exporting.target import Call, ClassTarget, Converted, TensorReport, shared_values
+from hf_efficient.ops.global_tokens import up_to_separator
+
+ROBERTA_LIKE = ("roberta", "xlm-roberta", "camembert")
+MECHANISMS = ("longformer", "local")
+MARKING = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")
+"""Heads whose class marks tokens itself where a call gives no `global_attention_mask`."""
+HEADS = ("Model", "ForMaskedLM", "ForTokenClassification", *MARKING)
+# what they mark, as far as it is a rule here; multiple choice marks what is behind the question
+RULES = {"ForSequenceClassification": "first", "ForQuestionAnswering": "before_separator"}
+GLOBAL_PROJECTION = "encoder.layer.*.attention.self.{}*_global.*"
+BERT_HEADS = {
+    "ForMaskedLM": (
+        ("cls.predictions.transform.dense.*", "lm_head.dense.*"),
+        ("cls.predictions.transform.LayerNorm.*", "lm_head.layer_norm.*"),
+        ("cls.predictions.*", "lm_head.*"),
+    ),
+    # the pooler and the linear layer behind it are the two layers of one head there
+    "ForSequenceClassification": (
+        ("bert.pooler.dense.*", "classifier.dense.*"),
+        ("classifier.*", "classifier.out_proj.*"),
+    ),
+}
+PROJECTION = re.compile(r"(.*\.attention\.self\.)(query|key|value)\.(weight|bias)")
+POSITIONS = "embeddings.position_embeddings.weight"
+
+
+def head_of(name: str) -> str:
+    """The head in the name of a stock class: `"ForMaskedLM"`, or `"Model"`."""
+    return re.sub(r"^(Bert|XLMRoberta|Roberta|Camembert|Longformer)", "", name)
+
+
+class LongformerTarget(ClassTarget):
+    """`Longformer…` of the same head. Its windows, its global tokens and their projections are those of `longformer`."""
+
+    name = "longformer"
+
+    def class_name(self, source: Converted) -> str:
+        return f"Longformer{head_of(source.stock.__name__)}"
+
+    def names(self, stock_name: str, mechanism: str) -> Names:
+        prefix = "bert" if stock_name.startswith("Bert") else "roberta"
+        ours, theirs = GLOBAL_PROJECTION.format("efficient."), GLOBAL_PROJECTION.format("")
+        heads = BERT_HEADS.get(head_of(stock_name), ()) if prefix == "bert" else ()
+        inside = ((f"{prefix}.{ours}", f"longformer.{theirs}"), (f"{prefix}.*", "longformer.*"))
+        return Names((*heads, *inside, (ours, theirs)))
+
+    # ---- what can't be said in a Longformer ----------------------------------------------------------------------
+
+    def refusals(self, source: Converted) -> list[str]:
+        config, kind = source.config, source.stock_type
+        if kind not in (*ROBERTA_LIKE, "bert"):
+            relatives = ", ".join((*ROBERTA_LIKE, "bert"))
+            return [f"{kind} has no Longformer class, which {relatives} have: to='stock' takes any model"]
+        head = head_of(source.stock.__name__)
+        is_decoder = getattr(config, "is_decoder", False)
+        reasons = [] if is_decoder else self._refused_attention(source)
+        if head not in HEADS:
+            reasons.append(
+                f"there is no Longformer{head}: load the checkpoint as one of {', '.join(HEADS)} and save it"
+            )
+        if is_decoder:
+            reasons.append("is_decoder=True: a Longformer looks both ways, so convert the model with is_decoder=False")
+        if config.pad_token_id is None:
+            reasons.append(
+                "pad_token_id=None: a Longformer counts positions from it, so set it to that of the tokenizer"
+            )
+        if kind == "bert" and head == "ForMaskedLM" and config.hidden_act != "gelu":
+            reasons.append(
+                f"hidden_act={config.hidden_act!r}: LongformerForMaskedLM has gelu in its head whatever its config says; "
+                "export a BertModel or another head, or use to='stock'"
+            )
+        return reasons
+
+    def _refused_attention(self, source: Converted) -> list[str]:
+        found = source.mechanisms("encoder")
+        exact = [i for i, one in enumerate(found) if one is None]
+        if exact:
+            return [
+                f"layers {exact} keep full attention, which no layer of a Longformer has: convert all layers, with "
+                "longformer and an attention_window for each; one of at least twice the longest input is full attention"
+            ]
+        options: Any = found[0]
+        if any(_without_window(other) != _without_window(options) for other in found):
+            kinds = dict.fromkeys(one.mechanism for one in found if one is not None)
+            return [
+                f"layers differ ({', '.join(kinds)}): all layers of a Longformer have the options of one mechanism, but for "
+                "attention_window; convert all layers with longformer or with local"
+            ]
+        if options.mechanism not in MECHANISMS:
+            return [
+                f"{options.mechanism} has no Longformer class: convert with longformer or local, or use to='stock'"
+            ]
+        return self._refused_options(options)
+
+    def _refused_options(self, options: Any) -> list[str]:
+        reasons = []
+        if options.dilation != 1:
+            reasons.append(f"dilation={options.dilation}: a Longformer has none, so convert with dilation=1")
+        if getattr(options, "sink_tokens", 0):
+            reasons.append(
+                f"sink_tokens={options.sink_tokens}: a Longformer has none; longformer with global_tokens='first' is nearest"
+            )
+        rule = getattr(options, "global_tokens", "none")
+        if isinstance(rule, tuple):
+            reasons.append(
+                f"global_tokens={list(rule)}: no Longformer class holds positions; convert with global_tokens='first' or "
+                "'none', and give global_attention_mask in the calls of the result"
+            )
+        if rule == "question":
+            reasons.append(
+                "global_tokens='question' marks the separator as well, and LongformerForQuestionAnswering what is before "
+                "it: convert with global_tokens='before_separator'"
+            )
+        return reasons
+
+    # ---- config and tensors --------------------------------------------------------------------------------------
+
+    def config_for(self, source: Converted) -> PreTrainedConfig:
+        found: list[Any] = source.mechanisms("encoder")
+        config = LongformerConfig(**shared_values(source.config, LongformerConfig))
+        config.attention_window = [_window(one, layer) for layer, one in enumerate(found)]
+        config.max_position_embeddings += self._padding_rows(source)
+        config.sep_token_id = self._separator(source)
+        return config
+
+    def _separator(self, source: Converted) -> int | None:
+        """None is refused by the class where it needs one, and another token would be taken for one."""
+        rule = getattr(source.first, "separator_token_id", None)
+        of_text = getattr(source.tokenizer, "sep_token_id", None)
+        stored = getattr(source.config, "sep_token_id", None)
+        return next((one for one in (rule, of_text, stored) if one is not None), None)
+
+    def _padding_rows(self, source: Converted) -> int:
+        """Rows of the position table that a Longformer has for padding, and BERT has not."""
+        return source.config.pad_token_id + 1 if source.stock_type == "bert" else 0
+
+    def tensors(self, source: Converted) -> tuple[dict[str, Tensor], TensorReport]:
+        found, report = super().tensors(source)
+        for name, tensor in list(found.items()):
+            rows = self._padding_rows(source)
+            if name.endswith(POSITIONS) and rows:
+                found[name] = torch.cat([tensor[:1].expand(rows, -1), tensor])
+                report[name] |= {"status": "extended", "shape": list(found[name].shape)}
+                report[name]["from"] += f", after {rows} rows for padding, which no token has"
+            # windows alone use no global projections
+            if parts := PROJECTION.fullmatch(name):
+                ours = "{}{}_global.{}".format(*parts.groups())
+                origin = {"status": "initialised", "from": f"copy of {name}", "shape": list(tensor.shape)}
+                report.setdefault(ours, origin)
+                found.setdefault(ours, tensor)
+        return found, report
+
+    # ---- from a Longformer ---------------------------------------------------------------------------------------
+
+    def imported_name(self, name: str) -> str:
+        return f"Roberta{head_of(name)}"
+
+    def options_of(self, model: Any) -> dict[str, Any]:
+        rule = RULES.get(head_of(type(model).__name__), "none")
+        separator = model.config.sep_token_id if rule == "before_separator" else None
+        if rule == "before_separator" and separator is None:
+            raise ValueError("sep_token_id=None: the global tokens of this head end at it; set it in the config.")
+        windows = list(model.config.attention_window)
+        return attention_config(
+            "longformer", attention_window=windows, global_tokens=rule, separator_token_id=separator
+        ).to_dict()
+
+    def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: PreTrainedConfig) -> None:
+        config.sep_token_id = theirs.sep_token_id
+
+    # ---- calls ---------------------------------------------------------------------------------------------------
+
+    def calls(self, source: Converted) -> list[Call]:
+        options = source.first
+        rule, head = getattr(options, "global_tokens", "none"), head_of(source.stock.__name__)
+        separator = getattr(options, "separator_token_id", None)
+        if _marks_itself(rule, head):
+            return [Call(separator_token_id=separator)]
+        if rule == "none":
+            marks = _no_tokens if head in MARKING else None
+            given = [Call(_some_tokens, is_given=True)] if options.mechanism == "longformer" else []
+            return [Call(marks), *given]
+        return [Call(first_tokens if rule == "first" else _Question(separator), separator_token_id=separator)]
+
+    def usage(self, source: Converted) -> str:
+        options = source.first
+        rule, head = getattr(options, "global_tokens", "none"), head_of(source.stock.__name__)
+        if _marks_itself(rule, head) or (rule == "none" and head not in MARKING):
+            return super().usage(source)
+        lines = ['ids = batch["input_ids"]', "mask = torch.zeros_like(ids)"]
+        if rule == "first":
+            lines.append("mask[..., 0] = 1  # each row's first token is global")
+        if rule == "before_separator":
+            is_question = f"(ids == {options.separator_token_id}).cumsum(-1) == 0"
+            lines[1] = f"mask = ({is_question}).long()  # the tokens before the first separator are global"
+        return "\n".join([*lines, "outputs = model(**batch, global_attention_mask=mask)"])
+
+    def conditions(self, source: Converted) -> list[str]:
+        found = ["Equal to the converted model for texts of any length that its position table holds."]
+        if _marks_itself(getattr(source.first, "global_tokens", "none"), head_of(source.stock.__name__)):
+            found.append("The class marks the global tokens itself; a `global_attention_mask` replaces its choice.")
+        return found
+
+    def cautions(self, source: Converted) -> list[str]:
+        found, head = [], head_of(source.stock.__name__)
+        if self.usage(source) != super().usage(source):
+            found.append(
+                "Calls must give `global_attention_mask` as shown: this class does not know the rule of the source."
+            )
+        if source.stock_type == "bert":
+            found.append(
+                "Pad on the right only: a Longformer counts positions from a row's first token that is not padding, and "
+                "BERT from the left edge. `position_ids` in a call are those of BERT plus "
+                f"{self._padding_rows(source)}, and the padding token stands nowhere else."
+            )
+        elif head == "ForSequenceClassification":
+            found.append("Pad on the right: this class marks the first column as global, padding or not.")
+        if head in ("ForQuestionAnswering", "ForMultipleChoice"):
+            found.append("Without `global_attention_mask` this class takes texts with exactly three separators.")
+        return found
+
+
+def _marks_itself(rule: str, head: str) -> bool:
+    """Whether the class of a head marks the very tokens of a rule."""
+    return RULES.get(head) == rule
+
+
+def _window(options: Any, layer: int) -> int:
+    window = options.attention_window
+    return window[layer] if isinstance(window, tuple) else window
+
+
+def _without_window(options: Any) -> Any:
+    if options.mechanism not in MECHANISMS:
+        return options
+    return replace(options, attention_window=2, layers=None, side=None, implementation="auto")
+
+
+def first_tokens(ids: Tensor, real: Tensor) -> Tensor:
+    """(B, N) marks of each row's first column; rows are padded on the right."""
+    return (torch.arange(ids.shape[-1], device=ids.device) == 0).long().expand(ids.shape)
+
+
+def _no_tokens(ids: Tensor, real: Tensor) -> Tensor:
+    return torch.zeros_like(ids)
+
+
+def _some_tokens(ids: Tensor, real: Tensor) -> Tensor:
+    """Every seventh token and the first one, as far as they are real."""
+    return ((torch.arange(ids.shape[-1], device=ids.device) % 7 == 0) & real.bool()).long().expand(ids.shape)
+
+
+class _Question:
+    def __init__(self, separator: Any):
+        self.separator = separator
+
+    def __call__(self, ids: Tensor, real: Tensor) -> Tensor:
+        return up_to_separator(ids, self.separator, real.bool(), "before_separator").long()

@@ -1,0 +1,101 @@
+"""Longformer and LongT5 checkpoints as converted models: equal to their own classes, and back bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from command_line import document, run
+from command_line import error as command_error
+from long_models import HEADS, batch_for, error, long_model, same_tensors
+from tiny import tiny_tokenizer
+
+import hf_efficient as he
+from hf_efficient.conversion.loading import load_converted
+from hf_efficient.testing import tiny_model
+
+ROWS = [
+    *((f"Longformer{head}", {}) for head in HEADS),
+    ("LongT5ForConditionalGeneration", dict(encoder_attention_type="local", feed_forward_proj="gated-gelu")),
+    ("LongT5ForConditionalGeneration", dict(encoder_attention_type="transient-global", tie_word_embeddings=False)),
+    ("LongT5EncoderModel", dict(encoder_attention_type="transient-global", global_block_size=5)),
+    ("LongT5Model", dict(encoder_attention_type="local", num_decoder_layers=1)),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), ROWS)
+def test_imported_models_equal_their_own_class_and_go_back_bit_for_bit(name, options, tmp_path):
+    theirs = long_model(name, **options)
+    folder = tmp_path / "theirs"
+    theirs.save_pretrained(folder)
+    result = he.import_checkpoint(folder, lengths=(33,))
+    loaded = load_converted(result.save(tmp_path / "ours"))
+    assert result.report.counts()["copied"] == len(loaded.state_dict()) == len(result.report.tensors)
+    for length in (21, 77):
+        batch = batch_for(theirs, length)
+        with torch.no_grad():
+            # the marks of multiple choice are no rule here
+            given = {"global_attention_mask": torch.zeros_like(batch["input_ids"])} if "Choice" in name else {}
+            assert error(loaded(**batch, **given), theirs(**batch, **given), batch) <= 1e-5
+    kind = theirs.config.model_type
+    with pytest.raises(ValueError, match=rf"imported from a {kind} checkpoint .* --to {kind}"):
+        he.revert(loaded)
+    back = he.export(tmp_path / "ours", kind, lengths=(33,)).save(tmp_path / "back")
+    same_tensors(type(theirs).from_pretrained(back), theirs)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, back))
+    # T5's encoder says of itself that it has no decoder
+    lost = {"is_encoder_decoder", "use_cache"} if name == "LongT5EncoderModel" else set()
+    assert {k: v for k, v in before.items() if k not in lost} == {k: v for k, v in after.items() if k not in lost}
+    if name != "LongT5EncoderModel":  # which AutoModel takes for half a model
+        assert type(transformers.AutoModel.from_pretrained(tmp_path / "ours")).__name__.startswith("Efficient")
+
+
+def test_global_tokens_that_a_call_marks_are_those_of_the_class():
+    theirs = long_model("LongformerForMaskedLM")
+    ours = he.import_checkpoint(theirs, lengths=(33,)).model
+    batch = batch_for(theirs, 50)
+    marks = torch.zeros_like(batch["input_ids"])
+    marks[:, [0, 9, 20]] = 1
+    with torch.no_grad():
+        expected = theirs(**batch, global_attention_mask=marks)
+        assert error(ours(**batch, global_attention_mask=marks), expected, batch) <= 1e-5
+        assert error(ours(**batch), expected, batch) > 0.01
+
+
+def test_imports_and_their_refusals_at_the_command_line(tmp_path):
+    theirs = long_model("LongformerForQuestionAnswering", max_position_embeddings=258)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tiny_tokenizer("roberta", 256).save_pretrained(tmp_path / "theirs")
+    out = tmp_path / "ours"
+    told = document("import", tmp_path / "theirs", out, "--lengths", "40")
+    group = told["efficient_attention"][0]
+    assert (group["global_tokens"], group["separator_token_id"]) == ("before_separator", 7)
+    assert (
+        told["history"][-1]["what"] == "import" and max(row["error"] for row in told["history"][-1]["checks"]) <= 1e-5
+    )
+    assert transformers.AutoTokenizer.from_pretrained(out).model_max_length == 256
+    assert "hf-efficient export" in command_error("revert", out, tmp_path / "reverted")
+    run("card", out)
+    assert f"hf-efficient import {tmp_path / 'theirs'}" in (out / "README.md").read_text()
+    tiny_model("bert").save_pretrained(tmp_path / "bert")
+    assert "bert checkpoint, which is not imported" in command_error("import", tmp_path / "bert", tmp_path / "x")
+    with pytest.raises(ValueError, match="attention_window can't be chosen here"):
+        he.import_checkpoint(theirs, attention_window=64)
+    with pytest.raises(ValueError, match="more than tolerance=1e-12"):
+        he.import_checkpoint(theirs, lengths=(40,), tolerance=1e-12)
+
+
+def test_a_separator_ends_the_question_with_it_or_before_it():
+    model = he.convert(
+        tiny_model("bert"), "longformer", attention_window=4, global_tokens="before_separator", separator_token_id=7
+    ).model
+    batch = batch_for(model, 40)
+    marks = torch.zeros_like(batch["input_ids"])
+    for row, ids in zip(marks, batch["input_ids"], strict=True):
+        row[: int((ids == 7).nonzero()[0])] = 1
+    with torch.no_grad():
+        assert error(model(**batch), model(**batch, global_attention_mask=marks), batch) <= 1e-6
+        marks[:, 10] = 1
+        assert error(model(**batch), model(**batch, global_attention_mask=marks), batch) > 1e-3
