@@ -25,6 +25,7 @@ _PUBLIC = {
     "conversion.calibrate": ("calibrate",),
     "conversion.convert": ("ConversionReport", "convert"),
     "conversion.upcycle": ("UpcyclingReport", "upcycle"),
+    "evaluation.positions": ("perplexity_by_position",),
     "evaluation.verify": ("FidelityReport", "verify"),
     "exporting.export": ("export",),
     "exporting.import_checkpoint": ("import_checkpoint",),

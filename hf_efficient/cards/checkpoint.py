@@ -19,6 +19,7 @@ from hf_efficient.cards.experts import PAPERS, TAG, experts_limits, experts_sect
 from hf_efficient.cards.facts import README, CardFacts, gather, is_hub_id
 from hf_efficient.cards.markdown import table
 from hf_efficient.conversion.card import is_first_card
+from hf_efficient.conversion.inspect import length_words
 from hf_efficient.models.provenance import CHANGED, CHANGES, Step, described, runs
 from hf_efficient.profiling.json_files import whole_file
 
@@ -195,12 +196,10 @@ def _heading(facts: CardFacts) -> str:
     parts = [f"efficient attention: {', '.join(facts.mechanisms)}"] if facts.mechanisms else []
     parts += [experts_words(facts.experts)] if facts.experts else []
     what = f"{of if source else 'its source (' + NOT_RECORDED + ')'} with {'; and '.join(parts)}"
-    length = facts.inspected["max_positions"]
     lines = [f"# {facts.name}", f"`{name}` made from {what}."]
     if facts.adapter is not None:
         lines.append(f"This folder holds adapters of `{facts.adapter['base_model_name_or_path']}`.")
-    if length is not None:
-        lines.append(f"Longest input: {length} tokens.")
+    lines.append(f"Inputs: {length_words(facts.inspected['lengths'], facts.inspected['made_for'])}.")
     return "\n\n".join(lines)
 
 
@@ -379,9 +378,10 @@ def _limits(facts: CardFacts) -> str:
     lines += experts_limits(facts.experts) if facts.experts else []
     if facts.mechanisms:
         lines.append("`output_attentions=True` is refused: attention weights are never built.")
-    before, now = (facts.config.get("efficient_source") or {}).get("max_positions"), facts.inspected["max_positions"]
-    if before is not None and now is not None and before < now:
-        lines.append(f"The original has {before} positions; longer inputs were not tested.")
+    source = facts.config.get("efficient_source") or {}
+    before = source.get("max_position_embeddings", source.get("max_positions"))
+    if before is not None and any(n is not None and before < n for n in facts.inspected["made_for"].values()):
+        lines.append(f"The original was made for {before} tokens; longer inputs were not tested.")
     lines.append("The original's limits and biases apply to this model too.")
     return "\n".join(f"- {line}" for line in lines)
 

@@ -137,9 +137,9 @@ def _tensor_rows(report: ConversionReport) -> list[list[Any]]:
             named[tensor["status"]].append(entry)
     rows: list[list[Any]] = [[status, report.counts()[status], "\n".join(named[status])] for status in named]
     if report.short_inputs is not None:
-        rows.append(
-            [f"positions: {report.positions}", report.max_positions, f"short inputs are {report.short_inputs}"]
-        )
+        sides = report.lengths if len(set(report.lengths.values())) > 1 else {}
+        lengths = "\n".join(f"{side} {length}" for side, length in sides.items()) or report.max_positions
+        rows.append([f"positions: {report.positions}", lengths, f"short inputs are {report.short_inputs}"])
     if report.calibration is not None:
         from hf_efficient.corpus import TextUse
 

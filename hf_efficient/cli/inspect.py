@@ -79,7 +79,7 @@ def inspect_command(
     """Show what a checkpoint uses layer by layer, and what an original could take; no weights are loaded."""
     with running():
         require_source(checkpoint)
-        from hf_efficient.conversion.inspect import inspect_checkpoint
+        from hf_efficient.conversion.inspect import inspect_checkpoint, length_words
 
         place = dict(revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
         given = {name: value for name, value in place.items() if value is not None}
@@ -92,8 +92,8 @@ def inspect_command(
     else:
         rows = [[p["side"], p["mechanism"], p["possible"], "; ".join(p["reasons"]), p["training"]] for p in possible]
         headings = ["side", "mechanism", "possible", "why not, with default options", "training"]
-    length = facts["max_positions"] or "no table of"
-    title = f"{checkpoint}: {facts['model_class']}, {len(layers)} layers, {length} positions"
+    length = length_words(facts["lengths"], facts["made_for"])
+    title = f"{checkpoint}: {facts['model_class']}, {len(layers)} layers, {length}"
     if facts["experts"]:
         title += f", {facts['experts']['num_experts']} experts"
     emit(facts, as_json, title, headings, rows)

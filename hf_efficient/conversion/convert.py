@@ -38,6 +38,7 @@ class ConversionReport(Report):
         source, revision: where the original came from.
         model_class: the stock class, whose Efficient form the result is.
         efficient_attention: the installed options, as JSON.
+        lengths: {side: longest input, in tokens, that this stack is made for now; `None` = any}.
         max_positions, positions, rope: usable positions after conversion, how the model got there, and numbers given for it.
         short_inputs: what that method does to inputs up to the old length: "unchanged", "changed", or `None` = no method.
         tensors: {name: {"status": "copied" | "extended" | "initialised" | "random", "from": …, "shape": […]}}; "random"
@@ -63,6 +64,7 @@ class ConversionReport(Report):
     fidelity: dict[str, Any] | None = None
     family: dict[str, str] | None = None
     rope: dict[str, Any] | None = None
+    lengths: dict[str, int | None] = field(default_factory=dict)
     short_inputs: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=versions)
@@ -162,6 +164,7 @@ def convert(
         max_positions=host.max_positions or max_positions,
         positions=provenance.history[-1]["settings"]["positions"],
         rope=provenance.history[-1]["settings"]["rope"],
+        lengths=host.made_for,
         short_inputs=host.short_inputs(max_positions, provenance.history[-1]["settings"]["positions"]),
         tensors=_account(opened.model, before, origins, resized, opened.missing),
         ignored=opened.ignored,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModel
 
 from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms, training_words
-from hf_efficient.families import AttentionLayer, ModelFamily, Stack, family_of
+from hf_efficient.families import AttentionLayer, HostModel, ModelFamily, Stack, family_of
 from hf_efficient.models.loading import class_named, read_config, require_architecture
 from hf_efficient.models.provenance import REPORT_NAME
 from hf_efficient.models.registry import named_class
@@ -27,11 +28,11 @@ def inspect_checkpoint(name: str, model_class: Any = None, **location: Any) -> d
         location: `revision`, `subfolder`, `cache_dir`, `token`, as for `convert`.
 
     Returns:
-        `model_class`, `model_type`, `family`, `converted`, `max_positions` (`None` = any length), `layers`, each
-        with `side`, `layer`, `mechanism`, `options` and `training` (whether the mechanism needs it); `mechanisms`, each
-        with `side`, `possible`, the `reasons` against it at default options, and `training` (empty for converted
-        checkpoints); `experts`, the options of sparse experts or `None`; `source`, the checkpoint it was converted from, if
-        its report is there.
+        `model_class`, `model_type`, `family`, `converted`, `max_positions`, the longest input (`None` = any length);
+        `lengths` and `made_for`, {side: longest input of this stack, and what it was made for}; `layers`, each with `side`,
+        `layer`, `mechanism`, `options` and `training` (whether the mechanism needs it); `mechanisms`, each with `side`,
+        `possible`, the `reasons` against it at default options, and `training` (empty for converted checkpoints); `experts`,
+        the options of sparse experts or `None`; `source`, the checkpoint it was converted from, if its report is there.
 
     Raises:
         ValueError: an architecture without a family. OSError: no such checkpoint.
@@ -45,7 +46,8 @@ def inspect_checkpoint(name: str, model_class: Any = None, **location: Any) -> d
     cls = given or named_class(config)
     with torch.device("meta"):
         model = AutoModel.from_config(config) if cls is None else cls(config)
-    stacks = family.stacks(model)
+    host = HostModel.of(model)
+    stacks = host.stacks
     report = Path(name, location.get("subfolder") or "") / REPORT_NAME
     return {
         "checkpoint": name,
@@ -54,11 +56,26 @@ def inspect_checkpoint(name: str, model_class: Any = None, **location: Any) -> d
         "family": family.model_type,
         "converted": converted,
         "source": read_json(report).get("source") if converted and report.is_file() else None,
-        "max_positions": family.positions.limit(config),
+        "max_positions": host.max_positions,
+        "lengths": host.lengths,
+        "made_for": host.made_for,
         "experts": getattr(config, "efficient_experts", None),
         "layers": [_layer(stack, layer) for stack in stacks for layer in stack.layers],
         "mechanisms": [] if converted else [_fit(n, family, stack) for stack in stacks for n in list_mechanisms()],
     }
+
+
+def length_words(lengths: Mapping[str, int | None], made_for: Mapping[str, int | None]) -> str:
+    """How long inputs may be, by what `inspect_checkpoint` says of each side: "512 positions", "any length", …"""
+    takes, meant = (
+        str(next(iter(values.values()), None))
+        if len(set(values.values())) < 2
+        else ", ".join(f"{side} {n}" for side, n in values.items())
+        for values in (lengths, made_for)
+    )
+    if None not in lengths.values():
+        return f"{takes} positions"
+    return "any length" if None in made_for.values() else f"any length, made for {meant}"
 
 
 def _layer(stack: Stack, layer: AttentionLayer) -> dict[str, Any]:

@@ -30,6 +30,9 @@ def chosen_lengths(lengths: Sequence[int] | None, source: Converted) -> list[int
         ValueError: a length that is no integer ≥ 1, or more than the model has positions.
     """
     most = source.host.max_positions
+    decoder = source.host.lengths.get("decoder")
+    if most is not None and decoder is not None and source.model.config.is_encoder_decoder:
+        most = min(most, 2 * decoder)  # half of the tokens go to the decoder
     if lengths is not None and source.model.main_input_name != "input_ids":
         raise ValueError(
             f"lengths={lengths!r}: {source.stock.__name__} takes {source.model.main_input_name}, whose size its "

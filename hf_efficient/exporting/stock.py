@@ -50,12 +50,16 @@ class StockTarget(Target):
 
     def build(self, source: Converted) -> tuple[PreTrainedModel, TensorReport]:
         model = stock_model(source)
-        ours = source.model.state_dict()
+        ours, extended = source.model.state_dict(), _as_long_as_the_longest(model)
         report = {
-            name: {"status": "copied", "from": name, "shape": list(tensor.shape)}
+            name: {"status": "extended" if name in extended else "copied", "from": name, "shape": list(tensor.shape)}
             for name, tensor in model.state_dict().items()
         }
-        changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, ours[name])]
+        changed = [
+            name
+            for name, tensor in model.state_dict().items()
+            if not torch.equal(tensor[: len(ours[name])] if name in extended else tensor, ours[name])
+        ]
         if changed:
             raise ValueError(f"{changed[0]} would differ from the converted model's: nothing was exported.")
         return model.eval(), report
@@ -83,8 +87,16 @@ def stock_model(source: Converted) -> PreTrainedModel:
     model = copy.deepcopy(source.model)
     before = getattr(model.config, "efficient_source", {})
     stored = {name: value for name, value in before.items() if name != "import"}
-    model.config.efficient_source = stored | {"max_positions": None}
+    model.config.efficient_source = stored | {"lengthened": []}
     return revert(model)
+
+
+def _as_long_as_the_longest(model: PreTrainedModel) -> list[str]:
+    """Give both stacks the longest input of either, as a stock config has one number for them; the tensors that changed."""
+    host = HostModel.of(model)
+    lengths = {side: length for side, length in host.lengths.items() if length is not None}
+    shorter = [side for side, length in lengths.items() if length < max(lengths.values())]
+    return host.lengthen(max(lengths.values()), sides=shorter) if shorter else []
 
 
 def trained_parameters(source: Converted) -> list[str]:

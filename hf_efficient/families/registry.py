@@ -142,6 +142,11 @@ class HostModel:
         """{side: longest input, in tokens, that this stack can take; `None` = any}."""
         return {stack.side: self.family.positions.length(stack) for stack in self.stacks}
 
+    @property
+    def made_for(self) -> dict[str, int | None]:
+        """{side: longest input, in tokens, that this stack was made for; `None` = any}."""
+        return {stack.side: self.family.positions.made_for(stack) for stack in self.stacks}
+
     def set_lengths(self, lengths: Mapping[str, int]) -> None:
         """Give stacks that are being built the lengths that a checkpoint has: see `PositionScheme.set_length`."""
         for stack in self.stacks:

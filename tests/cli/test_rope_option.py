@@ -22,6 +22,8 @@ def test_rope_on_the_command_line_is_made_again_by_the_card(tmp_path):
     assert (parameters["rope_type"], parameters["factor"], parameters["beta_fast"]) == ("yarn", 4.0, 64)
     card = checkpoint_card(str(out)).text
     assert "Lengthened by positions=yarn; short inputs: changed." in card
+    for text in (card, run("inspect", out).stdout.replace("\n", " ")):
+        assert "any length, made for 640" in text
     (command,) = [line for line in card.splitlines() if line.startswith("hf-efficient convert")]
     words = shlex.split(command)
     words[3] = str(again)

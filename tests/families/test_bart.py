@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from command_line import document, run
+from tiny import tiny_tokenizer
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import hf_efficient as he
+from hf_efficient.cards.checkpoint import checkpoint_card
 from hf_efficient.families import HostModel
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
@@ -85,6 +89,34 @@ def test_groups_of_both_stacks_and_a_decoder_alone():
     converted = he.convert(alone, "local", attention_window=2 * NEW, max_positions=NEW).model
     assert HostModel.of(converted).lengths == {"decoder": NEW}
     assert_close(logits(converted, 90, 0), before, 1e-5)
+
+
+def test_a_stock_export_has_one_length_for_both_stacks(tmp_path):
+    model = tiny_model("bart")
+    result = he.convert(model, "local", attention_window=2 * NEW, max_positions=NEW)
+    expected = logits(result.model, NEW, OLD)
+    exported = he.export(result.model, "stock")
+    assert exported.report.tensors["model.decoder.embed_positions.weight"]["status"] == "extended"
+    loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(exported.save(tmp_path / "stock"))
+    assert type(loaded) is transformers.BartForConditionalGeneration
+    assert HostModel.of(loaded).lengths == {"encoder": NEW, "decoder": NEW}
+    assert_close(logits(loaded, NEW, OLD), expected, 1e-5)
+
+
+def test_lengths_are_told_where_checkpoints_are_described(tmp_path):
+    tiny_model("bart").save_pretrained(tmp_path / "source")
+    tiny_tokenizer("roberta").save_pretrained(tmp_path / "source")
+    options = ["--attention", "local", "--attention-window", 8, "--max-positions", NEW]
+    told = document("convert", tmp_path / "source", tmp_path / "long", *options)
+    assert told["lengths"] == {"encoder": NEW, "decoder": OLD}
+    assert f"encoder {NEW}, decoder {OLD} positions" in run("inspect", tmp_path / "long").stdout.replace("\n", " ")
+    card = checkpoint_card(str(tmp_path / "long")).text
+    assert f"Inputs: encoder {NEW}, decoder {OLD} positions." in card
+    assert f"The original was made for {OLD} tokens; longer inputs were not tested." in card
+    assert AutoTokenizer.from_pretrained(tmp_path / "long").model_max_length == NEW
+    shown = run("convert", tmp_path / "source", tmp_path / "answers", *options, "--side", "decoder").stdout
+    assert f"encoder {OLD}" in shown and f"decoder {NEW}" in shown
+    assert AutoTokenizer.from_pretrained(tmp_path / "answers").model_max_length == 128
 
 
 @pytest.mark.parametrize("model_type", ["bart", "pegasus", "m2m_100"])

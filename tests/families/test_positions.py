@@ -88,6 +88,14 @@ def test_rotary_positions_are_those_of_a_model_built_so(positions: str, tmp_path
             assert getattr(reverted.config, name) == settings[name]
 
 
+def test_a_stock_export_keeps_the_longer_positions(tmp_path):
+    model = he.convert(tiny_llama(), "local", **WIDE, max_positions=NEW, positions="yarn").model
+    parameters, long = model.config.rope_parameters, logits(model, 300)
+    loaded = LlamaForCausalLM.from_pretrained(he.export(model, "stock").save(tmp_path / "stock"))
+    assert (loaded.config.max_position_embeddings, loaded.config.rope_parameters) == (NEW, parameters)
+    assert_close(logits(loaded, 300), long, 1e-5, where=inputs_for(model, length=300)["attention_mask"])
+
+
 def _longer(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"max_position_embeddings": NEW, "rope_parameters": copy.deepcopy(parameters)}
 
