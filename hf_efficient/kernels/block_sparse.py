@@ -2,6 +2,8 @@
 
     logit_ij = scaling · q_i · k_j + bias_h(j - i),    p = softmax over the visible j,    out_i = Σ_j p_ij v_j
 
+or with capped logits c · tanh(scaling · q_i · k_j / c) in place of the product.
+
 One program computes one work item of a `TileTable`: a block of queries and a range of the tiles that it sees, first the slow
 ones (element mask, bias tile), then the fast ones (neither). Long rows are split into several items, whose partial results
 lie in slots and are merged by `combine`. Exponents are to base 2 inside; the log-sum-exp that leaves is natural.
@@ -95,16 +97,23 @@ def store_vector(X, x, count, R: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def logits(left, right, MASKS, BIAS, keep, q_pos, k_pos, q_seg, k_seg, qk_scale,
-           R: tl.constexpr, C: tl.constexpr, SLOW: tl.constexpr, KEYS_FIRST: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
+def scores(left, right, qk_scale, cap, PRECISION: tl.constexpr):
+    """[R, C] scores to base 2, left · right · qk_scale; with a cap `cap · tanh(u)`, where that product is 2 u log₂ e."""
+    s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * qk_scale
+    if cap is not None:
+        s = cap - 2.0 * cap / (1.0 + tl.exp2(s))
+    return s
+
+
+@triton.jit
+def hidden(s, MASKS, BIAS, keep, q_pos, k_pos, q_seg, k_seg,
+           R: tl.constexpr, C: tl.constexpr, SLOW: tl.constexpr, KEYS_FIRST: tl.constexpr):  # fmt: skip
     """[R, C] logits to base 2, -inf in place of whatever the element mask, padding, positions or segments hide.
 
     Rows are queries and columns keys, or with KEYS_FIRST the other way round. MASKS points at this tile's mask, which a fast
     tile lacks, and BIAS at its bias, which in a fast tile is one number.
     """
     never = -float("inf")
-    s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * qk_scale
     if SLOW:
         at = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
         if BIAS is not None:
@@ -130,10 +139,10 @@ def logits(left, right, MASKS, BIAS, keep, q_pos, k_pos, q_seg, k_seg, qk_scale,
 
 
 @triton.jit
-def row_tile(q, t, OTHER, MASK, CLASS, MASKS, BIAS, K, V, KEEP, q_pos, KPOS, q_seg, KSEG, sk, sv, S, qk_scale,
+def row_tile(q, t, OTHER, MASK, CLASS, MASKS, BIAS, K, V, KEEP, q_pos, KPOS, q_seg, KSEG, sk, sv, S, qk_scale, cap,
              BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
              SLOW: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr):  # fmt: skip
-    """Keys, values and [BM, BN] hidden logits of tile t of a query block; K, V and the vectors point at their head."""
+    """Keys, values, [BM, BN] scores and hidden logits of tile t of a query block; pointers stand at their head."""
     start = tl.load(OTHER + t).to(tl.int64) * BN
     count = S - start
     k = load_tile(K + start * sk, sk, count, BN, D, BD, EVEN, UP)
@@ -153,8 +162,8 @@ def row_tile(q, t, OTHER, MASK, CLASS, MASKS, BIAS, K, V, KEEP, q_pos, KPOS, q_s
     k_seg = KSEG
     if KSEG is not None:
         k_seg = load_vector(KSEG + start, count, 0, BN, EVEN)
-    s = logits(q, k, masks, bias, keep, q_pos, k_pos, q_seg, k_seg, qk_scale, BM, BN, SLOW, False, PRECISION)
-    return k, v, s
+    x = scores(q, k, qk_scale, cap, PRECISION)
+    return k, v, x, hidden(x, masks, bias, keep, q_pos, k_pos, q_seg, k_seg, BM, BN, SLOW, False)
 
 
 @triton.jit
@@ -179,7 +188,7 @@ def finish(acc, top, total):
 @triton.jit
 def forward(Q, K, V, OUT, LSE, PART, PART_LSE, WORK, OTHER, MASK, CLASS, MASKS, BIAS, KEEP, QPOS, KPOS, QSEG, KSEG,
             sqb, sqh, sq, skb, skh, sk, svb, svh, sv, sob, soh, so,
-            N, S, items, slots, classes, pos_heads, seg_heads, qk_scale,
+            N, S, items, slots, classes, pos_heads, seg_heads, qk_scale, cap,
             H: tl.constexpr, HK: tl.constexpr, PER_HEAD: tl.constexpr, EVEN_N: tl.constexpr, EVEN_S: tl.constexpr,
             BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
             PRECISION: tl.constexpr, UP: tl.constexpr):  # fmt: skip
@@ -208,12 +217,12 @@ def forward(Q, K, V, OUT, LSE, PART, PART_LSE, WORK, OTHER, MASK, CLASS, MASKS, 
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
     for t in range(tl.load(item + 2), tl.load(item + 3)):
-        k, v, s = row_tile(q, t, OTHER, MASK, CLASS, MASKS, BIAS, K, V, KEEP, q_pos, KPOS, q_seg, KSEG, sk, sv, S,
-                           qk_scale, BM, BN, D, BD, True, EVEN_S, PRECISION, UP)  # fmt: skip
+        k, v, _, s = row_tile(q, t, OTHER, MASK, CLASS, MASKS, BIAS, K, V, KEEP, q_pos, KPOS, q_seg, KSEG, sk, sv, S,
+                              qk_scale, cap, BM, BN, D, BD, True, EVEN_S, PRECISION, UP)  # fmt: skip
         acc, top, total = attend_tile(acc, top, total, k, v, s, PRECISION)
     for t in range(tl.load(item + 4), tl.load(item + 5)):
-        k, v, s = row_tile(q, t, OTHER, MASK, CLASS, MASKS, BIAS, K, V, KEEP, q_pos, KPOS, q_seg, KSEG, sk, sv, S,
-                           qk_scale, BM, BN, D, BD, False, True, PRECISION, UP)  # fmt: skip
+        k, v, _, s = row_tile(q, t, OTHER, MASK, CLASS, MASKS, BIAS, K, V, KEEP, q_pos, KPOS, q_seg, KSEG, sk, sv, S,
+                              qk_scale, cap, BM, BN, D, BD, False, True, PRECISION, UP)  # fmt: skip
         acc, top, total = attend_tile(acc, top, total, k, v, s, PRECISION)
     out, lse = finish(acc, top, total)
     if slot < 0:

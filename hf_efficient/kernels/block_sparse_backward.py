@@ -4,6 +4,8 @@
     dq_i = scaling · Σ_j ds_ij k_j,  dk_j = scaling · Σ_i ds_ij q_i,  dv_j = Σ_i p_ij dout_i,
     dbias_h(o) = Σ_{j - i = o} ds_ij
 
+With capped logits dq and dk get ds_ij (1 - t_ij²), t_ij = tanh(scaling · q_i · k_j / c).
+
 Queries, keys and bias have a kernel each, which reads the tiles by query block, by key block and by bias class. No sum is
 shared between programs, so nothing is atomic and two runs give the same bits. Conventions are those of `block_sparse`.
 
@@ -17,11 +19,12 @@ import triton.language as tl
 
 from hf_efficient.kernels.block_sparse import (
     LOG2E,
+    hidden,
     load_tile,
     load_vector,
     locate,
-    logits,
     row_tile,
+    scores,
     store_tile,
     store_vector,
 )
@@ -56,17 +59,26 @@ def row_delta(OUT, DOUT, LSE, DLSE, DELTA, sob, soh, so, sgb, sgh, sg, slb, slh,
 
 
 @triton.jit
-def query_step(dq, do, lse, delta, k, v, s, PRECISION: tl.constexpr):
+def before_cap(ds, x, cap):
+    """The gradient of scores from that of `x`, what a cap made of them; without a cap they are `x`."""
+    if cap is not None:
+        t = x * (1.0 / cap)
+        ds *= 1.0 - t * t
+    return ds
+
+
+@triton.jit
+def query_step(dq, do, lse, delta, k, v, x, s, cap, PRECISION: tl.constexpr):
     """dq with one more tile's share."""
     p = tl.exp2(s - lse[:, None])
-    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    ds = before_cap(p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]), x, cap)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit
 def query_gradient(Q, K, V, DOUT, LSE, DELTA, DQ, PART, WORK, OTHER, MASK, CLASS, MASKS, BIAS, KEEP, QPOS, KPOS, QSEG, KSEG,
                    sqb, sqh, sq, skb, skh, sk, svb, svh, sv, sgb, sgh, sg, sdb, sdh, sd,
-                   N, S, items, slots, classes, pos_heads, seg_heads, qk_scale, scaling,
+                   N, S, items, slots, classes, pos_heads, seg_heads, qk_scale, cap, scaling,
                    H: tl.constexpr, HK: tl.constexpr, PER_HEAD: tl.constexpr, EVEN_N: tl.constexpr, EVEN_S: tl.constexpr,
                    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                    PRECISION: tl.constexpr, UP: tl.constexpr):  # fmt: skip
@@ -94,13 +106,13 @@ def query_gradient(Q, K, V, DOUT, LSE, DELTA, DQ, PART, WORK, OTHER, MASK, CLASS
     delta = load_vector(DELTA + (b * H + h) * N + start, count, 0.0, BM, EVEN_N)
     dq = tl.zeros([BM, BD], tl.float32)
     for t in range(tl.load(item + 2), tl.load(item + 3)):
-        k, v, s = row_tile(q, t, OTHER, MASK, CLASS, MASKS, BIAS, K, V, KEEP, q_pos, KPOS, q_seg, KSEG, sk, sv, S,
-                           qk_scale, BM, BN, D, BD, True, EVEN_S, PRECISION, UP)  # fmt: skip
-        dq = query_step(dq, do, lse, delta, k, v, s, PRECISION)
+        k, v, x, s = row_tile(q, t, OTHER, MASK, CLASS, MASKS, BIAS, K, V, KEEP, q_pos, KPOS, q_seg, KSEG, sk, sv, S,
+                              qk_scale, cap, BM, BN, D, BD, True, EVEN_S, PRECISION, UP)  # fmt: skip
+        dq = query_step(dq, do, lse, delta, k, v, x, s, cap, PRECISION)
     for t in range(tl.load(item + 4), tl.load(item + 5)):
-        k, v, s = row_tile(q, t, OTHER, MASK, CLASS, MASKS, BIAS, K, V, KEEP, q_pos, KPOS, q_seg, KSEG, sk, sv, S,
-                           qk_scale, BM, BN, D, BD, False, True, PRECISION, UP)  # fmt: skip
-        dq = query_step(dq, do, lse, delta, k, v, s, PRECISION)
+        k, v, x, s = row_tile(q, t, OTHER, MASK, CLASS, MASKS, BIAS, K, V, KEEP, q_pos, KPOS, q_seg, KSEG, sk, sv, S,
+                              qk_scale, cap, BM, BN, D, BD, False, True, PRECISION, UP)  # fmt: skip
+        dq = query_step(dq, do, lse, delta, k, v, x, s, cap, PRECISION)
     dq *= scaling
     if slot < 0:
         store_tile(DQ + b * sdb + h * sdh + start * sd, dq, sd, count, BM, D, BD, EVEN_N)
@@ -111,7 +123,7 @@ def query_gradient(Q, K, V, DOUT, LSE, DELTA, DQ, PART, WORK, OTHER, MASK, CLASS
 
 @triton.jit
 def column_tile(dk, dv, k, v, t, OTHER, MASK, CLASS, MASKS, BIAS, Q, DOUT, LSE, DELTA, keep, QPOS, k_pos, QSEG, k_seg,
-                sq, sg, N, qk_scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                sq, sg, N, qk_scale, cap, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                 SLOW: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr):  # fmt: skip
     """dk and dv with the share of tile t of a key block, computed transposed; pointers stand at their head."""
     start = tl.load(OTHER + t).to(tl.int64) * BM
@@ -132,10 +144,11 @@ def column_tile(dk, dv, k, v, t, OTHER, MASK, CLASS, MASKS, BIAS, Q, DOUT, LSE, 
     q_seg = QSEG
     if QSEG is not None:
         q_seg = load_vector(QSEG + start, count, 0, BM, EVEN)
-    s = logits(k, q, masks, bias, keep, q_pos, k_pos, q_seg, k_seg, qk_scale, BN, BM, SLOW, True, PRECISION)
+    x = scores(k, q, qk_scale, cap, PRECISION)
+    s = hidden(x, masks, bias, keep, q_pos, k_pos, q_seg, k_seg, BN, BM, SLOW, True)
     p = tl.exp2(s - lse[None, :])
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+    ds = before_cap(p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :]), x, cap)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -144,15 +157,19 @@ def column_tile(dk, dv, k, v, t, OTHER, MASK, CLASS, MASKS, BIAS, Q, DOUT, LSE, 
 def key_gradient(Q, K, V, DOUT, LSE, DELTA, DK, DV, PART_K, PART_V, WORK, OTHER, MASK, CLASS, MASKS, BIAS,
                  KEEP, QPOS, KPOS, QSEG, KSEG,
                  sqb, sqh, sq, skb, skh, sk, svb, svh, sv, sgb, sgh, sg, sdb, sdh, sd,
-                 N, S, items, slots, classes, pos_heads, seg_heads, qk_scale, scaling,
+                 N, S, items, slots, classes, pos_heads, seg_heads, qk_scale, cap, scaling,
                  H: tl.constexpr, HK: tl.constexpr, PER_HEAD: tl.constexpr, EVEN_N: tl.constexpr, EVEN_S: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                  PRECISION: tl.constexpr, UP: tl.constexpr):  # fmt: skip
     """dk and dv (equal strides) of one work item of the tiles by key block, summed over the query heads of its key head.
 
-    Grid (work items · B·HK, or · B with tables per head). MASKS and BIAS hold the transposed tiles.
+    Grid (work items · B·HK, or · B with tables per head, which name a query head: DK and DV are then of H heads, each the
+    share of one). MASKS and BIAS hold the transposed tiles.
     """
-    item, place, b, hk = locate(WORK, items, 7, HK, PER_HEAD)
+    item, place, b, head = locate(WORK, items, 7, HK, PER_HEAD)
+    group: tl.constexpr = H // HK
+    shared: tl.constexpr = 1 if PER_HEAD else group
+    hk = head * shared // group
     start = tl.load(item + 1).to(tl.int64) * BN
     count = S - start
     slot = tl.load(item + 6)
@@ -163,8 +180,8 @@ def key_gradient(Q, K, V, DOUT, LSE, DELTA, DK, DV, PART_K, PART_V, WORK, OTHER,
         keep = load_vector(KEEP + b * S + start, count, 0, BN, EVEN_S)
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
-    for g in range(0, H // HK):
-        h = hk * (H // HK) + g
+    for g in range(0, shared):
+        h = head * shared + g
         qs = Q + b * sqb + h * sqh
         dos = DOUT + b * sgb + h * sgh
         lse = LSE + (b * H + h) * N
@@ -173,22 +190,24 @@ def key_gradient(Q, K, V, DOUT, LSE, DELTA, DK, DV, PART_K, PART_V, WORK, OTHER,
         if BIAS is not None:
             bias = BIAS + h * classes * (BM * BN)
         if QPOS is not None:
-            head = b * pos_heads + h % pos_heads
-            qpos = QPOS + head * N
-            k_pos = load_vector(KPOS + head * S + start, count, 0, BN, EVEN_S)
+            vector = b * pos_heads + h % pos_heads
+            qpos = QPOS + vector * N
+            k_pos = load_vector(KPOS + vector * S + start, count, 0, BN, EVEN_S)
         if QSEG is not None:
-            head = b * seg_heads + h % seg_heads
-            qseg = QSEG + head * N
-            k_seg = load_vector(KSEG + head * S + start, count, 0, BN, EVEN_S)
+            vector = b * seg_heads + h % seg_heads
+            qseg = QSEG + vector * N
+            k_seg = load_vector(KSEG + vector * S + start, count, 0, BN, EVEN_S)
         for t in range(tl.load(item + 2), tl.load(item + 3)):
             dk, dv = column_tile(dk, dv, k, v, t, OTHER, MASK, CLASS, MASKS, bias, qs, dos, lse, delta, keep, qpos, k_pos,
-                                 qseg, k_seg, sq, sg, N, qk_scale, BM, BN, D, BD, True, EVEN_N, PRECISION, UP)  # fmt: skip
+                                 qseg, k_seg, sq, sg, N, qk_scale, cap, BM, BN, D, BD,
+                                 True, EVEN_N, PRECISION, UP)  # fmt: skip
         for t in range(tl.load(item + 4), tl.load(item + 5)):
             dk, dv = column_tile(dk, dv, k, v, t, OTHER, MASK, CLASS, MASKS, bias, qs, dos, lse, delta, keep, qpos, k_pos,
-                                 qseg, k_seg, sq, sg, N, qk_scale, BM, BN, D, BD, False, True, PRECISION, UP)  # fmt: skip
+                                 qseg, k_seg, sq, sg, N, qk_scale, cap, BM, BN, D, BD,
+                                 False, True, PRECISION, UP)  # fmt: skip
     dk *= scaling
     if slot < 0:
-        to = b * sdb + hk * sdh + start * sd
+        to = b * sdb + head * sdh + start * sd
         store_tile(DK + to, dk, sd, count, BN, D, BD, EVEN_S)
         store_tile(DV + to, dv, sd, count, BN, D, BD, EVEN_S)
     elif PART_K is not None:
@@ -214,7 +233,7 @@ def sum_slots(X, PART, SPLIT, sxb, sxh, sx, length, items, slots,
 @triton.jit
 def bias_gradient(Q, K, V, DOUT, LSE, DELTA, DBIAS, START, ROW, COLUMN, MASK, MASKS, BIAS, KEEP, QSEG, KSEG,
                   sqb, sqh, sq, skb, skh, sk, svb, svh, sv, sgb, sgh, sg,
-                  N, S, classes, pieces, batch, seg_heads, qk_scale,
+                  N, S, classes, pieces, batch, seg_heads, qk_scale, cap,
                   H: tl.constexpr, HK: tl.constexpr, PER_HEAD: tl.constexpr, EVEN_N: tl.constexpr, EVEN_S: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                   PRECISION: tl.constexpr, UP: tl.constexpr):  # fmt: skip
@@ -247,7 +266,7 @@ def bias_gradient(Q, K, V, DOUT, LSE, DELTA, DBIAS, START, ROW, COLUMN, MASK, MA
         # a tile without a mask reads none: there may be no mask at all
         masked = tl.zeros([BM, BN], tl.int64) + mask >= 0
         seen = tl.load(MASKS + tl.maximum(mask, 0) * (BM * BN) + at, mask=masked, other=1) != 0
-        hidden = tl.where(seen, tl.load(bias + at), -float("inf"))
+        added = tl.where(seen, tl.load(bias + at), -float("inf"))
         for entry in range(0, batch):
             b = tl.cast(entry, tl.int64)
             q = load_tile(Q + b * sqb + start_q * sq, sq, N - start_q, BM, D, BD, EVEN_N, UP)
@@ -263,7 +282,8 @@ def bias_gradient(Q, K, V, DOUT, LSE, DELTA, DBIAS, START, ROW, COLUMN, MASK, MA
                 head = b * seg_heads + h % seg_heads
                 q_seg = load_vector(QSEG + head * N + start_q, N - start_q, 0, BM, EVEN_N)
                 k_seg = load_vector(KSEG + head * S + start_k, S - start_k, 0, BN, EVEN_S)
-            s = logits(q, k, None, None, keep, None, None, q_seg, k_seg, qk_scale, BM, BN, False, False, PRECISION)
-            p = tl.exp2(s + hidden - lse[:, None])
+            s = scores(q, k, qk_scale, cap, PRECISION)
+            s = hidden(s, None, None, keep, None, None, q_seg, k_seg, BM, BN, False, False)
+            p = tl.exp2(s + added - lse[:, None])
             acc += p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     tl.store(DBIAS + ((piece * H + h) * classes + cls) * (BM * BN) + at, acc)

@@ -46,6 +46,7 @@ def block_sparse(
     positions: Pair | None = None,
     segments: Pair | None = None,
     query_offset: int = 0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scaling · q·k + bias) · v over the keys that the pattern and the vectors show, by fused kernels.
 
@@ -58,6 +59,7 @@ def block_sparse(
         keep: (B or 1, S) bool, True = may be seen.
         bias: (H, 2R + 1) added to the logits at offsets j - (query_offset + i) = -R … R, constant beyond.
         positions, segments: each (of queries, of keys), integers (B or 1, H or 1, N) and (B or 1, H or 1, S).
+        softcap: c > 0 where `scaling · q·k` becomes `c · tanh(scaling · q·k / c)`, before the bias.
 
     Returns:
         (B, H, N, D) output, and (B, H, N) float32 natural log-sum-exp of the visible logits, -inf for a query that sees
@@ -95,18 +97,13 @@ def block_sparse(
         scaling,
         is_causal,
         query_offset,
+        softcap,
     )
     return out, lse
 
 
 def unsupported(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    is_linear: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, is_linear: bool = False
 ) -> str | None:
     """Why the kernels can't take these tensors, with the remedy; `None` if they can.
 
@@ -116,8 +113,6 @@ def unsupported(
         from hf_efficient.kernels import linear_attention_op
 
         return linear_attention_op.unsupported(query, key, value)
-    if softcap is not None:
-        return f"the fused kernels don't cap logits, got softcap={softcap}; use implementation='torch'."
     device, dtype, width = query.device, query.dtype, query.shape[-1]
     if any(x.device != device or x.dtype != dtype for x in (key, value)):
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (query, key, value))
@@ -185,10 +180,11 @@ class OpArguments(NamedTuple):
     scaling: float
     is_causal: bool
     query_offset: int
+    softcap: float | None = None
 
     @property
     def config(self) -> Config:
-        return select(self.query.device, self.query.dtype, self.query.shape[-1])
+        return select(self.query.device, self.query.dtype, self.query.shape[-1], self.softcap is not None)
 
     def table(self, tile: Tile) -> TileTable:
         return tile_table(
@@ -231,13 +227,15 @@ class OpArguments(NamedTuple):
         )  # fmt: skip
 
     def inputs(self) -> dict[str, Any]:
-        """Query, key, value and the per-token vectors."""
+        """Query, key, value, the per-token vectors, and how products become logits to base 2."""
+        cap = self.softcap
         return dict(
             Q=self.query, K=self.key, V=self.value, KEEP=self.keep,
             QPOS=self.query_positions, KPOS=self.key_positions, QSEG=self.query_segments, KSEG=self.key_segments,
             pos_heads=1 if self.query_positions is None else self.query_positions.shape[1],
             seg_heads=1 if self.query_segments is None else self.query_segments.shape[1],
-            qk_scale=self.scaling * LOG2E,
+            # tanh(x / c) is computed from exp(2 x / c)
+            qk_scale=self.scaling * LOG2E * (1 if cap is None else 2 / cap), cap=None if cap is None else cap * LOG2E,
             **strides(self.query, "sq"), **strides(self.key, "sk"), **strides(self.value, "sv"),
         )  # fmt: skip
 
@@ -259,21 +257,13 @@ def _slots(call: OpArguments, programs: int, slots: int, *shape: int) -> Tensor 
     return call.query.new_empty(programs, slots, *shape, dtype=torch.float32) if slots else None
 
 
-def _with_own_keys(call: OpArguments) -> OpArguments:
-    """Keys repeated for every query head where heads see different tiles, so that each key block has one list."""
-    group = call.query.shape[1] // call.key.shape[1]
-    if group == 1 or call.table(call.config.forward).heads == 1:
-        return call
-    return call._replace(key=call.key.repeat_interleave(group, 1), value=call.value.repeat_interleave(group, 1))
-
-
 # ---- launches ----------------------------------------------------------------------------------------------------
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     from hf_efficient.kernels import block_sparse as kernels
 
-    call = _with_own_keys(OpArguments(*args))
+    call = OpArguments(*args)
     query, tile = call.query, call.config.forward
     out, lse = token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     with torch.cuda.device_of(query):
@@ -294,8 +284,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    original = OpArguments(*args)
-    call = _with_own_keys(original)
+    call = OpArguments(*args)
     dout = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     delta = torch.empty_like(lse)
     gradient = dict(DOUT=dout, LSE=lse, DELTA=delta, **strides(dout, "sg"))
@@ -304,10 +293,6 @@ def _backward(
         dq = _query_gradient(call, gradient)
         dk, dv = _key_gradient(call, gradient)
         dbias = _bias_gradient(call, gradient) if wants_bias else lse.new_empty(0)
-    if call.key.shape != original.key.shape:
-        shape = (original.key.shape[1], -1)
-        dk, dv = dk.unflatten(1, shape).sum(2), dv.unflatten(1, shape).sum(2)
-        dk, dv = (token_major(x).copy_(x) for x in (dk, dv))
     return dq, dk, dv, dbias
 
 
@@ -345,8 +330,10 @@ def _key_gradient(call: OpArguments, gradient: dict[str, Any]) -> Pair:
 
     tile = call.config.key_gradient
     table = call.table(tile)
-    columns, programs = table.columns, call.programs(table, call.key.shape[1])
-    dk, dv = token_major(call.key), token_major(call.value)
+    heads = call.query.shape[1] if table.heads > 1 else call.key.shape[1]
+    columns, programs = table.columns, call.programs(table, heads)
+    # heads that see different tiles give shares of their own
+    dk, dv = (token_major(call.key[:, :1].expand(-1, heads, -1, -1)) for _ in range(2))
     parts = [_slots(call, programs, columns.num_slots, tile.block_k, call.key.shape[-1]) for _ in range(2)]
     kernels.key_gradient[(len(columns.work) * programs,)](
         DK=dk, DV=dv, PART_K=parts[0], PART_V=parts[1], scaling=call.scaling, **strides(dk, "sd"), **gradient,
@@ -354,6 +341,9 @@ def _key_gradient(call: OpArguments, gradient: dict[str, Any]) -> Pair:
     )  # fmt: skip
     for x, part in zip((dk, dv), parts, strict=True):
         _sum_slots(call, table, x, part, True)
+    if heads > call.key.shape[1]:
+        shares = [x.unflatten(1, (call.key.shape[1], -1)) for x in (dk, dv)]
+        dk, dv = (token_major(call.key).copy_(x.sum(2)) for x in shares)
     return dk, dv
 
 
@@ -422,7 +412,8 @@ def _sum_by_offset(tiles: Tensor, near: Tensor, radius: int) -> Tensor:
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? bias, Tensor? query_positions, Tensor? key_positions, "
-    "Tensor? query_segments, Tensor? key_segments, str pattern, float scaling, bool is_causal, SymInt query_offset"
+    "Tensor? query_segments, Tensor? key_segments, str pattern, float scaling, bool is_causal, SymInt query_offset, "
+    "float? softcap=None"
 )
 _LIBRARY = torch.library.Library("hf_efficient", "FRAGMENT")
 # the tables outlive a call: one made while a CUDA graph warms up would lie in the graph's own memory
@@ -480,7 +471,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     dq, dk, dv, dbias = torch.ops.hf_efficient.block_sparse_backward(
         grad_out, grad_lse, out, lse, wants_bias, *tensors, *ctx.rest
     )
-    return dq, dk, dv, None, dbias if wants_bias else None, *[None] * 8
+    return dq, dk, dv, None, dbias if wants_bias else None, *[None] * 9
 
 
 torch.library.register_autograd(

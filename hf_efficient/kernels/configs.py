@@ -1,7 +1,8 @@
-"""Tile sizes, warps and pipeline stages of every kernel, by architecture, element type, head width and bias.
+"""Tile sizes, warps and pipeline stages of every kernel, by architecture, element type, head width and cap of the logits.
 
-With Triton 3.9 every row compiles without register spills and within the architecture's shared memory, which the tests check
-without a GPU; with Triton 3.6 seven of the sixty kernels spill 8 to 40 bytes, which costs a little time.
+With Triton 3.9 every row compiles without register spills and within the architecture's shared memory, with a bias and in
+half precision with capped logits, which the tests check without a GPU; with Triton 3.6 seven of the sixty kernels spill 8 to
+40 bytes, which costs a little time.
 The choice depends on nothing else, so that equal calls give equal bits.
 """
 
@@ -70,6 +71,9 @@ CONFIGS: dict[tuple[str, str, int], Config] = {
     ("sm_80", "ieee", 128): _IEEE_128._replace(key_gradient=Tile(16, 32, 4, 2)),
 }
 
+# a cap holds one more tile of numbers in registers
+_CAPPED = {("sm_80", "half", 64): CONFIGS["sm_80", "half", 64]._replace(key_gradient=Tile(64, 32, 4, 2))}
+
 _FORWARD, _GRADIENT = LinearTile(64, 64, 4), LinearTile(64, 64, 8)
 _LINEAR_IEEE = LinearConfig(LinearTile(32, 16, 4), LinearTile(32, 32, 4), LinearTile(16, 32, 4))
 _LINEAR_IEEE_128 = LinearConfig(LinearTile(16, 16, 4), LinearTile(16, 16, 4), LinearTile(16, 16, 4))
@@ -117,11 +121,17 @@ def architecture(device: torch.device) -> str:
     return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
 
 
-def select(device: torch.device, dtype: torch.dtype, width: int) -> Config:
+def config_for(name: str, precision: str, width: int, is_capped: bool) -> Config:
+    """The config of a key of `CONFIGS`, with or without capped logits."""
+    key = name, precision, width
+    return _CAPPED.get(key, CONFIGS[key]) if is_capped else CONFIGS[key]
+
+
+def select(device: torch.device, dtype: torch.dtype, width: int, is_capped: bool) -> Config:
     """The config of a call."""
     if device.type == "cpu":
         return INTERPRETER
-    return CONFIGS[architecture(device), dot_precision(dtype), 64 if padded_width(width) <= 64 else 128]
+    return config_for(architecture(device), dot_precision(dtype), 64 if padded_width(width) <= 64 else 128, is_capped)
 
 
 def linear_precision(dtype: torch.dtype) -> str:

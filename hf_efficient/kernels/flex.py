@@ -31,6 +31,7 @@ def flex(
     keep: Tensor | None = None,
     bias: Tensor | None = None,
     query_offset: int = 0,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(scaling · q·k + bias) · v over the keys that the pattern and `keep` show, as `kernels.library.block_sparse`.
 
@@ -38,6 +39,7 @@ def flex(
         query: (B, H, N, D). key, value: (B, HK, S, D), H a multiple of HK.
         keep: (B, S) bool, True = may be seen.
         bias: (H, 2R + 1) added to the logits at offsets -R … R, constant beyond; without a gradient.
+        softcap: c where `scaling · q·k` becomes `c · tanh(scaling · q·k / c)`, before the bias.
 
     Returns:
         (B, H, N, D); a query that sees nothing gives 0.
@@ -64,16 +66,17 @@ def flex(
     blocks.mask_mod = seen
     radius = 0 if bias is None else bias.shape[1] // 2
 
-    def with_bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        assert bias is not None
-        return score + bias[h, (k - q - query_offset).clamp(-radius, radius) + radius]
+    def changed(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * (score / softcap).tanh()
+        return score if bias is None else score + bias[h, (k - q - query_offset).clamp(-radius, radius) + radius]
 
     call = flex_attention if torch.compiler.is_compiling() else _compiled()
     return call(
         query,
         key,
         value,
-        score_mod=None if bias is None else with_bias,
+        score_mod=None if bias is None and softcap is None else changed,
         block_mask=blocks,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],

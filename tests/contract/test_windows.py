@@ -118,12 +118,11 @@ def test_what_does_not_keep_to_a_window_or_sinks_is_refused() -> None:
     )
 
 
-@pytest.mark.parametrize("model_type, implementation", [("gemma2", "triton"), ("gemma2", "flex"), ("gpt_oss", "flex")])
-def test_what_a_kernel_lacks_is_refused_at_conversion(model_type: str, implementation: str) -> None:
-    reason = f"implementation='{implementation}' .* use 'auto'"
+def test_what_a_kernel_lacks_is_refused_at_conversion() -> None:
+    reason = "implementation='flex' gives no log-sum-exp, which sinks need: use 'auto'"
     with (
         pytest.raises(ValueError, match=reason),
-        he.patch_attention(tiny_model(model_type), "local", implementation=implementation),
+        he.patch_attention(tiny_model("gpt_oss"), "local", implementation="flex"),
     ):
         pass
 
@@ -227,6 +226,3 @@ def test_capped_logits(left: int, right: int, n: int) -> None:
     grown, truth = (torch.autograd.grad(x.pow(2).sum(), [query, key]) for x in (out, weights @ value))
     for a, b in zip(grown, truth, strict=True):
         assert_close(a, b, 1e-10, "gradient")
-    for implementation in ("triton", "flex"):
-        with pytest.raises(ValueError, match="softcap"):
-            block_sparse_attention(query, key, value, Window(left=1, right=1), call, implementation=implementation)

@@ -39,6 +39,7 @@ def fused(case: Case, inputs: Inputs, query_offset: int) -> tuple[Tensor, Tensor
         positions=inputs.positions,
         segments=inputs.segments,
         query_offset=query_offset,
+        softcap=case.softcap,
     )
 
 
@@ -133,7 +134,7 @@ def test_operator_is_registered_soundly(with_bias: bool):
     bias = torch.randn(1, 5, requires_grad=True) if with_bias else None
     keep = torch.ones(1, 20, dtype=torch.uint8)
     spec = (Window(left=3, right=3) | GlobalColumns(positions=(0,))).spec()
-    arguments = (query, key, value, keep, bias, *[None] * 4, spec, 0.25, True, 0)
+    arguments = (query, key, value, keep, bias, *[None] * 4, spec, 0.25, True, 0, *[2.0] * with_bias)
     torch.library.opcheck(torch.ops.hf_efficient.block_sparse_forward.default, arguments)
 
 

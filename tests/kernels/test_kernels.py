@@ -73,7 +73,7 @@ def test_flex_block_masks_are_the_pattern(case, monkeypatch):
     inputs = inputs_of(case)
     query, key, value, *bias = inputs.tensors
     table = bias[0] if bias else None
-    options = dict(scaling=case.width**-0.5, is_causal=case.is_causal, query_offset=case.more)
+    options = dict(scaling=case.width**-0.5, is_causal=case.is_causal, query_offset=case.more, softcap=case.softcap)
     out = flex(query, key, value, pattern=case.pattern, keep=inputs.keep, bias=table, **options)
     call = AttentionCall(key_padding_mask=inputs.keep, relative_bias=relative(table), **options)
     expected = reference_attention(query, key, value, case.pattern, call)

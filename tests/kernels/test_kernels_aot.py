@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from hf_efficient.kernels import block_sparse, block_sparse_backward, linear_attention, linear_attention_backward  # noqa: E402
-from hf_efficient.kernels.configs import CONFIGS, LINEAR_CONFIGS, Tile  # noqa: E402
+from hf_efficient.kernels.configs import CONFIGS, LINEAR_CONFIGS, Tile, config_for  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # KiB of one block; the configs of 8.0 also serve 8.6 to 12.0, which have less than 8.0 itself
@@ -31,7 +31,7 @@ KERNELS = {
 
 
 class Build(NamedTuple):
-    """One compilation, with padding, segments, lengths that fill no tile, and positions where there is no bias."""
+    """One compilation, with padding, segments, lengths that fill no tile, and positions and capped logits or a bias."""
 
     arch: str
     precision: str
@@ -43,13 +43,13 @@ class Build(NamedTuple):
         return "-".join(str(x) for x in self)
 
 
-# without a bias where registers are scarcest
+# capped logits where registers are scarcest
 BUILDS = [
     Build(arch, precision, width, kernel, has_bias)
     for arch, precision, width in CONFIGS
     for kernel in KERNELS
     for has_bias in (True, False)
-    if has_bias or (precision == "half" and width == 128 and kernel != "bias_gradient")
+    if has_bias or (precision == "half" and kernel != "bias_gradient" and (width == 128 or kernel == "key_gradient"))
 ]
 
 
@@ -60,7 +60,7 @@ def _type(name: str, dtype: str) -> str:
         return "*fp32"
     if name in ("MASKS", "KEEP"):
         return "*u8"
-    if name in ("qk_scale", "scaling"):
+    if name in ("qk_scale", "cap", "scaling"):
         return "fp32"
     return "*i32" if name.isupper() and name not in ("N", "S") else "i32"
 
@@ -72,13 +72,14 @@ def uses_tf32(build: Build) -> bool:
 def compiled(build: Build) -> tuple[Any, Tile]:
     """The compiled kernel, its pointers and strides declared divisible by 16 as they are at run time."""
     function = KERNELS[build.kernel]
-    tile: Tile = getattr(CONFIGS[build.arch, build.precision, build.width], build.kernel)
+    config = config_for(build.arch, build.precision, build.width, is_capped=not build.has_bias)
+    tile: Tile = getattr(config, build.kernel)
     constants: dict[str, Any] = dict(
         H=12, HK=12, PER_HEAD=False, EVEN_N=False, EVEN_S=False, BM=tile.block_q, BN=tile.block_k,
         D=build.width, BD=build.width, PRECISION="tf32" if uses_tf32(build) else "ieee", UP=False,
     )  # fmt: skip
     # a bias and positions exclude each other
-    constants |= dict.fromkeys(("QPOS", "KPOS") if build.has_bias else ("BIAS",))
+    constants |= dict.fromkeys(("QPOS", "KPOS", "cap") if build.has_bias else ("BIAS",))
     dtype = "bf16" if build.precision == "half" else "fp32"
     names = function.arg_names
     constants = {name: x for name, x in constants.items() if name in names}

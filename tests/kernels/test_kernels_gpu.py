@@ -38,6 +38,7 @@ def fused(case: Case, inputs: Inputs, query_offset: int) -> tuple[Tensor, Tensor
         positions=inputs.positions,
         segments=inputs.segments,
         query_offset=query_offset,
+        softcap=case.softcap,
     )
 
 
@@ -111,6 +112,7 @@ def test_flex_attention_agrees(name: str):
     inputs = Inputs((*tensors, *bias), *inputs[1:])
     weight = torch.randn_like(tensors[0])
     options = dict(pattern=case.pattern, scaling=case.width**-0.5, is_causal=case.is_causal, keep=inputs.keep)
+    options |= dict(softcap=case.softcap)
     outs = fused(case, inputs, 0)[0], flex(*tensors, bias=bias[0] if bias else None, **options)
     ours, theirs = ((out, *torch.autograd.grad((out * weight).sum(), tensors)) for out in outs)
     for x, y, what in zip(ours, theirs, ("out", "query", "key", "value"), strict=True):

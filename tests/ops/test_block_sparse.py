@@ -357,6 +357,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         dict(key_padding_mask=torch.ones(2, 9, dtype=torch.bool)),
         r"\(2, 9\) must be bool \(2, 10\)",
     ),
+    "a cap of nothing": (dict(softcap=0.0), "softcap=0.0 must be greater than 0, or None"),
     "positions with a bias": (dict(positions=NUMBERS, relative_bias=BIAS), "does not go with `positions`"),
     "encoder while decoding": (dict(query=SOME[:, :, :2]), "2 queries and 10 keys: only a causal"),
     "segments while decoding": (dict(query=SOME[:, :, :2], is_causal=True, segments=NUMBERS), "takes no segments"),

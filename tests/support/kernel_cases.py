@@ -29,6 +29,7 @@ class Case:
         radius: R of the bias over offsets -R … R, or `None`.
         keep: which keys are real: "left" or "right" padding, "holes", "row" (one batch entry has none), or `None`.
         positions, segments: 1 or H heads of them, or `None`.
+        softcap: c of capped logits, so small that many are near it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     keep: str | None = None
     positions: int | None = None
     segments: int | None = None
+    softcap: float | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -62,7 +64,7 @@ def _per_head() -> PerHead:
 CASES = (
     Case("one token", NARROW, n=1, radius=3, batch=2),
     Case("two tokens", Full(), n=2, is_causal=True, radius=1),
-    Case("window", NARROW, n=63, batch=2),
+    Case("window", NARROW, n=63, batch=2, softcap=1.5),
     Case("even lengths", NARROW, n=128, radius=30),
     Case("causal with every key", Full(), n=200, is_causal=True, radius=7),
     Case("full tiles", Full(), n=200),
@@ -70,7 +72,7 @@ CASES = (
     Case("padding on the right", NARROW, batch=2, keep="right", radius=12),
     Case("holes", NARROW | GLOBAL, batch=2, keep="holes", is_causal=True),
     Case("an entry without keys", NARROW, n=63, batch=2, keep="row", radius=5),
-    Case("split rows and columns", NARROW | GLOBAL, n=200, radius=24),
+    Case("split rows and columns", NARROW | GLOBAL, n=200, radius=24, softcap=0.7),
     Case("split, heads differ", _per_head(), heads=4, kv_heads=4, radius=9),
     Case("grouped queries", NARROW | GLOBAL, heads=4, radius=6),
     Case("grouped queries, heads differ", _per_head(), heads=4, radius=6),
@@ -79,9 +81,18 @@ CASES = (
     Case("segments", Full(), batch=2, segments=1, radius=4),
     Case("segments per head", Window(left=60, right=60), heads=4, segments=4, n=63),
     Case("positions", Full(), n=63, batch=2, positions=1),
-    Case("positions per head, segments, grouped", Full(), heads=4, positions=4, segments=1, keep="holes", n=63),
+    Case(
+        "positions per head, segments, grouped",
+        Full(),
+        heads=4,
+        positions=4,
+        segments=1,
+        keep="holes",
+        n=63,
+        softcap=1.5,
+    ),
     Case("more keys than queries", NARROW | GLOBAL, n=33, more=97, is_causal=True, radius=11),
-    Case("width 64", NARROW, n=63, width=64, radius=5),
+    Case("width 64", NARROW, n=63, width=64, radius=5, softcap=30.0),
     Case("width 80", NARROW | GLOBAL, width=80, radius=5, heads=1, kv_heads=1),
     Case("width 128", NARROW, n=63, width=128, keep="right", heads=1, kv_heads=1),
 )
@@ -170,6 +181,7 @@ def definition(case: Case, inputs: Inputs, query_offset: int) -> tuple[Tensor, T
         query_offset=query_offset,
         segments=inputs.segments,
         positions=inputs.positions,
+        softcap=case.softcap,
     )
     return reference_attention(query, key, value, case.pattern, call, return_lse=True)
 

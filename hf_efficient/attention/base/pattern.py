@@ -99,12 +99,8 @@ class PatternAttention(EfficientAttention):
 
     @classmethod
     def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
-        reasons, wanted = super().unsupported(config, geometry), config.implementation
-        if geometry.softcap is not None and wanted in ("triton", "flex"):
-            reasons.append(
-                f"implementation={wanted!r} can't cap logits (softcap={geometry.softcap}): use 'auto' or 'torch'"
-            )
-        if geometry.has_sinks and wanted == "flex":
+        reasons = super().unsupported(config, geometry)
+        if geometry.has_sinks and config.implementation == "flex":
             reasons.append(
                 "implementation='flex' gives no log-sum-exp, which sinks need: use 'auto', 'torch' or 'triton'"
             )

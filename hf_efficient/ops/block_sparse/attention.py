@@ -89,7 +89,7 @@ def block_sparse_attention(
         require_torch(implementation, DECODING)
         out, lse = _decode(query, key, value, pattern, call)
     else:
-        backend = resolve(implementation, query, key, value, dropout=call.dropout, softcap=call.softcap)
+        backend = resolve(implementation, query, key, value, dropout=call.dropout)
         out, lse = _backend(backend)(query, key, value, pattern, call)
     return (out, lse) if return_lse and lse is not None else out
 
@@ -160,5 +160,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: At
         raise ValueError(
             f"key_padding_mask of {keep.dtype} {tuple(keep.shape)} must be bool {(key.shape[0], key.shape[2])}."
         )
+    if call.softcap is not None and not call.softcap > 0:
+        raise ValueError(f"softcap={call.softcap} must be greater than 0, or None.")
     if call.positions is not None and call.relative_bias is not None:
         raise ValueError("a relative bias counts positions in order: it does not go with `positions`.")

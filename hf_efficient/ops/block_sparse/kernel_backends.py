@@ -61,6 +61,7 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern
         bias=bias,
         positions=call.positions,
         segments=call.segments,
+        softcap=call.softcap,
     )
     return out, lse if call.return_lse else None
 
@@ -84,10 +85,10 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, 
     Raises:
         ValueError: the call needs what FlexAttention, or its use here, can't give.
     """
-    if call.return_lse or call.extra is not None or call.by_vectors or call.dropout or call.softcap is not None:
+    if call.return_lse or call.extra is not None or call.by_vectors or call.dropout:
         raise ValueError(
-            "implementation='flex' takes no dropout, softcap, extra keys, segments or positions, and gives no log-sum-exp; "
-            "use 'torch' or 'triton'."
+            "implementation='flex' takes no dropout, extra keys, segments or positions, and gives no log-sum-exp; use "
+            "'torch' or 'triton'."
         )
     if pattern.depends_on_length:
         return by_length(query, key, value, pattern, call, flex_attention)
@@ -104,5 +105,6 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, 
         is_causal=call.is_causal,
         keep=call.key_padding_mask,
         bias=bias,
+        softcap=call.softcap,
     )
     return out, None
