@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionConfig, MechanismFacts, register_mechanism
 from hf_efficient.attention.base.kernel import KernelAttention
+from hf_efficient.ops.affine_features import AffineFeatures
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.random_features import orthogonal_features
 
@@ -23,7 +25,8 @@ class PerformerAttentionConfig(EfficientAttentionConfig):
     """Options of Performer attention.
 
     Args:
-        num_features: M, random features per head; `None` = the power of two at or above D ln D for head width D.
+        num_features: M, random features per head; `"auto"` = D ln D for head width D, rounded up to a multiple of 16 (272
+            for 64); `None` = the power of two at or above that, as checkpoints have it that leave the number open.
         kernel: `"softmax"` estimates the pretrained attention; `"relu"` is another kernel, which must be trained.
         redraw_interval: optimiser steps between new draws of the features, so that no gradient mixes two draws; made by
             `hf_efficient.training.MechanismCallback`; 0 = never.
@@ -32,15 +35,18 @@ class PerformerAttentionConfig(EfficientAttentionConfig):
 
     mechanism: ClassVar[str] = "performer"
 
-    num_features: int | None = None
+    stored_defaults: ClassVar[Mapping[str, Any]] = {"num_features": None}
+
+    num_features: int | str | None = "auto"
     kernel: str = "softmax"
     redraw_interval: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_features is not None:
-            self._require_positive("num_features")
+        count = self.num_features
+        fits = count in ("auto", None) or (type(count) is int and count >= 1)
+        self._require("num_features", fits, 'an integer ≥ 1, "auto" or None')
         self._require("kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}")
         self._require_at_least(0, "redraw_interval", "seed")
 
@@ -58,8 +64,9 @@ class PerformerAttention(KernelAttention):
     Error law: the relative variance of one kernel value is `(exp(‖x + z‖²) - 1) / M` for independent features, so with
     many features the error falls as M^-½. Where trained queries and keys are long, M has to be far above any that is used
     for that law to hold, and the error falls more slowly; orthogonal blocks lower it.
-    O(N M D) time, O(N M) memory; causal decoding keeps one (M, D + 1) state per head. Features are computed in fp32 at
-    least, in log space, stabilised exactly and without an additive ε. Attention dropout drops whole keys.
+    O(N M D) time, O(N M) memory, in both directions on the CPU O((N + M) D) with the softmax kernel; causal decoding keeps
+    one (M, D + 1) state per head. Features are computed in fp32 at least, in log space, stabilised exactly and without an
+    additive ε. Attention dropout drops whole keys.
 
     Source: Choromanski et al. 2021 (arXiv 2009.14794), §2.3 to 2.4. Deviation from the published code: the sign of each
     orthogonal block is fixed, since Householder QR alone makes the features biased.
@@ -81,8 +88,7 @@ class PerformerAttention(KernelAttention):
     def __init__(self, config: PerformerAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
         width = geometry.head_dim
-        count = config.num_features or 2 ** math.ceil(math.log2(max(2.0, width * math.log(width))))
-        self.register_buffer("features", torch.empty(count, width))
+        self.register_buffer("features", torch.empty(_num_features(config.num_features, width), width))
         self.register_buffer("redraws", torch.zeros((), dtype=torch.long))
 
     def reset_parameters(self) -> None:
@@ -115,8 +121,24 @@ class PerformerAttention(KernelAttention):
         return super().forward(query, key, value, context)
 
     def log_features(self, x: Tensor, name: str) -> Tensor:
-        x = x * x.shape[-1] ** -0.25
-        projected = x @ self.features.to(x.dtype).T
-        if self.config.kernel == "relu":
-            return (projected.relu() + RELU_EPSILON).log()
-        return projected - x.square().sum(-1, keepdim=True) / 2
+        if self.config.kernel == "softmax":
+            return super().log_features(x, name)
+        return ((x @ self._directions(x).T).relu() + RELU_EPSILON).log()
+
+    def affine_features(self, x: Tensor, name: str) -> AffineFeatures | None:
+        if self.config.kernel != "softmax":
+            return None
+        # -‖x‖² / 2 is the same number for all features of a query, and cancels
+        offset = None if name == "query" else x.square().sum(-1) * (-0.5 * x.shape[-1] ** -0.5)
+        return AffineFeatures(x, self._directions(x)[None, None], offset)
+
+    def _directions(self, x: Tensor) -> Tensor:
+        return self.features.to(x.dtype) * x.shape[-1] ** -0.25
+
+
+def _num_features(count: int | str | None, width: int) -> int:
+    """The number of features that the option stands for, of heads of this width."""
+    if isinstance(count, int):
+        return count
+    enough = width * math.log(width)
+    return 2 ** math.ceil(math.log2(max(2.0, enough))) if count is None else 16 * max(1, math.ceil(enough / 16))

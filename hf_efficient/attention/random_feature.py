@@ -18,6 +18,7 @@ from hf_efficient.attention.base import (
     register_mechanism,
 )
 from hf_efficient.attention.base.kernel import KernelAttention
+from hf_efficient.ops.affine_features import AffineFeatures
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.random_features import orthogonal_features
 
@@ -61,8 +62,8 @@ class RandomFeatureAttention(KernelAttention):
     where w_ij = 1, or with a gate `g_t = sigmoid(a·k_t + b)`, a and b per head, `w_ij = (1 - g_j) Π_{j<t≤i} g_t`. σ² starts
     at the product of the lengths that weights and biases of the query and key projections give inputs of unit variance,
     over √D; a = 0 and b = 10 at the start, a gate that is open. Lengths of single queries and keys are lost, so it must be
-    trained. O(N M D) time, O(N M) memory; causal decoding keeps one (M, D + 1) state per head. Attention dropout drops
-    whole keys.
+    trained. O(N M D) time, O(N M) memory, in both directions on the CPU O((N + M) D); causal decoding keeps one (M, D + 1)
+    state per head. Attention dropout drops whole keys.
 
     Source: Peng et al. 2021 (arXiv 2103.02143), §3. Departures: exponential in place of trigonometric features, whose
     signed sums make the normaliser cross 0; features are orthogonal in blocks and never drawn again; the gate reads the
@@ -131,9 +132,11 @@ class RandomFeatureAttention(KernelAttention):
             )
         return reasons
 
-    def log_features(self, x: Tensor, name: str) -> Tensor:
+    def affine_features(self, x: Tensor, name: str) -> AffineFeatures:
         x = F.normalize(x, dim=-1) * self.log_sigma.to(x.dtype).exp()[:, None]
-        return x @ self.features.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
+        # -‖x‖² / 2 is the same number for all features of a query, and cancels
+        offset = None if name == "query" else x.square().sum(-1) / -2
+        return AffineFeatures(x, self.features.to(x.dtype)[None, None], offset)
 
     def log_features_of(self, query: Tensor, key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         log_query, log_key = super().log_features_of(query, key, context)

@@ -48,10 +48,8 @@ class RecurrentLayer(BoundedLayer):
         log_key = log_key.masked_fill(~self.dropped[:, None, :, None], float("-inf"))
         self.state = absorb(self.state, log_key, value)
         if log_decay is not None:
-            passed = (log_decay * self.dropped[:, None]).sum(-1)[..., None, None]
-            # maxima are constants: the sums take the gradient
-            sums = self.state.sums * (passed - passed.detach()).exp()
-            self.state = FeatureState(sums, self.state.maximum + passed.detach())
+            passed = (log_decay * self.dropped[:, None]).sum(-1, keepdim=True)
+            self.state = self.state._replace(levels=self.state.levels + passed)
 
     def offload(self) -> None:
         super().offload()

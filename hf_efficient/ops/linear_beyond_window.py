@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_efficient.ops.linear_attention import FeatureState, kernel, linear_attention
+from hf_efficient.ops.linear_attention import FeatureState, linear_attention
 from hf_efficient.ops.softmax import Partial
 
 
@@ -66,9 +66,3 @@ def window_means(key: Tensor, token_mask: Tensor | None, left: int, right: int, 
     low, high = (rows - left).clamp(min=0), (rows + right + 1).clamp(max=s)
     shown = count[:, :, high] - count[:, :, low]
     return torch.where(shown > 0, (total[:, :, high] - total[:, :, low]) / shown.clamp(min=1) + centre, 0.0)
-
-
-def log_kernel(log_query: Tensor, log_key: Tensor) -> Tensor:
-    """(B, H, N, S) dense `log φ(q_n)·φ(k_s)`, for losses on attention weights; O(N · S)."""
-    products, level = kernel(log_query, log_key)
-    return products.clamp_min(torch.finfo(products.dtype).tiny).log() + level

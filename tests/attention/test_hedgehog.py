@@ -316,7 +316,7 @@ def test_far_keys_are_counted_by_token(beyond: int, monkeypatch):
     monkeypatch.setattr(linear_attention, "GROUP", 3)
     q, k, v = (x.detach() for x in log_features(29, 29))
     offset = torch.arange(29) - torch.arange(29)[:, None]
-    logits = beyond_window.log_kernel(q, k)
+    logits = linear_attention.log_kernel(q, k)
     for function, visible in (
         (beyond_window.far_past, offset <= -beyond),
         (beyond_window.far_future, offset >= beyond),
@@ -343,9 +343,9 @@ def test_decoding_keeps_a_window_and_a_state_in_fp32(window: int, monkeypatch):
         assert isinstance(layer, RecurrentLayer) and layer.state is not None
         assert layer.keys.shape[2] <= max(window - 1, 0) + 9
         assert {x.dtype for x in layer.state} == {torch.float32}
-        assert layer.state.sums.shape == (2, 4, 16, 9)
+        assert layer.state.means.shape == (2, 4, 16, 8)
         # every key that left is counted once: the features of one key sum to 1 in each half
-        features_per_key = (layer.state.sums[..., -1] * layer.state.maximum[:, :, 0].exp()).sum(-1)
+        features_per_key = layer.state.levels.exp().sum(-1)
         gone = 300 - layer.keys.shape[2] - torch.tensor([0.0, 11.0])
         assert_close(features_per_key, 2 * gone[:, None].expand(-1, 4), 1e-4)
 

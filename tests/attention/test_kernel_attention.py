@@ -87,7 +87,7 @@ def test_causal_equals_the_quadratic_formula(name: str, options: dict[str, Any],
 
 @each_causal
 def test_dense_weights_are_those_of_the_output(name: str, options: dict[str, Any]):
-    for is_causal in {name != "random_feature" or not options.get("gate"), True}:
+    for is_causal in (True,) if options.get("gate") else (False, True):
         mechanism, keep = mechanism_of(name, is_causal, **options), padded(30)
         q, k, v = heads(2, HEADS, 30, WIDTH)
         context = AttentionContext(is_causal=is_causal, scaling=SCALING, key_padding_mask=keep)
@@ -168,7 +168,7 @@ def test_the_state_is_kept_in_fp32_under_autocast(name: str):
     with he.patch_attention(model, name, **options), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cache = model(torch.randint(5, 90, (1, 300)), use_cache=True).past_key_values
     for layer in cache.layers:
-        assert layer.state.sums.dtype == torch.float32
+        assert {x.dtype for x in layer.state} == {torch.float32}
 
 
 def test_a_gate_on_an_encoder_is_refused():
@@ -282,9 +282,7 @@ def test_performer_estimate_converges_to_the_softmax_kernel_over_seeds() -> None
     estimates = []
     for seed in range(200):
         mechanism = performer(64, seed)
-        phi_q, phi_k = (
-            mechanism.log_features(x * math.sqrt(scaling * math.sqrt(WIDTH)), "query").exp() for x in (q, k)
-        )
+        phi_q, phi_k = (mechanism.log_features(x * math.sqrt(scaling * math.sqrt(WIDTH)), "key").exp() for x in (q, k))
         estimates.append((phi_q @ phi_k.transpose(-1, -2) / 64)[0, 0])
     samples, truth = torch.stack(estimates), (scaling * q @ k.transpose(-1, -2)).exp()[0, 0]
     deviations = (samples.mean(0) - truth) / (samples.std(0) / math.sqrt(200))
@@ -305,3 +303,21 @@ def test_performer_error_falls_with_the_root_of_the_number_of_features() -> None
     assert all(-0.65 < slope < -0.35 for slope in slopes), (errors, slopes)
     mean_of_values = (v.mean(2, keepdim=True) - truth).square().mean().sqrt()
     assert errors[-1] < 0.2 * mean_of_values
+
+
+@pytest.mark.parametrize("stored", [{}, {"num_features": None}, {"num_features": 100}])
+def test_the_number_of_features_of_saved_checkpoints_stays(stored: dict[str, Any]) -> None:
+    """D ln D is 266 for 64: rounded up to 272, where earlier checkpoints took 512."""
+    of_new, of_stored = PerformerAttentionConfig(), PerformerAttentionConfig.from_stored(stored)
+    again = PerformerAttentionConfig.from_stored(of_stored.to_dict())
+    counts = [len(PerformerAttention(c, geometry(head_dim=64)).features) for c in (of_new, of_stored, again)]
+    assert counts == [272, *[stored.get("num_features") or 512] * 2]
+    assert PerformerAttentionConfig.from_stored(of_new.to_dict()) == of_new
+    sizes = [len(PerformerAttention(of_new, geometry(head_dim=width)).features) for width in (1, 2, 8, 16, 128)]
+    assert sizes == [16, 16, 32, 48, 624]
+
+
+@pytest.mark.parametrize("count", [0, 1.5, True, "many"])
+def test_a_number_of_features_that_makes_no_sense_is_refused(count: Any) -> None:
+    with pytest.raises(ValueError, match=r"num_features=.* an integer ≥ 1, \"auto\" or None"):
+        PerformerAttentionConfig(num_features=count)

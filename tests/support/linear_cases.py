@@ -61,7 +61,7 @@ LINEAR_CASES = (
 
 
 def linear_inputs(case: LinearCase, scale: int = 1) -> list[Tensor]:
-    """Log-features of queries and keys and values, float32, and with a state its sums and maximum."""
+    """Log-features of queries and keys and values, float32, and with a state its means and levels."""
     n, s = case.n * scale, (case.n + case.more) * scale
     shape, earlier = (case.batch, case.heads), 7
     # values as a model has them: (B, N, H, D) in memory
@@ -78,10 +78,10 @@ def linear_inputs(case: LinearCase, scale: int = 1) -> list[Tensor]:
 
 
 def moved(inputs: Sequence[Tensor], device: str, dtype: torch.dtype, value_dtype: torch.dtype) -> list[Tensor]:
-    """Leaves of the same values elsewhere, which want gradients, all but the state's maximum."""
+    """Leaves of the same values elsewhere, which want gradients."""
     kinds = (dtype, dtype, value_dtype, dtype, dtype)
     found = [x.detach().to(device, kind) for x, kind in zip(inputs, kinds, strict=False)]
-    return [x.requires_grad_(number < 4) for number, x in enumerate(found)]
+    return [x.requires_grad_() for x in found]
 
 
 def attend(inputs: Sequence[Tensor], implementation: str) -> tuple[Tensor, Tensor]:
@@ -100,6 +100,6 @@ def linear_results(inputs: Sequence[Tensor], implementation: str) -> dict[str, T
     assert out.detach()[~visible].eq(0).all(), "rows that see nothing"
     lse = torch.where(visible, lse, 0.0)
     loss = (out.double() * weight.to(out.device)).sum() + (lse.double() * lse_weight.to(out.device)).sum()
-    names = ("query", "key", "value", "state")
-    gradients = torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])
+    names = ("query", "key", "value", "means", "levels")
+    gradients = torch.autograd.grad(loss, inputs)
     return {"out": out.detach(), "lse": lse.detach()} | dict(zip(names, gradients, strict=False))

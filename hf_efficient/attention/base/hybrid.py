@@ -17,7 +17,8 @@ from hf_efficient.cache.recurrent import RecurrentLayer
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.windows import window_sides
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.linear_beyond_window import far_future, far_past, log_kernel, window_means
+from hf_efficient.ops.linear_attention import log_kernel
+from hf_efficient.ops.linear_beyond_window import far_future, far_past, window_means
 from hf_efficient.ops.padding import first_real_token
 from hf_efficient.ops.softmax import Partial, additive_mask, attend, merge_attention
 from hf_efficient.patterns.kinds import GlobalColumns, Window
@@ -215,8 +216,7 @@ class HybridAttention(KernelAttention):
         n, s = query.shape[2], key.shape[2]
         with torch.autocast(query.device.type, enabled=False):
             log_query, log_key = self.log_features_of(query, key, context)
-            # log-features of -inf have no logarithm of a kernel: padding is masked below, sinks are replaced
-            logits = log_kernel(log_query, log_key.masked_fill(log_key == float("-inf"), 0.0))
+            logits = log_kernel(log_query, log_key)
             offset = torch.arange(s, device=key.device) - torch.arange(s - n, s, device=key.device)[:, None]
             near_lse = self._near(query, key, torch.zeros_like(key), context)[1]
             past, future = self._log_scales(query, key, near_lse, context)

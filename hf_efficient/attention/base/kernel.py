@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hf_efficient.attention.base.mechanism import EfficientAttention
 from hf_efficient.cache.recurrent import RecurrentLayer
+from hf_efficient.ops.affine_features import AffineFeatures, affine_attention, has_fused_form
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.linear_attention import linear_attention
-from hf_efficient.ops.linear_beyond_window import far_past, log_kernel
+from hf_efficient.ops.linear_attention import linear_attention, log_kernel
+from hf_efficient.ops.linear_beyond_window import far_past
 from hf_efficient.patterns.kinds import Window
 
 RELATIVE_BIAS_REFUSAL = (
@@ -23,27 +24,34 @@ RELATIVE_BIAS_REFUSAL = (
 
 
 class KernelAttention(EfficientAttention):
-    """`y_i = Σ_j φ(q_i)·φ(k_j) v_j / Σ_j φ(q_i)·φ(k_j)` over the keys that query i sees. A subclass gives log φ.
+    """`y_i = Σ_j φ(q_i)·φ(k_j) v_j / Σ_j φ(q_i)·φ(k_j)` over the keys that query i sees. A subclass gives log φ: by
+    `affine_features` where that is affine in a vector of each token, else by `log_features`.
 
     Queries and keys enter as `x = q √(s √D)` and `k √(s √D)`, which are q and k themselves where s = 1 / √D. Features are
-    computed in fp32 at least, kept as logarithms and stabilised exactly, see `ops.linear_attention`. Causal decoding keeps
-    one (M, D + 1) state per head. Attention dropout drops whole keys (their values, for all queries at once, scaled up by
-    1 / (1 - p)): single weights do not exist here.
+    computed in fp32 at least, kept as logarithms and stabilised exactly, see `ops.linear_attention`; affine ones of both
+    directions are never held on the CPU, see `ops.affine_features`. Causal decoding keeps one (M, D + 1) state per head.
+    Attention dropout drops whole keys (their values, for all queries at once, scaled up by 1 / (1 - p)): single weights do
+    not exist here.
     """
 
     relative_bias_refusal: ClassVar[str | None] = RELATIVE_BIAS_REFUSAL
     by_position = False
 
+    def affine_features(self, x: Tensor, name: str) -> AffineFeatures | None:
+        """log φ of (B, H, N, D) heads times √(s √D), `None` = it is not affine; `name` is "query" or "key"."""
+        return None
+
     def log_features(self, x: Tensor, name: str) -> Tensor:
-        """(B, H, N, M) logarithms of φ of (B, H, N, D) heads times √(s √D); `name` is "query" or "key"."""
-        raise NotImplementedError(f"{type(self).__name__} has no feature map")
+        """The same as (B, H, N, M) numbers."""
+        features = self.affine_features(x, name)
+        if features is None:
+            raise NotImplementedError(f"{type(self).__name__} has no feature map")
+        return features.dense()
 
     def log_features_of(self, query: Tensor, key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """(B, H, N, M) and (B, H, S, M) log-features; all of a key that does not exist are -inf."""
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        unit = math.sqrt(context.scaling * math.sqrt(query.shape[-1]))
-        log_query = self.log_features(query.to(dtype) * unit, "query")
-        log_key = self.log_features(key.to(dtype) * unit, "key")
+        log_query = self.log_features(scaled(query, context), "query")
+        log_key = self.log_features(scaled(key, context), "key")
         if context.key_padding_mask is not None:
             log_key = log_key.masked_fill(~context.key_padding_mask[:, None, :, None], float("-inf"))
         return log_query, log_key
@@ -53,14 +61,22 @@ class KernelAttention(EfficientAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
-            log_query, log_key = self.log_features_of(query, key, context)
             dropped = drop_keys(value, context)
-            if context.is_causal:
-                out, _ = far_past(log_query, log_key, dropped, 0, state_of(context))
-            else:
-                out = linear_attention(log_query, log_key, dropped, is_causal=False)
+            if not context.is_causal:
+                return self._both_directions(query, key, dropped, context).to(query.dtype)
+            log_query, log_key = self.log_features_of(query, key, context)
+            out, _ = far_past(log_query, log_key, dropped, 0, state_of(context))
             self.fold(log_key, key, value, context)
         return out.to(query.dtype)
+
+    def _both_directions(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        if has_fused_form(query):
+            of_query = self.affine_features(scaled(query, context), "query")
+            of_key = self.affine_features(scaled(key, context), "key")
+            if of_query is not None and of_key is not None:
+                return affine_attention(of_query, of_key, value, context.key_padding_mask)
+        out: Tensor = linear_attention(*self.log_features_of(query, key, context), value, is_causal=False)
+        return out
 
     def fold(self, log_key: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> None:
         """Give the cache's state what it forgets after this call."""
@@ -70,10 +86,13 @@ class KernelAttention(EfficientAttention):
     def attention_weights(self, query: Tensor, key: Tensor, context: AttentionContext) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
             log_query, log_key = self.log_features_of(query, key, context)
-            # all-(-inf) features have no logarithm of a kernel: such keys are hidden below
-            exists = (log_key > float("-inf")).any(-1)
-            logits = log_kernel(log_query, torch.where(exists[..., None], log_key, 0.0))
-            return normalised(logits, context)
+            return normalised(log_kernel(log_query, log_key), context)
+
+
+def scaled(x: Tensor, context: AttentionContext) -> Tensor:
+    """(B, H, N, D) heads times √(s √D), in fp32 at least."""
+    x, unit = x.to(torch.promote_types(x.dtype, torch.float32)), math.sqrt(context.scaling * math.sqrt(x.shape[-1]))
+    return x if unit == 1.0 else x * unit
 
 
 def normalised(logits: Tensor, context: AttentionContext) -> Tensor:
