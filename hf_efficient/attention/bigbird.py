@@ -22,7 +22,7 @@ from hf_efficient.attention.base.mechanism import prepend
 from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig
 from hf_efficient.ops.context import AttentionContext, ExtraKeys
 from hf_efficient.ops.padding import real_tokens
-from hf_efficient.ops.softmax import attend
+from hf_efficient.ops.softmax import attend, with_sinks
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.random_blocks import BigBirdBlocks
 
@@ -96,13 +96,13 @@ class BigBirdAttention(PatternAttention):
     depend neither on padding nor on the rest of the batch. Blocks count from a row's first real token.
 
     Extra tokens enter the softmax of the input's tokens with a learned logit per head, which starts at -5 - log g: the model
-    starts close to its blocks alone. In the last layer nothing reads what they see, so it is left out.
+    starts close to its blocks alone. In the last layer nothing reads what they see, so it is left out. The host's own window
+    binds tokens, not the extra ones.
 
     O(N β (5 + r)) time and memory; the two global blocks cost O(N β), extra tokens O(N g). New parameters: the extra tokens
-    and their logits. Without random blocks the causal
-    form needs 3 β keys while decoding. Source: Zaheer et al. 2020 (arXiv 2007.14062), §2 and App. D. Deviations: a causal
-    form; random blocks never repeat blocks that are seen anyway; the last *real* block is global, where transformers takes
-    the last padded one.
+    and their logits. Without random blocks the causal form needs 3 β keys while decoding. Source: Zaheer et al. 2020
+    (arXiv 2007.14062), §2 and App. D. Deviations: a causal form; random blocks never repeat blocks that are seen anyway; the
+    last *real* block is global, where transformers takes the last padded one.
     """
 
     Config = BigBirdAttentionConfig
@@ -149,8 +149,8 @@ class BigBirdAttention(PatternAttention):
         )
 
     @classmethod
-    def is_pattern_alone(cls, config: Any) -> bool:
-        return not config.num_global_tokens
+    def keeps_to_host(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        return True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext | None) -> Tensor:
         if context is None:
@@ -178,7 +178,9 @@ class BigBirdAttention(PatternAttention):
             logits = context.relative_bias.at(every)[None].to(query.dtype)
         if context.key_padding_mask is not None:
             logits = torch.where(context.key_padding_mask[:, None, None], logits, float("-inf"))
-        return attend(query, key, value, logits, scaling=context.scaling, dropout=context.dropout)[0]
+        return with_sinks(
+            *attend(query, key, value, logits, return_lse=context.sinks is not None, **context.options), context.sinks
+        )
 
 
 def _offsets(queries: range, keys: range, like: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ class EtcAttention(EfficientAttention):
         global i:  y_i = Σ softmax_j(logit_ij) v_j     over all global tokens and all real tokens
 
     b is the host's relative bias, between tokens only and at their true offsets. q, k, v come from the host's projections,
-    or by `sharing` from copies of them. In the last layer global queries are left out: nothing reads their result.
+    or by `sharing` from copies of them. The host's own window narrows W, not what global tokens see. In the last layer
+    global queries are left out: nothing reads their result.
 
     Start: β of long-global = -5 - log g, so that the model starts close to the window alone and learns how far to open;
     other β, and all a, 0. Hosts with a relative bias add its value at the far left to β of long-global, at the far right
@@ -115,6 +116,9 @@ class EtcAttention(EfficientAttention):
     def __init__(self, config: EtcAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
         heads, width, clip = geometry.num_heads, geometry.head_dim, config.relative_labels
+        side = config.attention_window // 2
+        left, right = (min(side, reach) for reach in geometry.sliding_window or (side, side))
+        self.window = Window(left=left, right=right)
         self.has_global_rows = geometry.layer < geometry.num_layers - 1
         kinds = 0 if config.num_global_tokens == 0 else 3 if self.has_global_rows else 1
         if kinds:
@@ -132,6 +136,10 @@ class EtcAttention(EfficientAttention):
             self.add_module(name, nn.Linear(geometry.hidden_size, heads * width, bias=geometry.projection_bias))
 
     @classmethod
+    def honours_sliding_window(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        return not config.relative_labels
+
+    @classmethod
     def num_extra_tokens(cls, config: EtcAttentionConfig) -> int:
         return config.num_global_tokens
 
@@ -146,10 +154,7 @@ class EtcAttention(EfficientAttention):
     def reset_parameters(self) -> None:
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if name.endswith(".weight"):
-                    parameter.normal_(std=0.02)
-                else:
-                    parameter.zero_()
+                parameter.normal_(std=0.02) if name.endswith(".weight") else parameter.zero_()
             if self.config.num_global_tokens:
                 self.global_logits[LONG_TO_GLOBAL] = GATE - math.log(self.config.num_global_tokens)
 
@@ -180,16 +185,16 @@ class EtcAttention(EfficientAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext | None) -> Tensor:
         if context is None:
             return prepend(self.global_tokens, query)
-        g, clip, reach = self.config.num_global_tokens, self.config.relative_labels, self.config.attention_window // 2
+        g, clip = self.config.num_global_tokens, self.config.relative_labels
         token_mask = context.key_padding_mask
         q, k, v = (x[:, :, g:] for x in (query, key, value))
         extra = self._global_columns(q, key, value, context) if g else None
         call = replace(context, key_padding_mask=None if token_mask is None else token_mask[:, g:], extra=extra)
         if clip:
             logits = self._vector_logits(q, slice(0, 2 * clip + 1), context) + self.label_logits.T[:, None]
-            out = labelled_window_attention(q, k, v, logits, call, reach=reach)
+            out = labelled_window_attention(q, k, v, logits, call, reach=self.window.left)
         else:
-            out = block_sparse_attention(q, k, v, Window(left=reach, right=reach), call)
+            out = block_sparse_attention(q, k, v, self.window, call)
         if not g:
             return out
         first = query[:, :, :g]
@@ -238,9 +243,8 @@ class EtcAttention(EfficientAttention):
         # apart from what is added to both alike, logits of global tokens differ by one number per query
         to_global, to_long = (self._kind_logits(k, query, context) for k in (GLOBAL_TO_GLOBAL, GLOBAL_TO_LONG))
         visible = real_tokens(context.key_padding_mask, key)
-        options = dict(scaling=context.scaling, dropout=context.dropout)
         parts = (
             ExtraKeys(key[:, :, here], value[:, :, here], visible[:, None, here], bias)
             for here, bias in ((slice(g), to_global - to_long), (slice(g, n), None))
         )
-        return merge_attention(*(extra_attention(query, part, **options) for part in parts))[0]
+        return merge_attention(*(extra_attention(query, part, **context.options) for part in parts))[0]

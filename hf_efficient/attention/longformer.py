@@ -17,9 +17,10 @@ from hf_efficient.attention.base import (
     SourceAttention,
     register_mechanism,
 )
-from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig, attend_kept
+from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig
 from hf_efficient.ops.block_sparse.windows import window_sides
 from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.decoding import with_key_positions
 from hf_efficient.ops.global_tokens import (
     GlobalTokens,
     chosen_tokens,
@@ -29,7 +30,6 @@ from hf_efficient.ops.global_tokens import (
     up_to_separator,
     without_tokens,
 )
-from hf_efficient.ops.padding import first_real_token
 from hf_efficient.patterns.kinds import GlobalColumns, GlobalRows, Window
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead
@@ -115,13 +115,12 @@ class LongformerAttention(PatternAttention):
         i ∉ G:  y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j            over j ∈ W(i) ∪ G
         i ∈ G:  y_i = Σ_j softmax_j(s · qᵍ_i·kᵍ_j + b(j - i)) vᵍ_j         over all real j,  qᵍ = W_qᵍ h_i, …
 
-    qᵍ, kᵍ, vᵍ start as copies of the pretrained projections. Causal layers have global *columns* only: W(i) ∪ G over
-    j ≤ i, and no new projections, since a global row would need keys that a cache no longer has.
+    qᵍ, kᵍ, vᵍ start as copies of the pretrained projections. Causal layers have global *columns* only: W(i) ∪ G over j ≤ i,
+    inside the host's own window, and no new projections, since a global row would need keys that a cache no longer has.
     `global_attention_mask` (B, S) in the call overrides `global_tokens`; S counts the tokens in a cache too, and while
     generating the mask may end earlier: later tokens are not global.
 
-    O(N (w + |G|)) time and memory. Source: Beltagy et al. 2020 (arXiv 2004.05150), §3.1; the global projections follow
-    transformers' `LongformerSelfAttention`.
+    O(N (w + |G|)) time and memory. Source: Beltagy et al. 2020 (arXiv 2004.05150), §3.1; projections as in transformers.
     """
 
     Config = LongformerAttentionConfig
@@ -137,13 +136,13 @@ class LongformerAttention(PatternAttention):
 
     def __init__(self, config: LongformerAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
-        self.neighbours = config.neighbours(geometry)
+        self.neighbours = self.inside_window(config.neighbours(geometry))
         # not with dilated windows, whose tables of tiles would be nearly dense
         listed = config.columns if config.dilation == 1 else ()
-        self.listed = self.neighbours | GlobalColumns(positions=listed) if listed else None
+        self.listed = self.inside_window(self.neighbours | GlobalColumns(positions=listed)) if listed else None
         # global tokens are found by each row's own start, and windows look the same everywhere
         self.left_aligned = False
-        self.has_global_rows = self.needs_hidden_states = not geometry.is_causal and geometry.rotary is None
+        self.has_global_rows = self.needs_hidden_states = not self.keeps_to_host(config, geometry)
         self.uses_global_attention_mask = geometry.is_causal or self.has_global_rows
         self.needs_input_ids = config.global_tokens in QUESTION_RULES
         if self.has_global_rows:
@@ -169,6 +168,10 @@ class LongformerAttention(PatternAttention):
                     getattr(target, part).copy_(pretrained)
                     origins[f"{name}_global.{part}"] = f"copy of the {name} {part}"
         return origins
+
+    @classmethod
+    def keeps_to_host(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        return geometry.is_causal or geometry.rotary is not None  # without global rows
 
     @classmethod
     def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
@@ -204,7 +207,7 @@ class LongformerAttention(PatternAttention):
         # listed positions are the same in every row without padding: they are part of the pattern
         is_listed = self.listed is not None and token_mask is None and context.global_attention_mask is None
         if tokens is not None and not is_listed:
-            extra = global_columns(tokens, key, value, context.relative_bias, context.is_causal)
+            extra = global_columns(tokens, key, value, context, self.geometry.sliding_window)
             token_mask = without_tokens(token_mask, tokens, key)
         call = dataclasses.replace(context, key_padding_mask=token_mask, extra=extra)
         out = self.attend(query, key, value, call, self.listed if is_listed else self.neighbours)
@@ -218,14 +221,11 @@ class LongformerAttention(PatternAttention):
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         """New queries over the keys that the cache kept."""
-        positions, token_mask, given = context.key_positions, context.key_padding_mask, context.global_attention_mask
-        if positions is None:
-            positions = torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1)
-            start = None if token_mask is None else first_real_token(token_mask)
-            context = dataclasses.replace(context, key_positions=positions, row_start=start)
-        columns = None if given is None else kept_tokens(given, positions, context.query_offset + query.shape[2])
+        context, columns = with_key_positions(context, key), None
+        if (given := context.global_attention_mask) is not None and context.key_positions is not None:
+            columns = kept_tokens(given, context.key_positions, context.query_offset + query.shape[2])
         pattern = self.pattern if given is None else self.neighbours
-        return attend_kept(query, key, value, pattern, context, columns, self.config.implementation)
+        return self.attend_kept(query, key, value, context, pattern, columns)
 
     def _global_tokens(self, key: Tensor, context: AttentionContext) -> GlobalTokens | None:
         """The call's mask if there is one, else what the config's rule says."""

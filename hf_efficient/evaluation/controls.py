@@ -31,7 +31,7 @@ class MeanOfValues(EfficientAttention):
     grouped_heads = True
 
     @classmethod
-    def honours_sliding_window(cls, config: Any) -> bool:
+    def honours_sliding_window(cls, config: Any, geometry: AttentionGeometry) -> bool:
         return True
 
     @classmethod

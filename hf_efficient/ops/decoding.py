@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hf_efficient.ops.context import AttentionCall
+from hf_efficient.ops.context import AttentionCall, AttentionContext
+from hf_efficient.ops.padding import first_real_token
 from hf_efficient.ops.softmax import Result, additive_mask, attend
 
 
@@ -19,6 +21,7 @@ def rows_attention(
     call: AttentionCall,
     *,
     columns: Tensor | None = None,
+    reach: int | None = None,
     chunk: int = 32,
 ) -> Result:
     """Causal softmax attention: query i sees key j ≤ i iff `visible(i - s, j - s)` or `columns[j]`, s the row's start.
@@ -30,7 +33,7 @@ def rows_attention(
         visible: takes integer query positions (B or 1, N, 1) and key positions (B or 1, 1, S), negative before a row's
             start, and gives (B or 1, H or 1, N, S) bool, e.g. `Pattern.visible_per_head`.
         call: always taken as causal; the bias goes by the true offsets j - i.
-        columns: (B, S) bool, keys that every query from their position on sees.
+        columns: (B, S) bool, keys that every query from their position on sees, up to `reach` tokens later.
         chunk: queries handled at once, which bounds memory.
 
     Returns:
@@ -47,9 +50,10 @@ def rows_attention(
         rows = torch.arange(query_offset, query_offset + part.shape[2], device=device)
         query_offset += part.shape[2]
         seen = visible(rows[None, :, None] - start[:, None, None], (positions - start[:, None])[:, None])
-        if columns is not None:
-            seen = seen | columns[:, None, None]
         offset = positions[:, None] - rows[:, None]  # (B or 1, n, S)
+        if columns is not None:
+            near = columns[:, None] if reach is None else columns[:, None] & (offset >= -reach)
+            seen = seen | near[:, None]
         mask = seen & ((offset <= 0) & exists[:, None])[:, None]
         logits = additive_mask(mask, query.dtype)
         if call.relative_bias is not None:
@@ -58,6 +62,15 @@ def rows_attention(
         outputs.append(out)
         sums += [] if lse is None else [lse]
     return torch.cat(outputs, dim=2), torch.cat(sums, dim=2) if sums else None
+
+
+def with_key_positions(context: AttentionContext, key: Tensor) -> AttentionContext:
+    """The context that says where the keys and rows start also where a cache has forgotten none."""
+    if context.key_positions is not None:
+        return context
+    positions, mask = torch.arange(key.shape[2], device=key.device), context.key_padding_mask
+    start = None if mask is None else first_real_token(mask)
+    return replace(context, key_positions=positions.expand(key.shape[0], -1), row_start=start)
 
 
 def entries_at(positions: Tensor, mask: Tensor) -> Tensor:

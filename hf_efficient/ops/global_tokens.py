@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_efficient.ops.context import ExtraKeys
+from hf_efficient.ops.context import AttentionCall, ExtraKeys
 from hf_efficient.ops.decoding import entries_at
 from hf_efficient.ops.graph import is_captured, leaves_torch
 from hf_efficient.ops.padding import first_real_token, real_tokens
 from hf_efficient.ops.plain import is_plain_linear
-from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.softmax import masked_attention
 
 
@@ -97,20 +96,23 @@ def without_tokens(key_padding_mask: Tensor | None, tokens: GlobalTokens, key: T
 
 
 def global_columns(
-    tokens: GlobalTokens, key: Tensor, value: Tensor, relative_bias: RelativeBias | None, is_causal: bool
+    tokens: GlobalTokens, key: Tensor, value: Tensor, call: AttentionCall, window: tuple[int, int] | None = None
 ) -> ExtraKeys:
     """The global tokens as keys of every query; causal: of their own and every later query.
 
     Args:
-        key, value: (B, H, N, D), one for each query.
+        key, value: (B, HK, N, D), one for each query.
+        window: (left, right) keys beside the token itself, beyond which it sees none; `None` = all.
     """
     index = tokens.positions
     gather = index[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
     offset = index[:, None, :] - torch.arange(key.shape[2], device=key.device)[:, None]  # (B, N, G)
     visible = tokens.exists[:, None]
-    if is_causal:
+    if call.is_causal:
         visible = visible & (offset <= 0)
-    bias = None if relative_bias is None else relative_bias.at(offset).transpose(0, 1)
+    if window is not None:
+        visible = visible & (offset >= -window[0]) & (offset <= window[1])
+    bias = None if call.relative_bias is None else call.relative_bias.at(offset).transpose(0, 1)
     return ExtraKeys(key.gather(2, gather), value.gather(2, gather), visible, bias)
 
 

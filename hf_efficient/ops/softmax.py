@@ -196,13 +196,16 @@ def _merged(first: Partial, second: Partial) -> Partial:
     return out, torch.where(empty, float("-inf"), torch.logaddexp(a, b))
 
 
-def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+def with_sinks(out: Tensor, lse: Tensor | None, sinks: Tensor | None) -> Tensor:
     """Softmax attention with one more logit per head in the denominator, which has no value.
 
     With L the log-sum-exp of a row's logits: `y σ(L - sink)`; a row that sees nothing stays 0.
 
     Args:
-        out: (B, H, N, D). lse: (B, H, N). sinks: (H,).
+        out: (B, H, N, D). lse: (B, H, N). sinks: (H,); `None` = none, `out` stays.
     """
+    if sinks is None:
+        return out
+    assert lse is not None
     share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
     return out * share[..., None].to(out.dtype)

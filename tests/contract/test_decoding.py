@@ -507,7 +507,7 @@ def test_rows_attention_against_the_definition(pattern):
 
     i, j = torch.arange(old, length)[:, None], torch.arange(length)
     rows, keys = i - start[:, None, None], j - start[:, None, None]
-    seen = heads_of.visible_per_head(rows, keys) | columns[:, None, None]
+    seen = heads_of.visible_per_head(rows, keys) | (columns[:, None] & (i - j <= 5))[:, None]
     seen &= ((j <= i) & keep[:, None])[:, None]
     logits = 0.7 * query @ key.mT + bias.at(j - i)
     logits = logits.masked_fill(~seen, -torch.inf)
@@ -531,6 +531,7 @@ def test_rows_attention_against_the_definition(pattern):
         heads_of.visible_per_head,
         moved,
         columns=torch.cat([columns.gather(1, order), torch.ones(batch, 3, dtype=torch.bool)], 1),
+        reach=5,
         chunk=2,
     )
     assert_close(actual, expected, 1e-12)
@@ -538,5 +539,5 @@ def test_rows_attention_against_the_definition(pattern):
     assert lse is not None
     assert_close(lse.exp(), sums.exp(), 1e-12)
     call = replace(call, key_padding_mask=keep)
-    actual, _ = rows_attention(query, key, value, heads_of.visible_per_head, call, columns=columns, chunk=2)
+    actual, _ = rows_attention(query, key, value, heads_of.visible_per_head, call, columns=columns, reach=5, chunk=2)
     assert_close(actual, expected, 1e-12)

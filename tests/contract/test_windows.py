@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +26,11 @@ from hf_efficient.profiling.counters import LargestTensor
 from hf_efficient.testing import assert_close, tiny_model
 from hf_efficient.training.transfer.layer_errors import layer_errors
 
-PATTERNS = ("axial", "bigbird", "sparse_transformer")
+PATTERNS = ("axial", "bigbird", "etc", "longformer", "sparse_transformer")
+ETC_FORMS: dict[str, dict[str, Any]] = {
+    "etc": dict(attention_window=60),
+    "bigbird": dict(block_size=20, num_random_blocks=1, form="etc"),
+}
 HOSTS = ("mistral", "gemma2", "gemma3_text", "gpt_oss", "modernbert", "modernbert-decoder")
 
 
@@ -50,7 +56,9 @@ def test_the_window_of_the_host_holds(model_type: str) -> None:
         ("local", whole | more) for more in ({}, dict(layers=[0]), dict(layers=[1]), dict(sink_tokens=3))
     ]
     calls += [(config, {}) for config in exact if not config.attention_class.unsupported(config, geometry)]
-    assert len(calls) > 6, calls
+    if geometry.is_causal:
+        calls.append(("longformer", whole | dict(global_tokens=(0, 3, 50))))
+    assert len(calls) > 8, calls
     inputs = probe_inputs(model, 60)
     model.set_attn_implementation("eager")
     source = outputs(model, inputs)
@@ -78,7 +86,10 @@ def test_decoding_far_beyond_the_window(model_type: str) -> None:
         ("local", dict(attention_window=6)),
     ]
     if model_type == "gpt_oss":
-        cases.append(("sparse_transformer", dict(stride=8)))
+        cases += [
+            ("sparse_transformer", dict(stride=8)),
+            ("longformer", dict(attention_window=6, global_tokens=(0, 3))),
+        ]
     for mechanism, options in cases:
         with he.patch_attention(model, mechanism, **options):
             decoded = model.generate(ids, **call)
@@ -106,16 +117,14 @@ def test_what_does_not_keep_to_a_window_or_sinks_is_refused() -> None:
             reasons = " ".join(config.attention_class.unsupported(config, geometry))
             if "window of 24 tokens" in reasons or "sinks" in reasons or "softcap=50.0" in reasons:
                 refused.append((model_type, name))
-    assert not {name for _, name in refused} & {*PATTERNS, "local", "blockwise"}
+    assert not {name for _, name in refused} & ({*PATTERNS, "local", "blockwise"} - {"etc"})
     assert {name for host, name in refused if host == "mistral"} >= {
         "linformer",
         "performer",
-        "longformer",
+        "sinkhorn",
         "reformer",
     }
-    assert {("gpt_oss", "linformer"), ("gpt_oss", "longformer"), ("gemma2", "longformer"), ("gemma2", "t2r")} <= set(
-        refused
-    )
+    assert {("gpt_oss", "linformer"), ("gpt_oss", "etc"), ("gemma2", "etc"), ("gemma2", "t2r")} <= set(refused)
 
 
 def test_what_a_kernel_lacks_is_refused_at_conversion() -> None:
@@ -125,6 +134,57 @@ def test_what_a_kernel_lacks_is_refused_at_conversion() -> None:
         he.patch_attention(tiny_model("gpt_oss"), "local", implementation="flex"),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", ["bigbird", "etc"])
+def test_the_window_of_the_host_does_not_bind_extra_tokens(name: str) -> None:
+    """Three extra tokens see and are seen by all, tokens see each other inside it; BigBird's with a cap and sinks, too."""
+    geometry, n = replace(first_geometry(tiny_model("modernbert")), sliding_window=(7, 7)), 40
+    config = he.attention_config(name, num_global_tokens=3, **ETC_FORMS[name])
+    facts: dict[str, Any] = {}
+    if name == "bigbird":
+        facts = dict(softcap=1.5, sinks=torch.randn(geometry.num_heads))
+        geometry = replace(geometry, softcap=1.5, has_sinks=True)
+    assert not config.attention_class.unsupported(config, geometry)
+    mechanism = config.attention_class(config, geometry)
+    mechanism.reset_parameters()
+    query, key, value = torch.randn(3, 2, geometry.num_heads, 3 + n, 8)
+    keep = torch.ones(2, 3 + n, dtype=torch.bool)
+    keep[1, -9:] = False
+    context = AttentionContext(is_causal=False, scaling=0.5, key_padding_mask=keep, **facts)
+    logits = 0.5 * query @ key.mT
+    logits = logits if name == "etc" else 1.5 * (logits / 1.5).tanh()
+    logits[:, :, 3:, :3] -= 5 + math.log(3)
+    offset = torch.arange(n) - torch.arange(n)[:, None]
+    near = torch.ones(3 + n, 3 + n, dtype=torch.bool)
+    near[3:, 3:] = offset.abs() <= 7
+    logits = logits.masked_fill(~(near & keep[:, None, None]), -torch.inf)
+    if facts:
+        logits = torch.cat([logits, facts["sinks"][:, None, None].expand(2, -1, 3 + n, 1)], -1)
+    expected = logits.softmax(-1)[..., : 3 + n] @ value
+    assert_close(mechanism(query, key, value, context), expected, 1e-5)
+
+
+@pytest.mark.parametrize("new", [60, 5])
+def test_global_tokens_of_a_call_keep_to_the_window_of_the_host(new: int) -> None:
+    """Longformer on a causal host with sinks: the whole row, and new tokens against a cache, by the formula."""
+    geometry, n = first_geometry(tiny_model("gpt_oss")), 60
+    assert geometry.sliding_window == (23, 0)
+    config = he.attention_config("longformer", attention_window=6)
+    query, key, value = torch.randn(3, 2, geometry.num_heads, n, 8)
+    marked, keep = torch.zeros(2, n, dtype=torch.bool), torch.arange(n) >= torch.tensor([[0], [5]])
+    marked[:, [7, 30, 50]] = True
+    sinks, offset = torch.randn(geometry.num_heads), torch.arange(n) - torch.arange(n)[:, None]
+    near = (offset > -6) | (marked[:, None] & (offset >= -23))
+    logits = (0.5 * query @ key.mT).masked_fill(~(near & (offset <= 0) & keep[:, None])[:, None], -torch.inf)
+    weights = torch.cat([logits, sinks[:, None, None].expand(2, -1, n, 1)], -1).softmax(-1)[..., :n]
+    facts: dict[str, Any] = dict(
+        key_padding_mask=keep, global_attention_mask=marked, sinks=sinks, query_offset=n - new
+    )
+    context = AttentionContext(is_causal=True, scaling=0.5, **facts)
+    mechanism = config.attention_class(config, geometry)
+    out = mechanism(query[:, :, -new:], key, value, context)
+    assert_close(out, (weights @ value)[:, :, -new:], 1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])

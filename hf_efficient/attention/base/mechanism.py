@@ -266,7 +266,7 @@ class EfficientAttention(nn.Module):
     def _unhonoured(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
         """What the host does to logits and keys that this mechanism would leave out."""
         name, reasons = cls.Config.mechanism, []
-        if geometry.sliding_window is not None and not cls.honours_sliding_window(config):
+        if geometry.sliding_window is not None and not cls.honours_sliding_window(config, geometry):
             reasons.append(
                 f"{name} can't keep to the host's own window of {sum(geometry.sliding_window) + 1} tokens: convert only the "
                 "layers without one, with layers=…, or use local"
@@ -283,8 +283,8 @@ class EfficientAttention(nn.Module):
         return reasons
 
     @classmethod
-    def honours_sliding_window(cls, config: Any) -> bool:
-        """Whether a query sees no key outside the host's own window of the layer (`geometry.sliding_window`)."""
+    def honours_sliding_window(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        """Whether a token sees no other outside the host's own window of the layer (`geometry.sliding_window`)."""
         return False
 
     @classmethod

@@ -81,21 +81,21 @@ class PatternAttention(EfficientAttention):
     grouped_heads = True
 
     @classmethod
-    def is_pattern_alone(cls, config: Any) -> bool:
-        """Whether every output is attention over what the pattern shows, with no keys or rows of another kind."""
+    def keeps_to_host(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        """Whether the host's own window, cap of the logits and sinks hold for all that `forward` computes."""
         return cls.forward is PatternAttention.forward
 
     @classmethod
-    def honours_sliding_window(cls, config: Any) -> bool:
-        return cls.is_pattern_alone(config)
+    def honours_sliding_window(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        return cls.keeps_to_host(config, geometry)
 
     @classmethod
     def honours_softcap(cls, config: Any, geometry: AttentionGeometry) -> bool:
-        return cls.is_pattern_alone(config)
+        return cls.keeps_to_host(config, geometry)
 
     @classmethod
     def honours_sinks(cls, config: Any, geometry: AttentionGeometry) -> bool:
-        return cls.is_pattern_alone(config)
+        return cls.keeps_to_host(config, geometry)
 
     @classmethod
     def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
@@ -108,11 +108,15 @@ class PatternAttention(EfficientAttention):
 
     def __init__(self, config: PatternAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
-        self.pattern = config.visible_keys(geometry)
-        if geometry.sliding_window is not None:
-            left, right = geometry.sliding_window
-            self.pattern = self.pattern & Window(left=left, right=right)
+        self.pattern = self.inside_window(config.visible_keys(geometry))
         self.left_aligned = not self.pattern.shift_invariant
+
+    def inside_window(self, pattern: Pattern) -> Pattern:
+        """What `pattern` shows inside the host's own window."""
+        if self.geometry.sliding_window is None:
+            return pattern
+        left, right = self.geometry.sliding_window
+        return pattern & Window(left=left, right=right)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         return self.attend(query, key, value, context)
@@ -127,6 +131,26 @@ class PatternAttention(EfficientAttention):
             return block_sparse_attention(query, key, value, pattern, context, **facts)
         found = block_sparse_attention(query, key, value, pattern, context, return_lse=True, **facts)
         return with_sinks(*found, context.sinks)
+
+    def attend_kept(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: AttentionContext,
+        pattern: Pattern,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of `pattern` and `columns` over the keys that a `BoundedLayer` kept: see `rows_attention`.
+
+        Raises:
+            ValueError: an explicit implementation that does not decode.
+        """
+        require_torch(self.config.implementation, DECODING)
+        call = dataclasses.replace(context, return_lse=context.sinks is not None)
+        window = self.geometry.sliding_window
+        options: dict[str, Any] = dict(columns=columns, reach=None if window is None else window[0])
+        return with_sinks(*rows_attention(query, key, value, pattern.visible_per_head, call, **options), context.sinks)
 
     def cache_layer(self) -> BoundedLayer | None:
         if not (self.geometry.is_causal and self.pattern.is_bounded):
@@ -152,21 +176,3 @@ def two_part_refusals(name: str, policy: str, whole: str, geometry: AttentionGeo
     if policy == "interleaved" and geometry.num_layers < 2:
         return [f"{name}='interleaved' needs at least 2 layers, the {geometry.side} has 1: use {name}={whole!r}"]
     return []
-
-
-def attend_kept(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: Pattern,
-    context: AttentionContext,
-    columns: Tensor | None = None,
-    implementation: str = "auto",
-) -> Tensor:
-    """Causal attention of `pattern` over the keys that a `BoundedLayer` kept: see `ops.decoding.rows_attention`.
-
-    Raises:
-        ValueError: an explicit `implementation` that does not decode.
-    """
-    require_torch(implementation, DECODING)
-    return rows_attention(query, key, value, pattern.visible_per_head, context, columns=columns)[0]
