@@ -52,6 +52,7 @@ class Settings:
     output_dir: str  # an empty or new folder, unless --resume
     attention: str = ""  # mechanism to convert to on the way, or its JSON
     max_positions: int = 0  # lengthen the converted model to so many positions; 0 = as is
+    positions: str | None = None  # how: tile, linear, yarn, …, see hf-efficient convert; by default as usual
     dataset: str = "offline"  # offline, files (.jsonl .json .csv .parquet .txt), a folder, or a Hub id
     dataset_config: str = ""  # configuration of a Hub dataset
     text_column: str = "text"  # column that the text stands in

@@ -21,12 +21,14 @@ from hf_efficient.families.registry import (
     register_family,
 )
 from hf_efficient.families.rotary import RotaryPositions
+from hf_efficient.families.sinusoids import EndlessSinusoids, SinusoidTable
 from hf_efficient.families.stack import AttentionLayer, Stack
 
 __all__ = [
     "ORIGINS",
     "PREFIX",
     "AttentionLayer",
+    "EndlessSinusoids",
     "GenericFamily",
     "HostModel",
     "ModelFamily",
@@ -35,6 +37,7 @@ __all__ = [
     "PositionTable",
     "RelativePositions",
     "RotaryPositions",
+    "SinusoidTable",
     "Stack",
     "TableAfterPadding",
     "TableWithOffset",

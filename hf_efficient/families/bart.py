@@ -17,7 +17,7 @@ class BartFamily(ModelFamily):
         return "decoder" if type(stack).__name__.endswith("Decoder") else "encoder"
 
     def is_cross_attention(self, name: str, module: Any) -> bool:
-        return name.endswith("encoder_attn")
+        return name.endswith(("encoder_attn", "cross_attention"))
 
     def hidden_size(self, stack: Stack) -> int:
         size: int = stack.module.config.d_model
@@ -31,7 +31,7 @@ class M2M100Family(BartFamily):
 
 
 TABLE = TableWithOffset("embed_positions")
-SINUSOIDS = SinusoidTable("embed_positions")
+SINUSOIDS, ENDLESS = SinusoidTable("embed_positions"), EndlessSinusoids("embed_positions")
 ROWS: tuple[tuple[type[BartFamily], str, str, PositionScheme], ...] = (
     (BartFamily, "bart", "Bart", TABLE),
     (BartFamily, "mbart", "MBart", TABLE),
@@ -40,7 +40,8 @@ ROWS: tuple[tuple[type[BartFamily], str, str, PositionScheme], ...] = (
     (BartFamily, "blenderbot-small", "BlenderbotSmall", TABLE),
     (BartFamily, "pegasus", "Pegasus", SINUSOIDS),
     (BartFamily, "marian", "Marian", SINUSOIDS),
-    (M2M100Family, "m2m_100", "M2M100", EndlessSinusoids("embed_positions")),
+    (M2M100Family, "m2m_100", "M2M100", ENDLESS),
+    (M2M100Family, "nllb-moe", "NllbMoe", ENDLESS),
 )
 
 FAMILIES = tuple(

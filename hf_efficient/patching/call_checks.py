@@ -147,10 +147,11 @@ def _check_form(call: dict[str, Any], config: Any, info: StackInfo) -> None:
 
 
 def _check_length(shape: CallShape, info: StackInfo) -> None:
+    where, side = (" in its decoder", " and side='both'") if info.is_other_decoder else ("", "")
     if info.max_positions is not None and shape.tokens > info.max_positions:
         raise ValueError(
-            f"input of {shape.tokens} tokens, but the model has {info.max_positions} positions: truncate it, or convert "
-            f"with max_positions={shape.tokens} or more."
+            f"input of {shape.tokens} tokens, but the model has {info.max_positions} positions{where}: truncate it, or "
+            f"convert with max_positions={shape.tokens} or more{side}."
         )
 
 

@@ -244,6 +244,7 @@ def with_baseline(finetune: Callable[[Any], RunRecord], settings: FinetuningSett
     plain = settings.replaced(
         attention="none",
         max_positions=0,
+        positions=None,
         max_length=min(settings.max_length, positions),
         baseline=False,
         output_dir=str(folder / "baseline"),

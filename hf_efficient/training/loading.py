@@ -16,6 +16,7 @@ from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.conversion.convert import convert
 from hf_efficient.conversion.loading import load_tokenizer
 from hf_efficient.families import HostModel, family_of
+from hf_efficient.families.positions import AS_LONG, LongerInputs
 from hf_efficient.models.in_place import revert
 from hf_efficient.models.loading import find_weights, read_config, require_host_tensors
 from hf_efficient.models.mixin import honours_loss_kwargs
@@ -38,7 +39,8 @@ def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = Non
     """(model, tokenizer) of `settings.model` in fp32: as it is, or converted on the way.
 
     `settings.attention` names a mechanism, or is its JSON with options; "" leaves the checkpoint as it is, "none" undoes
-    the conversion of a converted one. `settings.max_positions` lengthens what is converted; 0 = as is. Tensors that the
+    the conversion of a converted one. `settings.max_positions` lengthens what is converted; 0 = as is; `settings.positions`
+    says how. Tensors that the
     checkpoint lacks (a fresh head) are logged. `settings.lora_rank` > 0 freezes all but low-rank adapters of the attention
     projections, the mechanisms and fresh layers (PEFT).
 
@@ -49,13 +51,13 @@ def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = Non
         ValueError: an impossible conversion, another mechanism for a converted checkpoint, or no tokenizer.
     """
     name, attention = settings.model, getattr(settings, "attention", "")
-    max_positions = getattr(settings, "max_positions", 0)
+    longer = LongerInputs(getattr(settings, "max_positions", 0) or None, getattr(settings, "positions", None))
     config = read_config(name)
     installed = getattr(config, "efficient_attention", None)
     tokenizer = load_tokenizer(name, None)
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer; put one into the checkpoint's folder.")
-    _check_attention(name, config, attention, max_positions, tokenizer.model_max_length)
+    _check_attention(name, config, attention, longer, tokenizer.model_max_length)
     weights = find_weights(name, config)
     weights.require_tensors_alone()
     model, info = auto_class.from_pretrained(
@@ -78,7 +80,7 @@ def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = Non
             "model_max_length", tokenizer.model_max_length
         )
     elif attention not in ("", "none") and not installed:
-        result = convert(model, attention, max_positions=max_positions or None, tokenizer=tokenizer)
+        result = convert(model, attention, **longer._asdict(), tokenizer=tokenizer)
         model = result.model
         if record is not None:
             record.conversion = result.report.to_dict() | {"source": name}
@@ -100,13 +102,12 @@ def prepared(model: Any, settings: Any, fresh: list[str] | None = None) -> Any:
     return _with_lora(model, rank, fresh or []) if rank else model
 
 
-def _check_attention(name: str, config: Any, attention: str, max_positions: int, longest_input: int) -> None:
+def _check_attention(name: str, config: Any, attention: str, longer: LongerInputs, longest_input: int) -> None:
     installed = getattr(config, "efficient_attention", None)
     if not installed:
-        if max_positions and attention in ("", "none"):
-            raise ValueError(
-                f"max_positions={max_positions} lengthens a checkpoint while it is converted: say to what with --attention."
-            )
+        if longer != AS_LONG and attention in ("", "none"):
+            said = ", ".join(f"{name}={value}" for name, value in longer._asdict().items() if value is not None)
+            raise ValueError(f"{said} lengthens a checkpoint while it is converted: say to what with --attention.")
         return
     if attention not in ("", "none"):
         given, there = attention_configs(attention), attention_configs(installed)
@@ -120,10 +121,16 @@ def _check_attention(name: str, config: Any, attention: str, max_positions: int,
             )
     # T5 has no table of positions: what a conversion lengthens there is what the tokenizer says
     positions = family_of(config.model_type).positions.limit(config) or longest_input
-    if max_positions and max_positions != positions:
+    if longer.max_positions and longer.max_positions != positions:
         raise ValueError(
-            f"{name} is already converted and has {positions} positions, not max_positions={max_positions}: leave it out, "
-            "or convert the original."
+            f"{name} is already converted and has {positions} positions, not max_positions={longer.max_positions}: leave it "
+            "out, or convert the original."
+        )
+    method = getattr(config, "efficient_source", {}).get("positions")
+    if longer.positions and longer.positions != method:
+        raise ValueError(
+            f"{name} is already converted, with positions={method}, not {longer.positions}: leave it out, or convert the "
+            "original."
         )
 
 

@@ -73,6 +73,10 @@ def load_or_start(
         )
     if settings.hidden_size % settings.heads:
         raise ValueError(f"hidden_size={settings.hidden_size} can't be shared out to heads={settings.heads}.")
+    if settings.positions:
+        raise ValueError(
+            f"positions={settings.positions!r}: a model from scratch has as many as max_positions says; leave it out."
+        )
     with settings.main_process_first(desc="tokenizer"):
         tokenizer = _own_tokenizer(settings, kind, texts, record)
     length = settings.max_positions or settings.block_length or DEFAULT_LENGTH

@@ -51,6 +51,9 @@ class Settings(TrainingArguments):
     output_dir: str = field()  # a new or empty folder, except with --resume
     attention: str = ""  # mechanism to convert to, or its JSON with options; none = back to full attention
     max_positions: int = 0  # longest input after the conversion; 0 = unchanged
+    positions: str | None = (
+        None  # how it gets there: tile, linear, yarn, …, see hf-efficient convert; by default as usual
+    )
     lora_rank: int = (
         0  # train low-rank adapters of this rank, the mechanisms and new layers alone; 0 = train everything
     )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from decoders import tiny_decoder
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from decoders import save_decoder, tiny_decoder
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_efficient as he
 from hf_efficient.families import HostModel
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
+from hf_efficient.training.loading import load_model
 
 OLD, NEW = 128, 512
 WIDE, NARROW = dict(attention_window=2 * NEW), dict(attention_window=16)
@@ -94,6 +96,16 @@ def test_a_stock_export_keeps_the_longer_positions(tmp_path):
     loaded = LlamaForCausalLM.from_pretrained(he.export(model, "stock").save(tmp_path / "stock"))
     assert (loaded.config.max_position_embeddings, loaded.config.rope_parameters) == (NEW, parameters)
     assert_close(logits(loaded, 300), long, 1e-5, where=inputs_for(model, length=300)["attention_mask"])
+
+
+def test_recipes_lengthen_as_they_are_told(tmp_path):
+    save_decoder(tmp_path, "llama")
+    settings = SimpleNamespace(model=str(tmp_path), attention="local", max_positions=NEW, positions="linear")
+    model, tokenizer = load_model(settings, AutoModelForCausalLM)
+    assert model.config.rope_parameters["rope_type"] == "linear" and tokenizer.model_max_length == NEW
+    settings.positions = None
+    with pytest.raises(ValueError, match="positions='yarn': slow angles"):
+        load_model(settings, AutoModelForCausalLM)
 
 
 def _longer(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -403,6 +403,9 @@ def refusals(folder: Path) -> list[tuple[str, dict[str, Any], str]]:
         ("span_corruption", {"pack": True}, "there is no setting --pack"),
         ("mlm", {"block_length": 200}, "block_length=200, but the model has 128 positions.*--max_positions 200"),
         ("mlm", {"max_positions": 256}, "max_positions=256 lengthens a checkpoint while it is converted"),
+        ("mlm", {"positions": "tile"}, "positions=tile lengthens a checkpoint while it is converted"),
+        ("mlm", {"model": folder / "converted", "positions": "interpolate"}, "with positions=tile, not interpolate"),
+        ("clm", {"model": "scratch:gpt2", "positions": "tile"}, "as many as max_positions says; leave it out"),
         ("mlm", {"model": headless}, "no-tokenizer has no tokenizer"),
         ("span_corruption", {"model": folder / "no-sentinels"}, "has 0 sentinel tokens"),
         ("mlm", {"attention": sharing, "lora_rank": 2}, "its own copy of .*, which the layers share"),
@@ -428,7 +431,7 @@ def refusals(folder: Path) -> list[tuple[str, dict[str, Any], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(21))
+@pytest.mark.parametrize("number", range(24))
 def test_refused_before_any_training(number, folder, tmp_path, monkeypatch):
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("training began")
@@ -436,7 +439,7 @@ def test_refused_before_any_training(number, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train", never)
     monkeypatch.setattr(Trainer, "evaluate", never)
     cases = refusals(folder)
-    assert len(cases) == 21
+    assert len(cases) == 24
     name, settings, message = cases[number]
     with pytest.raises(ValueError, match=message) as caught:
         go(name, folder, tmp_path / "out", **settings)
