@@ -10,12 +10,15 @@ from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionCon
 from hf_efficient.attention.base.pattern import (
     PatternAttention,
     PatternAttentionConfig,
+    picture_refusals,
     two_part_pattern,
     two_part_refusals,
+    with_prefix,
 )
 from hf_efficient.patterns.kinds import BlockWindow, Strided
 from hf_efficient.patterns.pattern import Pattern
 
+ROW_LENGTH = 64
 FORMS = ("union", "split", "interleaved")
 
 
@@ -24,24 +27,29 @@ class AxialAttentionConfig(PatternAttentionConfig):
     """Options of axial attention.
 
     Args:
-        row_length: C, tokens per row of the grid; about √n makes cost lowest. It stays the same at every length.
+        row_length: C, tokens per row of the grid; `None` = the columns of the host's pictures, else 64. For text about √n
+            makes cost lowest. It stays the same at every length, but follows the size of pictures.
         form: `"union"` (every head sees row and column), `"split"` (the first half of the heads sees rows, the others
             columns), or `"interleaved"` (even layers see rows, odd layers columns).
     """
 
     mechanism: ClassVar[str] = "axial"
 
-    row_length: int = 64
+    row_length: int | None = None
     form: str = "union"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("row_length")
+        if self.row_length is not None:
+            self._require_positive("row_length")
         self._require("form", self.form in FORMS, f"one of {', '.join(FORMS)}")
 
     def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
-        row, column = BlockWindow(block_size=self.row_length), Strided(stride=self.row_length)
-        return two_part_pattern(self.form, row, column, geometry)
+        length, prefix = (self.row_length or ROW_LENGTH, 0)
+        if geometry.grid is not None:
+            length, prefix = geometry.grid[1], geometry.prefix_tokens
+        row, column = BlockWindow(block_size=length, start=prefix), Strided(stride=length)
+        return with_prefix(two_part_pattern(self.form, row, column, geometry), prefix)
 
 
 @register_mechanism
@@ -51,7 +59,8 @@ class AxialAttention(PatternAttention):
         y_i = Σ_j softmax_j(s · q_i·k_j + b(j - i)) v_j
 
     Query i sees key j iff `⌊i / C⌋ = ⌊j / C⌋` (row) or `i mod C = j mod C` (column); causal: additionally j ≤ i. A token
-    counts itself once. The last row may be short. Positions count from a row's first real token; T5's bias is taken at the
+    counts itself once. The last row may be short. In pictures i counts patches; class and register tokens in front of them
+    see all tokens, and all see them. Positions count from a row's first real token; T5's bias is taken at the
     true offsets j - i.
 
     O(N (C + N / C)) time and memory. No new parameters. While decoding, columns need every past key, though a step looks at
@@ -67,14 +76,21 @@ class AxialAttention(PatternAttention):
         paper="arXiv 1912.12180, §3",
         time="n·(C + n/C)",
         memory="n·(C + n/C)",
-        exact_when="form = union and row_length ≥ n",
+        exact_when="form = union and row_length ≥ n; in pictures of one row or column alone",
         training="works without training; training restores long range",
     )
 
     @classmethod
     def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
-        return super().unsupported(config, geometry) + two_part_refusals("form", config.form, "union", geometry)
+        reasons = super().unsupported(config, geometry) + picture_refusals(geometry, config.row_length is None)
+        if geometry.grid is not None and config.row_length not in (None, geometry.grid[1]):
+            reasons.append(
+                f"row_length={config.row_length}: this host has {geometry.grid[1]} patches per row: leave it out"
+            )
+        return reasons + two_part_refusals("form", config.form, "union", geometry)
 
     @classmethod
-    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+    def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig | None:
+        if geometry.grid is not None:
+            return dataclasses.replace(config, form="union") if 1 in geometry.grid else None
         return dataclasses.replace(config, row_length=length, form="union")

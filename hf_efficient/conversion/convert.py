@@ -109,7 +109,7 @@ def convert(
             which is then converted in place.
         attention: a mechanism's name with its options as keywords, a config, its JSON form, or a list for hybrids.
         max_positions: longest input of the result, in tokens; `None` keeps the source's. T5 takes any length, only its
-            tokenizer is told.
+            tokenizer is told. For pictures: tokens of the largest one, see `GridPositions`.
         positions: how the model gets there. Tables: `"tile"` (the usual) or `"interpolate"`. Rotary positions:
             `"unchanged"`, which is usual where no layer sees farther than the old length, `"linear"`, `"ntk"`, `"yarn"`,
             `"llama3"` or `"longrope"`: see `PositionTable` and `RotaryPositions`.

@@ -2,6 +2,7 @@
 
 from hf_efficient.families.base import ModelFamily
 from hf_efficient.families.generic import GenericFamily
+from hf_efficient.families.grid import GridPositions
 from hf_efficient.families.positions import (
     NoPositions,
     PositionScheme,
@@ -30,6 +31,7 @@ __all__ = [
     "AttentionLayer",
     "EndlessSinusoids",
     "GenericFamily",
+    "GridPositions",
     "HostModel",
     "ModelFamily",
     "NoPositions",

@@ -37,6 +37,7 @@ class ModelFamily:
         embeddings_module, layers_module: where extra tokens enter and leave inside a stack: the module whose output are the
             embeddings, and the one that runs all layers and returns the last hidden states. `""` = the stack itself, by
             `inputs_embeds`, for stacks without absolute positions; `None` = extra tokens are not possible.
+        since: first version of transformers whose modules this describes; with an older one the type has no written family.
 
     Subclasses override what is not data.
     """
@@ -53,6 +54,7 @@ class ModelFamily:
     positions: PositionScheme = UNKNOWN
     embeddings_module: str | None = None
     layers_module: str | None = None
+    since: str | None = None
 
     @property
     def modeling(self) -> Any:
@@ -118,6 +120,8 @@ class ModelFamily:
             has_residual_module=stack.residual_module(layer) is not None,
             has_sinks=self.sinks(layer.module) is not None,
             position_scheme=self.positions.kind,
+            grid=self.positions.grid(config),
+            prefix_tokens=self.positions.prefix_tokens(config),
         )
 
     has_relative_bias = False

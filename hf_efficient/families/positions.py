@@ -49,6 +49,14 @@ class PositionScheme:
         """Position of a text's first token, in a model that is built from `config`."""
         return 0
 
+    def grid(self, config: Any) -> tuple[int, int] | None:
+        """(rows, columns) of the patches of a picture of the config's size; `None` = tokens are none, or not in order."""
+        return None
+
+    def prefix_tokens(self, config: Any) -> int:
+        """Tokens in front of the patches of a picture."""
+        return 0
+
     # a loaded model computes with its modules, whatever its config says by now
 
     def length(self, stack: Stack) -> int | None:

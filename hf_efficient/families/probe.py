@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -32,9 +33,14 @@ def probe_inputs(model: Any, length: int = 48, seed: int = 0) -> dict[str, Tenso
     if main == "input_ids":
         inputs = {"input_ids": ids, "attention_mask": mask}
     elif main == "pixel_values":
-        size = getattr(config, "image_size", 64)
+        channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 64)
         sides = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-        inputs = {main: noise(2, getattr(config, "num_channels", 3), *sides)}
+        inputs = {main: noise(2, channels, *sides)}
+        if "spatial_shapes" in inspect.signature(model.forward).parameters:  # patches, of a grid for each picture
+            shapes = torch.tensor([[4, 6], [4, 4]], device=parameter.device)
+            real = (torch.arange(24, device=parameter.device) < shapes.prod(1, keepdim=True)).long()
+            patches = noise(2, 24, channels * config.patch_size**2)
+            inputs = {main: patches, "pixel_attention_mask": real, "spatial_shapes": shapes}
     elif main == "input_features":
         inputs = {main: noise(2, _channels(config), 2 * getattr(config, "max_source_positions", 60))}
     elif main == "input_values":
@@ -60,7 +66,7 @@ def token_outputs(output: Any) -> Tensor:
 
 def real_part(output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     """`output` at the tokens that are not padding, where it has an entry per token; else all of it."""
-    mask = inputs.get("attention_mask")
+    mask = inputs.get("attention_mask", inputs.get("pixel_attention_mask"))
     if mask is None or "decoder_input_ids" in inputs or output.dim() < 3 or output.shape[:2] != mask.shape:
         return output
     return output[mask.bool()]

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import transformers
+from packaging import version
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -42,7 +44,8 @@ def families() -> dict[str, ModelFamily]:
 def _own() -> dict[str, ModelFamily]:
     names = [f"{__package__}.{module.name}" for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
     rows = [family for name in names for family in getattr(importlib.import_module(name), "FAMILIES", ())]
-    return {family.model_type: family for family in rows}
+    installed = version.parse(transformers.__version__)
+    return {family.model_type: family for family in rows if installed >= version.parse(family.since or "0")}
 
 
 @cache
@@ -193,4 +196,8 @@ class HostModel:
     def _tell_config(self) -> None:
         """The model's config says what those of its stacks say, which may be other objects."""
         for name in self.family.positions.fields if self.stacks else ():
-            setattr(self.model.config, name, copy.deepcopy(getattr(self.stacks[0].module.config, name)))
+            told = self.stacks[0].module.config
+            if hasattr(told, name):
+                setattr(self.model.config, name, copy.deepcopy(getattr(told, name)))
+            else:
+                self.model.config.__dict__.pop(name, None)

@@ -102,6 +102,7 @@ class AttentionContext(AttentionCall):
         recurrent: the mechanism's `cache_layer` where that holds a state of the keys it forgot; the mechanism must `fold`
             into it what the last update forgot.
         sinks: (H,) logits that stand in the denominator of each head's softmax, with no value; `None` = none.
+        grid: (rows, columns) of the patches of this call's pictures, where they are not those of the layer's geometry.
     """
 
     global_attention_mask: Tensor | None = None
@@ -111,3 +112,4 @@ class AttentionContext(AttentionCall):
     rows: PackedRows | None = None
     recurrent: Recurrence | None = None
     sinks: Tensor | None = None
+    grid: tuple[int, int] | None = None

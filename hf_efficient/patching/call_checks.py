@@ -16,6 +16,7 @@ from hf_efficient.patching.caches import HostWindow, bounded_cache, prepare_laye
 from hf_efficient.patching.call_inputs import CallShape, checked_inputs, shape_of
 from hf_efficient.patching.hooks import state_of
 from hf_efficient.patching.names import IMPLEMENTATION, LAYER, MODULE_NAME
+from hf_efficient.patching.pictures import pictures_of
 
 # what the caller of an encoder-decoder model calls the inputs of its decoder
 OTHER_NAMES = {"attention_mask": "decoder_attention_mask", "encoder_attention_mask": "attention_mask"}
@@ -39,6 +40,7 @@ class StackInfo:
     def __init__(self, family: ModelFamily, stack: Stack):
         mechanisms: list[Any] = [m for layer in stack.layers if (m := layer.module._modules[MODULE_NAME]) is not None]
         self.parameters = list(inspect.signature(type(stack.module).forward).parameters)[1:]
+        self.positions = family.positions
         self.max_positions = family.positions.length(stack)
         self.first_position = family.positions.first(stack)
         self.attention: list[Any] = [layer.module for layer in stack.layers]
@@ -74,15 +76,18 @@ def check_call(
     call = dict(zip(info.parameters, args, strict=False)) | kwargs
     config: Any = stack.config
     _check_form(call, config, info)
-    shape = shape_of(call)
+    pictures = pictures_of(call, config, info.positions, info.parameters)
+    shape = shape_of(call) if pictures is None else pictures.shape
     if shape is None:
         return args, kwargs
+    if pictures is not None:
+        call |= pictures.keywords
     _route_global_mask(call, info)
     call |= checked_inputs(call, shape, info.is_causal, info.names)
     if info.by_position and not is_captured():
         _check_distances(call, shape, info)
     segments = _find_sequences(call, shape, info)
-    if segments is None:
+    if segments is None and pictures is None:
         _check_length(shape, info)
     if info.by_rotation:
         _count_from_first_tokens(call, shape, info)

@@ -29,7 +29,7 @@ from hf_efficient.ops.padding import first_real_token, shift_rows
 from hf_efficient.ops.pooling import PackedRows
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patching.hooks import state_of
-from hf_efficient.patching.keywords import refuse_unknown
+from hf_efficient.patching.keywords import refuse_unknown, with_kept
 from hf_efficient.patching.mask_facts import MaskFacts, mask_facts
 from hf_efficient.patching.names import IMPLEMENTATION, LAYER, MODULE_NAME
 from hf_efficient.patching.packing import attend_packed_rows
@@ -91,6 +91,7 @@ def _require_window_of(config: Any, facts: MaskFacts) -> None:
         )
 
 
+@with_kept
 def efficient_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -106,6 +107,7 @@ def efficient_attention_forward(
     efficient_cache: Cache | None = None,
     efficient_sequences: PackedSequences | None = None,
     efficient_rows: PackedRows | None = None,
+    efficient_grid: tuple[int, int] | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
@@ -120,6 +122,7 @@ def efficient_attention_forward(
         query: (B, H, N, D); key, value: (B, H or fewer, S, D). attention_mask: from `efficient_mask`.
         efficient_sequences: the sequences of packed rows, each of which attends to itself alone.
         efficient_rows: the layer runs on pooled tokens, in these rows. s_aux: (H,) logits of the sinks.
+        efficient_grid: (rows, columns) of the pictures' patches, where they are not those of the config.
         softcap: c where logits become `c · tanh(logits / c)`.
 
     Returns:
@@ -166,6 +169,7 @@ def efficient_attention_forward(
             project=mechanism.host_projection and partial(mechanism.host_projection, module),
             input_ids=efficient_input_ids,
             rows=efficient_rows,
+            grid=efficient_grid,
             recurrent=layer if isinstance(layer, RecurrentLayer) else None,
         )
     if efficient_sequences is not None:

@@ -12,7 +12,8 @@ from hf_efficient.families import AttentionLayer, HostModel, ModelFamily, Stack
 from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.patching import call_checks, downsampling, extra_tokens
 from hf_efficient.patching.hooks import attach, detach, state_of
-from hf_efficient.patching.names import IMPLEMENTATION, LAYER, MODULE_NAME
+from hf_efficient.patching.keywords import keep_for_attention
+from hf_efficient.patching.names import IMPLEMENTATION, KEPT, LAYER, MODULE_NAME
 
 
 def is_installed(model: nn.Module) -> bool:
@@ -158,6 +159,7 @@ def _install_in_stack(
             _share_parameters(mechanism, shared)
             if mechanism.needs_hidden_states:
                 attach(layer.module, call_checks.PART, before=call_checks.pass_hidden_states)
+        keep_for_attention(layer.module)
         layer.module.register_module(MODULE_NAME, mechanism)
         attach(layer.module, LAYER, family.geometry(stack, layer))
     for module in stack.cross_attention:
@@ -209,7 +211,7 @@ def uninstall(host: HostModel, before: list[tuple[Any, str]], otherwise: str = "
         host.family.swap_out(stack)
         for module in [layer.module for layer in stack.layers] + stack.cross_attention:
             module._modules.pop(MODULE_NAME, None)
-    detach(host.model, LAYER, call_checks.PART, extra_tokens.PART, downsampling.PART)
+    detach(host.model, LAYER, KEPT, call_checks.PART, extra_tokens.PART, downsampling.PART)
     former = {id(config): implementation for config, implementation in before}
     for config, _ in [*implementations(host.model), *before]:
         config._attn_implementation = former.get(id(config), otherwise)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+from collections.abc import Callable
 from typing import Any
+
+from hf_efficient.patching.hooks import attach, state_of
+from hf_efficient.patching.names import KEPT
 
 HARMLESS = {
     "cache_position": "indices of the new tokens in the cache, of which the cache itself tells",
@@ -35,3 +42,40 @@ def refuse_unknown(module: Any, keywords: dict[str, Any]) -> None:
             "comes from the call. Where the model itself passes it, this layer computes something else than softmax "
             "attention with padding, and can't be converted."
         )
+
+
+# ---- attention classes that do not hand on what they get ----------------------------------------------------------
+
+
+def keep_for_attention(module: Any) -> None:
+    """Have an attention module keep our keywords for the attention function, where its class would drop them (CLIP)."""
+    if _drops_keywords(type(module)):
+        attach(module, KEPT, {}, before=_keep)
+
+
+def with_kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention function that also gets the keywords that its module kept for this call."""
+
+    @functools.wraps(function)
+    def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
+        kept: dict[str, Any] = state_of(module, KEPT) or {}
+        own = dict(kept)
+        kept.clear()
+        return function(module, *args, **kwargs, **own)
+
+    return attend
+
+
+def _keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    kept = state_of(module, KEPT)
+    kept.clear()
+    kept.update({k: v for k, v in kwargs.items() if k.startswith("efficient_") or k == "global_attention_mask"})
+
+
+@functools.cache
+def _drops_keywords(cls: Any) -> bool:
+    """Whether the forward of an attention class takes further keywords without handing them on."""
+    try:
+        return len(re.findall(r"[(,\s]\*\*[a-z]", inspect.getsource(cls.forward))) == 1
+    except (OSError, TypeError):
+        return False

@@ -5,3 +5,4 @@ from __future__ import annotations
 IMPLEMENTATION = "hf_efficient"
 MODULE_NAME = "efficient"
 LAYER = "layer"
+KEPT = "kept keywords"

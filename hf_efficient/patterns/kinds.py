@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -181,34 +181,41 @@ class Summary(Pattern):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWindow(Pattern):
-    """`σ - before ≤ key < σ + block_size + after`, σ the start of the query's block: all its queries see the same keys."""
+    """`σ - before ≤ key < σ + block_size + after`, σ the start of the query's block: all its queries see the same keys.
+
+    Blocks follow each other from position `start` on, and in front of it.
+    """
 
     block_size: int
     before: int = 0
     after: int = 0
-    limits: ClassVar[dict[str, int]] = {"block_size": 1, "before": 0, "after": 0}
+    start: int = 0
+    limits: ClassVar[dict[str, int]] = {"block_size": 1, "before": 0, "after": 0, "start": 0}
 
     @property
     def reach(self) -> int:
         return self.block_size - 1 + max(self.before, self.after)
 
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
-        offset = key - query // self.block_size * self.block_size
+        offset = key - self._origin(query)
         return (offset >= -self.before) & (offset < self.block_size + self.after)
+
+    def _origin(self, query: Tensor | int) -> Any:
+        """σ"""
+        return (query - self.start) // self.block_size * self.block_size + self.start
 
     def tiles(self, num_queries: int, num_keys: int, block_q: int, block_k: int, offset: int) -> tuple[Tensor, Tensor]:
         start, end = _row_starts(num_queries, block_q, offset)
-        size = self.block_size
-        first = (start // size * size - self.before).div(block_k, rounding_mode="floor")
-        last = (end // size * size + size + self.after - 1).div(block_k, rounding_mode="floor")
+        first = (self._origin(start) - self.before).div(block_k, rounding_mode="floor")
+        last = (self._origin(end) + self.block_size + self.after - 1).div(block_k, rounding_mode="floor")
         return _ranges(first, last, -(-num_keys // block_k))
 
     def tile_key(self, query: Tensor, key: Tensor, block_q: int, block_k: int) -> list[Tensor]:
         beyond = self.before + self.after + self.block_size + block_q + block_k
-        return [query % self.block_size, (key - query).clamp(-beyond, beyond)]
+        return [(query - self.start) % self.block_size, (key - query).clamp(-beyond, beyond)]
 
     def needed(self, key: Tensor, following: Tensor | int) -> Tensor:
-        return key >= following // self.block_size * self.block_size - self.before
+        return key >= self._origin(following) - self.before
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from hf_efficient.patching.temporary import patch_attention
 from hf_efficient.testing.tiny import assert_close, random_model, tiny_model
 
 LENGTH, TOLERANCE = 40, 1e-5
-WIDE, NARROW = 2 * LENGTH + 2, 4
+WIDE, NARROW = 2**10, 4
+"""Windows over all tokens of any of these inputs, of pictures too, and over few."""
 
 
 def check_family(family: ModelFamily, tiny_config: Any = None) -> dict[str, str]:

@@ -47,7 +47,7 @@ def sees(pattern: Any, i: int, j: int) -> bool:
     if isinstance(pattern, Summary):
         return j % pattern.stride >= pattern.stride - pattern.size
     if isinstance(pattern, BlockWindow):
-        start = i - i % pattern.block_size
+        start = i - (i - pattern.start) % pattern.block_size
         return start - pattern.before <= j < start + pattern.block_size + pattern.after
     if isinstance(pattern, ShiftedBlock):
         block, shift = i // pattern.block_size, pattern.shift
@@ -61,6 +61,9 @@ def sees(pattern: Any, i: int, j: int) -> bool:
     if isinstance(pattern, Without):
         return sees(pattern.pattern, i, j) and not sees(pattern.excluded, i, j)
     assert isinstance(pattern, GridBlocks)
+    i, j = i - pattern.start, j - pattern.start
+    if min(i, j) < 0 < pattern.start:
+        return False
     (y, x), (v, u) = divmod(i, pattern.columns), divmod(j, pattern.columns)
     height, width = pattern.height, pattern.width
     top, left = y - y % height, x - x % width

@@ -155,7 +155,7 @@ def blockwise_mask(mechanism: Any, keep: Tensor, causal: bool) -> Tensor:
 
 def image_local_mask(mechanism: Any, keep: Tensor, causal: bool) -> Tensor:
     config = mechanism.config
-    if config.grid is None:
+    if not isinstance(config.grid, tuple):
         size, memory = config.block_size, config.memory_size
 
         def sees(head: int, i: int, j: int, length: int) -> bool:

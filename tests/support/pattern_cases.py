@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_efficient.attention.base.pattern import with_prefix
 from hf_efficient.attention.blockwise import CyclicBlocks
 from hf_efficient.attention.image_local import GridBlocks
 from hf_efficient.patterns.kinds import (
@@ -49,6 +51,8 @@ PATTERNS: dict[str, tuple[Pattern, bool]] = {
     "blocks ahead": (ShiftedBlock(block_size=10, shift=3, count=7), False),
     "grid": (GRID, True),
     "causal grid": (CAUSAL_GRID, True),
+    "blocks behind a prefix": (BlockWindow(block_size=12, before=5, after=3, start=7), True),
+    "grid behind a prefix": (with_prefix(dataclasses.replace(GRID, start=5), 5), True),
     "longformer": (Window(left=8, right=8) | GlobalColumns(positions=(0, 1)) | GlobalRows(positions=(0, 1)), True),
     "merged strided": (Window(left=6, right=6) | Strided(stride=7), False),
     "merged fixed": (BlockWindow(block_size=10) | Summary(stride=10, size=1), False),

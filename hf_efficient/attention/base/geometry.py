@@ -50,6 +50,8 @@ class AttentionGeometry:
         softcap: logits become `c · tanh(logits / c)` before masks and biases; `None` = they stay.
         has_sinks: one learned logit per head stands in the denominator of the softmax, with no value.
         position_scheme: how positions enter: `"table"`, `"sinusoidal"`, `"rotary"`, `"relative"`, `"grid"` or `"none"`.
+        grid: (rows, columns) of the patches of a picture, of the size that the host's config names, whose tokens come row by
+            row behind `prefix_tokens` others (class and register tokens); `None` = tokens are no picture, or not in order.
         has_residual_module: a module of its own adds the residual of attention, so that the layer can run on fewer tokens.
     """
 
@@ -73,6 +75,8 @@ class AttentionGeometry:
     softcap: float | None = None
     has_sinks: bool = False
     position_scheme: str = "table"
+    grid: tuple[int, int] | None = None
+    prefix_tokens: int = 0
     has_residual_module: bool = True
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from hf_efficient.ops.block_sparse.attention import DECODING, block_sparse_atten
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.decoding import rows_attention
 from hf_efficient.ops.softmax import with_sinks
-from hf_efficient.patterns.kinds import Window
+from hf_efficient.patterns.kinds import GlobalColumns, GlobalRows, Window
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead
 
@@ -109,7 +109,8 @@ class PatternAttention(EfficientAttention):
     def __init__(self, config: PatternAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
         self.pattern = self.inside_window(config.visible_keys(geometry))
-        self.left_aligned = not self.pattern.shift_invariant
+        # the patches of a picture stay where they are, whichever of them are hidden
+        self.left_aligned = not self.pattern.shift_invariant and geometry.grid is None
 
     def inside_window(self, pattern: Pattern) -> Pattern:
         """What `pattern` shows inside the host's own window."""
@@ -121,11 +122,16 @@ class PatternAttention(EfficientAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         return self.attend(query, key, value, context)
 
+    def _pattern_in(self, grid: tuple[int, int]) -> Pattern:
+        """What it shows in pictures of another size."""
+        return self.inside_window(self.config.visible_keys(dataclasses.replace(self.geometry, grid=grid)))
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, pattern: Pattern | None = None
     ) -> Tensor:
         """`block_sparse_attention` with `pattern`, else that of this layer, on the implementation of the config."""
-        pattern = self.pattern if pattern is None else pattern
+        if pattern is None:
+            pattern = self.pattern if context.grid is None else self._pattern_in(context.grid)
         facts: dict[str, Any] = dict(implementation=self.config.implementation)
         if context.sinks is None:
             return block_sparse_attention(query, key, value, pattern, context, **facts)
@@ -175,4 +181,20 @@ def two_part_refusals(name: str, policy: str, whole: str, geometry: AttentionGeo
         return [f"{name}='split' needs at least 2 heads, the {geometry.side} has 1: use {name}={whole!r}"]
     if policy == "interleaved" and geometry.num_layers < 2:
         return [f"{name}='interleaved' needs at least 2 layers, the {geometry.side} has 1: use {name}={whole!r}"]
+    return []
+
+
+def with_prefix(pattern: Pattern, count: int) -> Pattern:
+    """The pattern of a picture's patches with `count` tokens in front of them, which see all tokens and are seen by all."""
+    prefix = tuple(range(count))
+    return pattern | GlobalColumns(positions=prefix) | GlobalRows(positions=prefix) if count else pattern
+
+
+def picture_refusals(geometry: AttentionGeometry, follows_host: bool) -> list[str]:
+    """Why a mechanism can't follow the pictures of its host."""
+    if follows_host and geometry.position_scheme == "grid" and geometry.grid is None:
+        return [
+            "the tokens of this host's pictures do not lie in one grid (a random part of the patches, or a grid of its own "
+            "for each picture): use a mechanism without a grid, such as local"
+        ]
     return []
