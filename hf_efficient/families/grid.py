@@ -88,4 +88,4 @@ class GridPositions(PositionScheme):
 
 def _pair(size: Any) -> tuple[int, int]:
     """(height, width)"""
-    return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
+    return (size, size) if isinstance(size, int) else tuple(size)

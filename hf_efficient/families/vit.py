@@ -51,13 +51,14 @@ class ViTMAEFamily(ViTFamily):
         return found
 
 
+USUAL: dict[str, Any] = {"positions": GridPositions()}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 # model_type: (prefix of the class names, what differs from ViT)
 RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit": ("ViT", {}),
-    "deit": ("DeiT", {"positions": GridPositions(prefix=2)}),
-    "vit_msn": ("ViTMSN", {}),
-    "ijepa": ("IJepa", {"positions": GridPositions(prefix=0)}),
+    "vit": ("ViT", {"stack_classes": ("ViTModel",)}),
+    "deit": ("DeiT", {"stack_classes": ("DeiTModel",), "positions": GridPositions(prefix=2)}),
+    "vit_msn": ("ViTMSN", {"stack_classes": ("ViTMSNModel",)}),
+    "ijepa": ("IJepa", {"stack_classes": ("IJepaModel",), "positions": GridPositions(prefix=0)}),
     "dinov2": ("Dinov2", {"stack_classes": ("Dinov2Model", "Dinov2Backbone"), "since": "5.23"}),
     "dinov2_with_registers": (
         "Dinov2WithRegisters",
@@ -77,10 +78,7 @@ def _tower(name: str, prefix: str, **different: Any) -> ViTFamily:
 FAMILIES = (
     *(
         ViTFamily(
-            model_type=name,
-            attention_classes=(f"{prefix}Attention",),
-            projections=PROJECTIONS,
-            **{"stack_classes": (f"{prefix}Model",), "positions": GridPositions()} | different,
+            model_type=name, attention_classes=(f"{prefix}Attention",), projections=PROJECTIONS, **USUAL | different
         )
         for name, (prefix, different) in RELATIVES.items()
     ),

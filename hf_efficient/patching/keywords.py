@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from hf_efficient.patching.hooks import attach, state_of
 from hf_efficient.patching.names import KEPT
@@ -49,7 +49,7 @@ def refuse_unknown(module: Any, keywords: dict[str, Any]) -> None:
 
 def keep_for_attention(module: Any) -> None:
     """Have an attention module keep our keywords for the attention function, where its class would drop them (CLIP)."""
-    if _drops_keywords(type(module)):
+    if _drops_keywords(cast("Any", type(module))):
         attach(module, KEPT, {}, before=_keep)
 
 
