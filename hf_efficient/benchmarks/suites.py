@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from hf_efficient.benchmarks.attention import attention_rows, attention_suite
 from hf_efficient.benchmarks.content import content_rows, content_suite
+from hf_efficient.benchmarks.export import export_rows, export_suite
 from hf_efficient.benchmarks.fidelity import fidelity_rows, fidelity_suite
 from hf_efficient.benchmarks.gpu import gpu_rows, gpu_suite
 from hf_efficient.benchmarks.linear import linear_rows, linear_suite
@@ -28,6 +29,7 @@ SUITES = {
     "memory": Suite(memory_suite, memory_rows),
     "attention": Suite(attention_suite, attention_rows),
     "content": Suite(content_suite, content_rows),
+    "export": Suite(export_suite, export_rows),
     "fidelity": Suite(fidelity_suite, fidelity_rows),
     "gpu": Suite(gpu_suite, gpu_rows),
     "linear": Suite(linear_suite, linear_rows),

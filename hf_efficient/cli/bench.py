@@ -15,7 +15,8 @@ def bench(
         str,
         typer.Argument(
             help="attention, content or linear (attention alone: patterns, keys chosen by content, linear), encoder (time), "
-            "memory, fidelity and recovery (all-MiniLM-L6-v2, before and after transfer), or gpu (its tests and times)."
+            "memory, fidelity and recovery (all-MiniLM-L6-v2, before and after transfer), export (how far "
+            "exported models are from their sources), or gpu (its tests and times)."
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
