@@ -21,7 +21,8 @@ from hf_efficient.attention.base import (
 from hf_efficient.attention.base.mechanism import prepend
 from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig
 from hf_efficient.ops.context import AttentionContext, ExtraKeys
-from hf_efficient.ops.padding import real_tokens
+from hf_efficient.ops.grouped_heads import expand_heads
+from hf_efficient.ops.padding import real_length, real_tokens
 from hf_efficient.ops.softmax import attend, with_sinks
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.random_blocks import BigBirdBlocks
@@ -42,6 +43,9 @@ class BigBirdAttentionConfig(PatternAttentionConfig):
             only encoders can have).
         num_global_tokens: extra tokens in front of the input of the whole stack; for `"etc"` only.
         seed: of the random blocks; `None` = 0. `None` without random blocks.
+        first_block_weight: how often each key of the first block counts, ≥ 1, for queries between the first and the last
+            block. transformers' BigBird takes its first block for every random one when it is not training: 1 + r with
+            `num_random_blocks=0` is what it computes. Encoders with `"itc"` only.
     """
 
     mechanism: ClassVar[str] = "bigbird"
@@ -52,6 +56,7 @@ class BigBirdAttentionConfig(PatternAttentionConfig):
     form: str = "itc"
     num_global_tokens: int = 0
     seed: int | None = None
+    first_block_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +66,11 @@ class BigBirdAttentionConfig(PatternAttentionConfig):
             self._require_at_least(0, "seed")
             self._require("seed", self.num_random_blocks > 0, "None with num_random_blocks=0, where nothing is drawn")
         self._require("form", self.form in FORMS, f"one of {', '.join(FORMS)}")
+        weight = self.first_block_weight
+        fits = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 1.0 <= weight < math.inf
+        self._require("first_block_weight", fits, "a finite number ≥ 1")
+        if self.form == "etc":
+            self._require("first_block_weight", weight == 1.0, "1 with form='etc', which has no global blocks")
         if self.form == "itc":
             self._require(
                 "num_global_tokens", self.num_global_tokens == 0, "0 with form='itc', whose blocks are global"
@@ -88,6 +98,8 @@ class BigBirdAttention(PatternAttention):
 
         encoder: i sees j iff u ∈ {0, e} or c ∈ {0, u - 1, u, u + 1, e} ∪ R_h(u)
         causal:  i sees j iff j ≤ i and c ∈ {0, u - 1, u} ∪ R_h(u)
+
+    with `first_block_weight` w, e to the power of each logit for c = 0 counts w times where u ∉ {0, e} (encoder)
 
     with form="etc" the g extra tokens see and are seen by all, and i sees block c iff c ∈ {u - 1, u, u + 1} ∪ R_h(u)
 
@@ -132,6 +144,11 @@ class BigBirdAttention(PatternAttention):
             reasons.append(
                 "bigbird with form='etc' can't be causal, its extra tokens see the whole input: use form='itc'"
             )
+        if geometry.is_causal and config.first_block_weight != 1.0:
+            reasons.append(
+                f"first_block_weight={config.first_block_weight:g} is what transformers' BigBird does in encoders: leave it "
+                "out in a causal model"
+            )
         return reasons
 
     def reset_parameters(self) -> None:
@@ -145,19 +162,24 @@ class BigBirdAttention(PatternAttention):
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
         return dataclasses.replace(
-            config, block_size=-(-length // 4), num_random_blocks=1, form="itc", num_global_tokens=0
+            config,
+            block_size=-(-length // 4),
+            num_random_blocks=1,
+            form="itc",
+            num_global_tokens=0,
+            first_block_weight=1.0,
         )
 
     @classmethod
     def keeps_to_host(cls, config: Any, geometry: AttentionGeometry) -> bool:
-        return True
+        return bool(config.first_block_weight == 1.0)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext | None) -> Tensor:
         if context is None:
             return prepend(self.global_tokens, query)
         g, token_mask = self.config.num_global_tokens, context.key_padding_mask
         if not g:
-            return self.attend(query, key, value, context)
+            return self.attend(query, key, value, self._with_first_block(query, key, value, context))
         q, k, v = (x[:, :, g:] for x in (query, key, value))
         bias = self.global_logits[None, :, None, None]
         if context.relative_bias is not None:
@@ -167,6 +189,24 @@ class BigBirdAttention(PatternAttention):
         own = None if token_mask is None else token_mask[:, g:]
         out = self.attend(q, k, v, dataclasses.replace(context, key_padding_mask=own, extra=extra))
         return torch.cat([self._global_rows(query[:, :, :g], key, value, context).to(out.dtype), out], dim=2)
+
+    def _with_first_block(
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext
+    ) -> AttentionContext:
+        """Copies of the first block's keys, which count w - 1 times for queries between the first and the last block."""
+        weight, size = self.config.first_block_weight, self.config.block_size
+        if weight == 1.0:
+            return context
+        real = real_tokens(context.key_padding_mask, key)
+        block = torch.arange(key.shape[2], device=key.device) // size
+        is_between = (block > 0) & (block < ((real_length(real) - 1) // size)[:, None])
+        first_key, first_value = expand_heads(query, key[:, :, :size], value[:, :, :size])
+        bias = torch.full((1, 1, 1, 1), math.log(weight - 1.0), dtype=query.dtype, device=key.device)
+        if context.relative_bias is not None:
+            offsets = _offsets(range(query.shape[2]), range(first_key.shape[2]), key)
+            bias = bias + context.relative_bias.at(offsets)[None]
+        keep = is_between[..., None] & real[:, None, :size]
+        return dataclasses.replace(context, extra=ExtraKeys(first_key, first_value, keep, bias))
 
     def _global_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         """(B, H, g, D): the extra tokens see everything."""

@@ -52,7 +52,8 @@ TINY: list[tuple[str, str, str, dict[str, Any], str]] = [
 ]
 LENGTHS, POSITIONS = (64, 201), 256
 REAL, REAL_INSTALL = "rxnfp", "pip install --no-deps rxnfp==0.1.0"
-REAL_LENGTHS, REAL_OPTIONS = (512, 1500, 2048), dict(attention_window=64, global_tokens="first")
+REAL_LENGTHS = (512, 1500, 2048)
+REAL_OPTIONS: dict[str, Any] = dict(attention_window=64, global_tokens="first")
 
 
 def export_suite(progress: bool = True) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def export_suite(progress: bool = True) -> dict[str, Any]:
         settings["left out"] = f"{REAL}: {REAL_INSTALL}"
     for target in ("longformer", "stock") if real is not None else ():
         options: dict[str, Any] = dict(max_positions=max(REAL_LENGTHS), model_class="BertForMaskedLM")
-        model = convert(real, "longformer", **options, **REAL_OPTIONS).model  # type: ignore[arg-type]
+        model = convert(real, "longformer", **options, **REAL_OPTIONS).model
         if target == "longformer":  # of what the stock class has no place for, nothing was trained
             _randomise(model)
         rows += [row | {"checkpoint": REAL} for row in _rows(model, target, REAL_LENGTHS)]
@@ -90,7 +91,7 @@ def _tiny(case: tuple[str, str, str, dict[str, Any], str]) -> tuple[Any, str]:
         if parameter.dim() > 1:
             # T5 does not scale its logits
             nn.init.normal_(parameter, std=0.1 if parameter_name.endswith((".q.weight", ".k.weight")) else 0.25)
-    longer = {} if "T5" in name else {"max_positions": POSITIONS}
+    longer: dict[str, Any] = {} if "T5" in name else {"max_positions": POSITIONS}
     model = convert(stock, mechanism, **longer, **options).model
     if target != "stock":
         _randomise(model)
@@ -122,7 +123,7 @@ def _rows(model: Any, target: str, lengths: tuple[int, ...]) -> Iterator[dict[st
     group = model.config.efficient_attention[0]
     usual = get_mechanism(group["mechanism"]).Config().to_dict()
     options = {k: v for k, v in group.items() if k == "mechanism" or (v != usual[k] and k != "side")}
-    described = {"target": target, "model_class": result.report.model_class.removeprefix("Efficient")}
+    described: dict[str, Any] = {"target": target, "model_class": result.report.model_class.removeprefix("Efficient")}
     described |= {"result_class": result.report.result_class, "attention": options}
     yield from (described | row | keys | {"import_error": back} for row in result.report.checks)
 

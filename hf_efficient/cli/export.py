@@ -37,8 +37,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="stock (the class that was converted, with full attention), longformer or longt5 (transformers' own long "
-            "classes)."
+            help="stock (the class that was converted, with full attention), longformer, longt5 or bigbird (transformers' "
+            "own long classes)."
         ),
     ],
     lengths: Lengths = None,
@@ -93,7 +93,7 @@ def import_command(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a Longformer or LongT5 checkpoint as a converted RoBERTa or T5 to OUT."""
+    """Write a Longformer, LongT5 or BigBird checkpoint as a converted RoBERTa, T5 or BERT to OUT."""
     with running():
         require_source(source)
         chosen = _lengths(lengths)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_efficient.exporting.target import Call, Converted, Target
+from hf_efficient.exporting.target import Call, Converted, Shapes, Target
 from hf_efficient.families.probe import probe_inputs
 from hf_efficient.patching.call_inputs import GLOBAL
 from hf_efficient.patching.exact import eval_mode
@@ -23,13 +23,13 @@ SPAN_LOGITS = ("start_logits", "end_logits")
 Row = dict[str, Any]
 
 
-def chosen_lengths(lengths: Sequence[int] | None, source: Converted) -> list[int]:
-    """The lengths that are asked for, or three up to that of the position table, the middle one odd.
+def chosen_lengths(lengths: Sequence[int] | None, source: Converted, shapes: Shapes) -> list[int]:
+    """The lengths that are asked for, or three up to that of the position table, the middle one odd if it may be.
 
     Raises:
-        ValueError: a length that is no integer ≥ 1, or more than the model has positions.
+        ValueError: a length that is no integer ≥ 1, more than the model has positions, or not of these shapes.
     """
-    most = source.host.max_positions
+    most, size = source.host.max_positions, shapes.multiple
     decoder = source.host.lengths.get("decoder")
     if most is not None and decoder is not None and source.model.config.is_encoder_decoder:
         most = min(most, 2 * decoder)  # half of the tokens go to the decoder
@@ -39,14 +39,24 @@ def chosen_lengths(lengths: Sequence[int] | None, source: Converted) -> list[int
             "config says; leave lengths out."
         )
     if lengths is None:
-        top = min(most or LONGEST // 2, LONGEST)
-        return sorted({min(64, top), top * 3 // 8 | 1, top})
+        least, top = (shapes.beyond // size + 1) * size, min(most or LONGEST // 2, LONGEST) // size * size
+        if top < least:
+            raise ValueError(
+                f"{most} positions are too few: the class has this attention beyond {shapes.beyond} tokens."
+            )
+        middle = top * 3 // 8 | 1 if size == 1 else (least + top) // (2 * size) * size
+        return sorted({max(min(64, top) // size * size, least), max(middle, least), top})
     if isinstance(lengths, (int, str)) or not lengths:
         raise ValueError(f"lengths={lengths!r} is not possible; give at least one, as (64, 512).")
     for length in lengths:
         if type(length) is not int or length < 1 or (most is not None and length > most):
             limit = f"; this model has positions for {most} tokens" if most is not None else ""
             raise ValueError(f"lengths={list(lengths)}: {length!r} is not possible; give integers ≥ 1{limit}.")
+        if length <= shapes.beyond or length % size:
+            raise ValueError(
+                f"lengths={list(lengths)}: at {length} the class is not equal; give multiples of {size} above "
+                f"{shapes.beyond}."
+            )
     return sorted(set(lengths))
 
 
@@ -99,7 +109,7 @@ def compare(
     ours, theirs = _in(dtype, source.model), _in(dtype, result)
     rows = []
     with eval_mode(ours), eval_mode(theirs):
-        for length, is_padded in _shapes(ours, lengths):
+        for length, is_padded in _shapes(ours, lengths, target.shapes(source).padding):
             for call in target.calls(source):
                 inputs = _inputs(source, ours, length, is_padded, call)
                 marks = call.marks(inputs["input_ids"], inputs["attention_mask"]) if call.marks else None
@@ -117,10 +127,15 @@ def compare(
     return rows
 
 
-def _shapes(model: Any, lengths: list[int]) -> list[tuple[int | None, bool]]:
+def _shapes(model: Any, lengths: list[int], may_pad: bool) -> list[tuple[int | None, bool]]:
     if model.main_input_name != "input_ids":
         return [(None, False)]
-    return [(length, is_padded) for length in lengths for is_padded in (False, True) if length > 1 or not is_padded]
+    return [
+        (length, is_padded)
+        for length in lengths
+        for is_padded in (False, True)
+        if not is_padded or (may_pad and length > 1)
+    ]
 
 
 def _in(dtype: torch.dtype, model: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_efficient.conversion.loading import load_as_it_is, open_source
 from hf_efficient.conversion.sentence_transformers import MODULES
+from hf_efficient.exporting.bigbird import BigBirdTarget
 from hf_efficient.exporting.check import checked, chosen_lengths, largest_error
 from hf_efficient.exporting.longformer import LongformerTarget
 from hf_efficient.exporting.longt5 import LongT5Target
@@ -24,7 +25,9 @@ from hf_efficient.models.provenance import Provenance
 from hf_efficient.models.registry import is_efficient
 from hf_efficient.profiling.json_files import read_json
 
-TARGETS: dict[str, Any] = {target.name: target for target in (StockTarget, LongformerTarget, LongT5Target)}
+TARGETS: dict[str, Any] = {
+    target.name: target for target in (StockTarget, LongformerTarget, LongT5Target, BigBirdTarget)
+}
 logger = logging.getLogger(f"transformers.{__name__}")
 
 
@@ -48,7 +51,8 @@ def export(
         source: folder or Hub id of a converted checkpoint, or a loaded converted model.
         to: `"stock"`, the class that was converted, with full attention on the positions that the model has now;
             `"longformer"`, from BERT, RoBERTa and their relatives with `longformer` or `local`; `"longt5"`, from T5 and mT5
-            with `local` or `longt5(pooling="rms", log_count=False)` in the encoder.
+            with `local` or `longt5(pooling="rms", log_count=False)` in the encoder; `"bigbird"`, from BERT with
+            `bigbird(num_random_blocks=0, first_block_weight=1 + r)`.
         lengths: in tokens; by default three up to the number of positions, and up to 2048.
         tolerance: largest relative error of an output, by default 1e-5, for T5 1e-4.
         accept_loss: for `"stock"`: drop parameters of the attention that were trained.
@@ -78,7 +82,7 @@ def export(
         raise ValueError(
             f"{opened.name} can't be exported to {to!r}:\n" + "\n".join(f"- {reason}." for reason in reasons)
         )
-    chosen = chosen_lengths(lengths, converted)
+    chosen = chosen_lengths(lengths, converted, target.shapes(converted))
     model, tensors = target.build(converted)
     report = ExportReport(
         source=opened.name,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_efficient.conversion.convert import ConversionReport, ConversionResult
 from hf_efficient.conversion.loading import Source, load_as_it_is, open_source, split_options
+from hf_efficient.exporting.bigbird import BigBirdTarget
 from hf_efficient.exporting.check import checked, chosen_lengths
 from hf_efficient.exporting.longformer import LongformerTarget
 from hf_efficient.exporting.longt5 import LongT5Target
@@ -23,7 +24,12 @@ from hf_efficient.models.config import is_hub_id
 from hf_efficient.models.provenance import ABSENT, REPORT_NAME, Provenance, watch
 from hf_efficient.models.registry import CONFIGS, MODELS
 
-SOURCES: dict[str, ClassTarget] = {target.name: target for target in (LongformerTarget(), LongT5Target())}
+SOURCES: dict[str, ClassTarget] = {
+    "longformer": LongformerTarget(),
+    "longt5": LongT5Target(),
+    "big_bird": BigBirdTarget(),
+}
+"""By `model_type`."""
 
 
 def import_checkpoint(
@@ -35,11 +41,13 @@ def import_checkpoint(
     revision: str | None = None,
     **options: Any,
 ) -> ConversionResult:
-    """A Longformer or LongT5 checkpoint as a converted RoBERTa or T5 with the same weights and the same outputs.
+    """A Longformer, LongT5 or BigBird checkpoint as a converted RoBERTa, T5 or BERT with its weights and its outputs.
 
     A `Longformer…` becomes RoBERTa of the same head with `longformer`; where its class marks global tokens itself, so does
     its rule: `global_tokens="first"` for sequence classification, `"before_separator"` for question answering. A `LongT5…`
-    becomes T5 with `local`, or with `longt5(pooling="rms", log_count=False)`.
+    becomes T5 with `local`, or with `longt5(pooling="rms", log_count=False)`. A `BigBird…` becomes BERT with
+    `bigbird(num_random_blocks=0, first_block_weight=1 + r)`, which stays so for short texts, where its class turns to full
+    attention for good, and in which the last real block is global, not the last padded one.
 
     Args:
         source: Hub id or folder, or a loaded model, which is left as it is.
@@ -62,14 +70,16 @@ def import_checkpoint(
     kind = opened.model.config.model_type
     if kind not in SOURCES:
         raise ValueError(
-            f"{opened.name} is a {kind} checkpoint, which is not imported ({' and '.join(SOURCES)} are); "
+            f"{opened.name} is a {kind} checkpoint, which is not imported ({', '.join(SOURCES)} are); "
             "hf_efficient.convert takes checkpoints with full attention."
         )
     target = SOURCES[kind]
     model, tensors = _imported(target, opened)
     host = HostModel.of(model)
     converted = Converted(host, opened.tokenizer)
-    checks = checked(converted, opened.model, target, chosen_lengths(lengths, converted), tolerance)
+    checks = checked(
+        converted, opened.model, target, chosen_lengths(lengths, converted, target.shapes(converted)), tolerance
+    )
     settings = {"attention": model.config.efficient_attention, "max_positions": None, "positions": None}
     provenance = Provenance.of(model)
     provenance.add("import", opened.name, settings, revision=revision, loading=opened.given, checks=checks)
@@ -82,7 +92,7 @@ def import_checkpoint(
         max_positions=host.max_positions,
         positions="as in the source",
         tensors=tensors,
-        ignored=opened.ignored,
+        ignored=sorted({*opened.ignored, *opened.model.state_dict()} - {one["from"] for one in tensors.values()}),
         recast=opened.recast,
         history=provenance.history,
     )
@@ -97,14 +107,14 @@ def _imported(target: ClassTarget, opened: Source) -> tuple[PreTrainedModel, Ten
     options = target.options_of(theirs)
     config: Any = CONFIGS[stock.config_class.model_type](**shared_values(theirs.config, stock.config_class))
     config.efficient_attention = [options]
-    config.efficient_source = {"import": theirs.config.model_type}
+    config.efficient_source = {"import": target.name}
     if is_hub_id(opened.name):
         config.efficient_source["base_model"] = opened.name
     names = target.names(stock.__name__, options["mechanism"])
     found = {names.here(name): tensor for name, tensor in theirs.state_dict().items()}
     if len(found) != len(theirs.state_dict()):
         raise ValueError(f"tensors of {opened.name} would have the same name: nothing was imported.")
-    target.complete(config, found, theirs.config)
+    target.complete(config, found, theirs)
     model = MODELS[stock](config, **without_pooler(theirs)).to(theirs.device)
     fill(model, found)
     if model.can_generate() and theirs.can_generate():

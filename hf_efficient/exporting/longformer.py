@@ -180,8 +180,8 @@ class LongformerTarget(ClassTarget):
             "longformer", attention_window=windows, global_tokens=rule, separator_token_id=separator
         ).to_dict()
 
-    def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: PreTrainedConfig) -> None:
-        config.sep_token_id = theirs.sep_token_id
+    def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: Any) -> None:
+        config.sep_token_id = theirs.config.sep_token_id
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 

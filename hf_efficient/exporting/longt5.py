@@ -113,8 +113,8 @@ class LongT5Target(ClassTarget):
         )
         return found.to_dict()
 
-    def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: PreTrainedConfig) -> None:
-        config.scale_decoder_outputs = theirs.scale_decoder_outputs
+    def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: Any) -> None:
+        config.scale_decoder_outputs = theirs.config.scale_decoder_outputs
         first = SLOT_BIAS.format(0)
         if first in tensors:
             tensors |= {SLOT_BIAS.format(layer): tensors[first] for layer in range(config.num_layers)}

@@ -75,6 +75,15 @@ class Call:
     separator_token_id: int | None = None
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """Which inputs a class takes, or treats as the source does: lengths above `beyond`, in multiples of `multiple`."""
+
+    beyond: int = 0
+    multiple: int = 1
+    padding: bool = True
+
+
 class Target(ABC):
     """What a converted model can be exported to.
 
@@ -106,6 +115,10 @@ class Target(ABC):
     def usage(self, source: Converted) -> str:
         """Python that calls the result on a `batch` of the tokenizer, with all that it must be given."""
         return "outputs = model(**batch)"
+
+    def shapes(self, source: Converted) -> Shapes:
+        """The inputs by which source and result are compared."""
+        return Shapes()
 
     def calls(self, source: Converted) -> list[Call]:
         """The calls by which source and result are compared."""
@@ -143,8 +156,8 @@ class ClassTarget(Target):
     def imported_name(self, name: str) -> str:
         """The stock class that a class of the target becomes."""
 
-    def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: PreTrainedConfig) -> None:
-        """Put into an imported model's config and tensors what the names and the shared fields leave out."""
+    def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: Any) -> None:
+        """Put into an imported model's config and tensors what names and shared fields leave out; drop what nothing uses."""
 
     def tensors(self, source: Converted) -> tuple[dict[str, Tensor], TensorReport]:
         """The tensors of the result, under its names, and where they are from."""

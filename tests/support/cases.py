@@ -69,7 +69,10 @@ CASES: dict[str, Case] = {
         dict(block_size=4, num_random_blocks=2),
         ALL,
         variants=(dict(block_size=5, num_random_blocks=0),),
-        encoder_variants=(dict(block_size=5, num_random_blocks=1, form="etc", num_global_tokens=3),),
+        encoder_variants=(
+            dict(block_size=5, num_random_blocks=1, form="etc", num_global_tokens=3),
+            dict(block_size=5, num_random_blocks=0, first_block_weight=3.0),
+        ),
     ),
     "etc": Case(
         dict(attention_window=8, num_global_tokens=3),

@@ -1,0 +1,138 @@
+"""transformers' BigBird classes from BERT with `bigbird`, and back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from transformers import BigBirdConfig, PreTrainedConfig
+
+from hf_efficient.attention.base.registry import attention_config
+from hf_efficient.exporting.names import Names
+from hf_efficient.exporting.target import ClassTarget, Converted, Shapes, TensorReport, shared_values
+
+# sequence classification and question answering have other heads there
+HEADS = ("Model", "ForMaskedLM", "ForPreTraining", "ForTokenClassification", "ForMultipleChoice")
+# of BERT; the BigBird has a pooler that nothing reads
+WITHOUT_POOLER = ("ForMaskedLM", "ForTokenClassification")
+NAMES = Names((("bert.pooler.dense.*", "bert.pooler.*"), ("pooler.dense.*", "pooler.*")))
+
+
+def head_of(name: str) -> str:
+    """The head in the name of a stock class: `"ForMaskedLM"`, or `"Model"`."""
+    return re.sub(r"^(Bert|BigBird)", "", name)
+
+
+class BigBirdTarget(ClassTarget):
+    """`BigBird…` of the same head, as it is outside training, where all its random blocks are the first block."""
+
+    name = "bigbird"
+
+    def class_name(self, source: Converted) -> str:
+        return f"BigBird{head_of(source.stock.__name__)}"
+
+    def names(self, stock_name: str, mechanism: str) -> Names:
+        return NAMES
+
+    def refusals(self, source: Converted) -> list[str]:
+        if source.stock_type != "bert":
+            return [f"{source.stock_type} has no BigBird class, which bert has: to='stock' takes any model"]
+        reasons, head = [], head_of(source.stock.__name__)
+        if head not in HEADS:
+            reasons.append(f"no BigBird class has the head of Bert{head}: {', '.join(HEADS)} have one")
+        if getattr(source.config, "is_decoder", False):
+            return [*reasons, "is_decoder=True: a BigBird that looks back alone has full attention; use to='stock'"]
+        found: list[Any] = source.mechanisms("encoder")
+        exact = [i for i, one in enumerate(found) if one is None]
+        if exact:
+            return [
+                *reasons,
+                f"layers {exact} keep full attention, which no layer of a BigBird has: convert all layers",
+            ]
+        if any(replace(one, layers=None) != replace(found[0], layers=None) for one in found):
+            return [*reasons, "layers differ: all layers of a BigBird have the same options; convert all with bigbird"]
+        return reasons + _refused_options(found[0])
+
+    def config_for(self, source: Converted) -> PreTrainedConfig:
+        config = BigBirdConfig(**shared_values(source.config, BigBirdConfig))
+        config.block_size, config.num_random_blocks = source.first.block_size, _random_blocks(source.first)
+        config.sep_token_id = getattr(source.tokenizer, "sep_token_id", None) or getattr(
+            source.config, "sep_token_id", None
+        )
+        return config
+
+    def shapes(self, source: Converted) -> Shapes:
+        size = source.first.block_size
+        return Shapes(beyond=(5 + 2 * _random_blocks(source.first)) * size, multiple=size, padding=False)
+
+    def conditions(self, source: Converted) -> list[str]:
+        shapes = self.shapes(source)
+        return [
+            f"Equal to the converted model for texts of a multiple of {shapes.multiple} tokens above {shapes.beyond}, "
+            "without padding, outside training."
+        ]
+
+    def cautions(self, source: Converted) -> list[str]:
+        return [
+            f"At {self.shapes(source).beyond} tokens or fewer this class turns to full attention, and stays there for all "
+            "later texts.",
+            "With padding its last block of padding is global, and in the converted model the last block of a text.",
+        ]
+
+    def imported_name(self, name: str) -> str:
+        head = head_of(name)
+        if head not in HEADS:
+            raise ValueError(
+                f"{name} has a head that BERT has not: load the checkpoint as BigBirdModel, and import that."
+            )
+        return f"Bert{head}"
+
+    def options_of(self, model: Any) -> dict[str, Any]:
+        config = model.config
+        for name, needed in (("attention_type", "block_sparse"), ("use_bias", True), ("rescale_embeddings", False)):
+            if getattr(config, name) != needed:
+                raise ValueError(
+                    f"{name}={getattr(config, name)!r} is nothing that BERT with bigbird has: {needed!r} is."
+                )
+        weight = 1.0 + config.num_random_blocks
+        found = attention_config(
+            "bigbird", block_size=config.block_size, num_random_blocks=0, first_block_weight=weight
+        )
+        return found.to_dict()
+
+    def tensors(self, source: Converted) -> tuple[dict[str, Tensor], TensorReport]:
+        found, report = super().tensors(source)
+        if head_of(source.stock.__name__) in WITHOUT_POOLER:
+            like, size = found["bert.embeddings.word_embeddings.weight"], source.config.hidden_size
+            for name, shape in (("weight", (size, size)), ("bias", (size,))):
+                found[f"bert.pooler.{name}"] = like.new_zeros(shape)
+                origin = {"status": "initialised", "from": "zeros, which nothing reads", "shape": list(shape)}
+                report[f"bert.pooler.{name}"] = origin
+        return found, report
+
+    def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: Any) -> None:
+        config.sep_token_id = theirs.config.sep_token_id
+        if head_of(type(theirs).__name__) in WITHOUT_POOLER:
+            for name in ("weight", "bias"):
+                tensors.pop(f"bert.pooler.dense.{name}", None)
+
+
+def _random_blocks(options: Any) -> int:
+    return int(options.first_block_weight) - 1
+
+
+def _refused_options(options: Any) -> list[str]:
+    if options.mechanism != "bigbird":
+        return [f"{options.mechanism} has no BigBird class: convert with bigbird, or use to='stock'"]
+    if options.form != "itc":
+        return [f"form={options.form!r}: a BigBird has no extra tokens, so convert with form='itc'"]
+    weight = options.first_block_weight
+    if options.num_random_blocks or weight != int(weight) or weight < 2:
+        return [
+            f"num_random_blocks={options.num_random_blocks} and first_block_weight={weight:g}: outside training a BigBird "
+            "with r random blocks takes its first block for each of them, so convert with num_random_blocks=0 and "
+            "first_block_weight=1 + r, with r ≥ 1"
+        ]
+    return []
