@@ -68,12 +68,7 @@ def export_suite(progress: bool = True) -> dict[str, Any]:
     real = _real_checkpoint()
     if real is None:
         settings["left out"] = f"{REAL}: {REAL_INSTALL}"
-    for target in ("longformer", "stock") if real is not None else ():
-        options: dict[str, Any] = dict(max_positions=max(REAL_LENGTHS), model_class="BertForMaskedLM")
-        model = convert(real, "longformer", **options, **REAL_OPTIONS).model
-        if target == "longformer":  # of what the stock class has no place for, nothing was trained
-            _randomise(model)
-        rows += [row | {"checkpoint": REAL} for row in _rows(model, target, REAL_LENGTHS)]
+    rows += [] if real is None else list(_real_rows(real))
     return {
         "suite": "export",
         "settings": settings,
@@ -96,6 +91,15 @@ def _tiny(case: tuple[str, str, str, dict[str, Any], str]) -> tuple[Any, str]:
     if target != "stock":
         _randomise(model)
     return model, target
+
+
+def _real_rows(checkpoint: str) -> Iterator[dict[str, Any]]:
+    options: dict[str, Any] = dict(max_positions=max(REAL_LENGTHS), model_class="BertForMaskedLM")
+    for target in ("longformer", "stock"):
+        model = convert(checkpoint, "longformer", **options, **REAL_OPTIONS).model
+        if target == "longformer":  # of what the stock class has no place for, nothing was trained
+            _randomise(model)
+        yield from (row | {"checkpoint": REAL} for row in _rows(model, target, REAL_LENGTHS))
 
 
 def _randomise(model: Any) -> None:
