@@ -80,6 +80,11 @@ class BigBirdAttentionConfig(PatternAttentionConfig):
     def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
         return () if options.get("num_random_blocks", cls.num_random_blocks) else ("seed",)
 
+    def beyond_pattern(self) -> str | None:
+        if self.num_global_tokens:
+            return f"num_global_tokens={self.num_global_tokens}"
+        return None if self.first_block_weight == 1.0 else f"first_block_weight={self.first_block_weight:g}"
+
     def visible_keys(self, geometry: AttentionGeometry) -> Pattern:
         return BigBirdBlocks(
             block_size=self.block_size,

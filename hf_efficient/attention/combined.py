@@ -149,6 +149,10 @@ class CombinedAttention(PatternAttention):
                     f"{part.mechanism}: global_tokens={part.global_tokens!r} looks at the tokens, a combination at "
                     "positions only: name positions"
                 )
+            if (option := part.beyond_pattern()) is not None:
+                reasons.append(
+                    f"{part.mechanism}: {option} is no pattern, and a combination has patterns alone: leave it out"
+                )
             own = dataclasses.replace(own, rotary=None)  # patterns alone mix what is rotated already
             reasons += [f"{part.mechanism}: {reason}" for reason in part.attention_class.unsupported(part, own)]
         return reasons

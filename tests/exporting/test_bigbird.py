@@ -62,6 +62,10 @@ def test_what_a_bigbird_can_not_be():
         he.export(wide, "bigbird")
     with pytest.raises(ValueError, match=r"first_block_weight=2 is what .* leave it out in a causal model"):
         he.convert(tiny_model("gpt2"), "bigbird", **weighted)
+    for option in (dict(first_block_weight=2.0), dict(form="etc", num_global_tokens=2)):
+        part = dict(mechanism="bigbird", num_random_blocks=0) | option
+        with pytest.raises(ValueError, match=r"bigbird: \w+=2 is no pattern, and a combination"):
+            he.convert(tiny_model("bert"), "combined", patterns=["local", part])
     for value in (0.5, float("inf"), True):
         with pytest.raises(ValueError, match="first_block_weight"):
             he.attention_config("bigbird", first_block_weight=value)

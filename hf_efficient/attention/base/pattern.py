@@ -43,6 +43,10 @@ class PatternAttentionConfig(EfficientAttentionConfig):
         """Which keys a query may see in this layer; causality comes on top of it."""
         raise NotImplementedError(f"{type(self).__name__} has no pattern")
 
+    def beyond_pattern(self) -> str | None:
+        """The option, as `name=value`, that does more than show keys, and that a combination of patterns lacks therefore."""
+        return None
+
     def reach(self, geometry: AttentionGeometry) -> int | None:
         is_plain = self.attention_class.forward is PatternAttention.forward
         return self.visible_keys(geometry).reach if is_plain else None
