@@ -102,9 +102,11 @@ def convert_in_place(
     """
     require_convertible(host, "convert")
     scheme, count, before = host.family.positions, longer.max_positions, host.max_positions
-    for stack in host.stacks:
-        scheme.check(stack, longer)
     sides = [stack.side for stack in host.stacks]
+    meant = {side for config in configs for side in resolve_side(config, sides)}
+    for stack in host.stacks:
+        if stack.side in meant:
+            scheme.check(stack, longer)
     configs = [replace(config, side=_stored_side(config, sides)).for_length(count or before) for config in configs]
     chosen = plan(host, configs, count if before is not None else None)
     method = scheme.method(host.stacks[0], longer, farthest_key(host, chosen))
@@ -113,10 +115,7 @@ def convert_in_place(
     # a stack that stays exact keeps its length
     converted = [stack.side for stack in host.stacks if any(layer.name in chosen for layer in stack.layers)]
     source = {"max_positions": before, "positions": method}
-    source |= host.record_positions([] if count is None else converted)
-    source["attn_implementation"] = host.model.config._attn_implementation
-    if is_hub_id(host.model.config._name_or_path):
-        source["base_model"] = host.model.config._name_or_path
+    source |= host.record_positions([] if count is None else converted) | _names_of_source(host.model.config)
     replaced = [entry for stack in host.stacks for entry in scheme.weights(stack)]
     try:
         resized = [] if count is None else host.lengthen(count, method, longer.rope, converted)
@@ -136,6 +135,11 @@ def convert_in_place(
     }
     note_change(host.model, "convert", settings)
     return origins, resized
+
+
+def _names_of_source(config: Any) -> dict[str, Any]:
+    name = config._name_or_path
+    return {"attn_implementation": config._attn_implementation} | ({"base_model": name} if is_hub_id(name) else {})
 
 
 def note_change(model: PreTrainedModel, what: str, settings: dict[str, Any]) -> None:

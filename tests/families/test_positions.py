@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from decoders import save_decoder, tiny_decoder
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_efficient as he
 from hf_efficient.families import HostModel
@@ -269,8 +269,6 @@ def test_methods_without_a_use_are_refused():
         he.convert(tiny_model("t5"), "local", **NARROW, max_positions=NEW, positions="tile")
     with pytest.raises(ValueError, match="has no rotary positions"):
         he.convert(tiny_model("bert"), "local", **NARROW, max_positions=NEW, rope={"factor": 4})
-    with pytest.raises(ValueError, match="nothing is known about the positions of vit"):
-        he.convert(AutoModel.from_config(tiny_model("vit", layers=1).config), "local", **NARROW, max_positions=NEW)
 
 
 def test_the_scheme_tells_where_texts_begin_and_end():
