@@ -161,53 +161,43 @@ def key_gradient(Q, K, V, DOUT, LSE, DELTA, DK, DV, PART_K, PART_V, WORK, OTHER,
                  H: tl.constexpr, HK: tl.constexpr, PER_HEAD: tl.constexpr, EVEN_N: tl.constexpr, EVEN_S: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                  PRECISION: tl.constexpr, UP: tl.constexpr):  # fmt: skip
-    """dk and dv (equal strides) of one work item of the tiles by key block, summed over the query heads of its key head.
+    """The share of one query head in dk and dv (equal strides, H heads), of one work item of the tiles by key block.
 
-    Grid (work items · B·HK, or · B with tables per head, which name a query head: DK and DV are then of H heads, each the
-    share of one). MASKS and BIAS hold the transposed tiles.
+    Grid as `forward`. MASKS and BIAS hold the transposed tiles. Heads that share keys have programs of their own: summed up
+    inside one, they would spill registers and leave multiprocessors idle.
     """
-    item, place, b, head = locate(WORK, items, 7, HK, PER_HEAD)
-    group: tl.constexpr = H // HK
-    shared: tl.constexpr = 1 if PER_HEAD else group
-    hk = head * shared // group
+    item, place, b, h = locate(WORK, items, 7, H, PER_HEAD)
     start = tl.load(item + 1).to(tl.int64) * BN
     count = S - start
     slot = tl.load(item + 6)
-    k = load_tile(K + b * skb + hk * skh + start * sk, sk, count, BN, D, BD, EVEN_S, UP)
-    v = load_tile(V + b * svb + hk * svh + start * sv, sv, count, BN, D, BD, EVEN_S, UP)
-    keep = KEEP
+    k = load_tile(K + b * skb + (h // (H // HK)) * skh + start * sk, sk, count, BN, D, BD, EVEN_S, UP)
+    v = load_tile(V + b * svb + (h // (H // HK)) * svh + start * sv, sv, count, BN, D, BD, EVEN_S, UP)
+    Q += b * sqb + h * sqh
+    DOUT += b * sgb + h * sgh
+    LSE += (b * H + h) * N
+    DELTA += (b * H + h) * N
+    if BIAS is not None:
+        BIAS += h * classes * (BM * BN)
+    keep, k_pos, k_seg = KEEP, KPOS, KSEG
     if KEEP is not None:
         keep = load_vector(KEEP + b * S + start, count, 0, BN, EVEN_S)
+    if QPOS is not None:
+        QPOS += (b * pos_heads + h % pos_heads) * N
+        k_pos = load_vector(KPOS + (b * pos_heads + h % pos_heads) * S + start, count, 0, BN, EVEN_S)
+    if QSEG is not None:
+        QSEG += (b * seg_heads + h % seg_heads) * N
+        k_seg = load_vector(KSEG + (b * seg_heads + h % seg_heads) * S + start, count, 0, BN, EVEN_S)
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
-    for g in range(0, shared):
-        h = head * shared + g
-        qs = Q + b * sqb + h * sqh
-        dos = DOUT + b * sgb + h * sgh
-        lse = LSE + (b * H + h) * N
-        delta = DELTA + (b * H + h) * N
-        bias, qpos, k_pos, qseg, k_seg = BIAS, QPOS, KPOS, QSEG, KSEG
-        if BIAS is not None:
-            bias = BIAS + h * classes * (BM * BN)
-        if QPOS is not None:
-            vector = b * pos_heads + h % pos_heads
-            qpos = QPOS + vector * N
-            k_pos = load_vector(KPOS + vector * S + start, count, 0, BN, EVEN_S)
-        if QSEG is not None:
-            vector = b * seg_heads + h % seg_heads
-            qseg = QSEG + vector * N
-            k_seg = load_vector(KSEG + vector * S + start, count, 0, BN, EVEN_S)
-        for t in range(tl.load(item + 2), tl.load(item + 3)):
-            dk, dv = column_tile(dk, dv, k, v, t, OTHER, MASK, CLASS, MASKS, bias, qs, dos, lse, delta, keep, qpos, k_pos,
-                                 qseg, k_seg, sq, sg, N, qk_scale, cap, BM, BN, D, BD,
-                                 True, EVEN_N, PRECISION, UP)  # fmt: skip
-        for t in range(tl.load(item + 4), tl.load(item + 5)):
-            dk, dv = column_tile(dk, dv, k, v, t, OTHER, MASK, CLASS, MASKS, bias, qs, dos, lse, delta, keep, qpos, k_pos,
-                                 qseg, k_seg, sq, sg, N, qk_scale, cap, BM, BN, D, BD,
-                                 False, True, PRECISION, UP)  # fmt: skip
+    for t in range(tl.load(item + 2), tl.load(item + 3)):
+        dk, dv = column_tile(dk, dv, k, v, t, OTHER, MASK, CLASS, MASKS, BIAS, Q, DOUT, LSE, DELTA, keep, QPOS, k_pos, QSEG,
+                             k_seg, sq, sg, N, qk_scale, cap, BM, BN, D, BD, True, EVEN_N, PRECISION, UP)  # fmt: skip
+    for t in range(tl.load(item + 4), tl.load(item + 5)):
+        dk, dv = column_tile(dk, dv, k, v, t, OTHER, MASK, CLASS, MASKS, BIAS, Q, DOUT, LSE, DELTA, keep, QPOS, k_pos, QSEG,
+                             k_seg, sq, sg, N, qk_scale, cap, BM, BN, D, BD, False, True, PRECISION, UP)  # fmt: skip
     dk *= scaling
     if slot < 0:
-        to = b * sdb + head * sdh + start * sd
+        to = b * sdb + h * sdh + start * sd
         store_tile(DK + to, dk, sd, count, BN, D, BD, EVEN_S)
         store_tile(DV + to, dv, sd, count, BN, D, BD, EVEN_S)
     elif PART_K is not None:

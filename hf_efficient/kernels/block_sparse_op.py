@@ -330,9 +330,9 @@ def _key_gradient(call: OpArguments, gradient: dict[str, Any]) -> Pair:
 
     tile = call.config.key_gradient
     table = call.table(tile)
-    heads = call.query.shape[1] if table.heads > 1 else call.key.shape[1]
+    heads, kv_heads = call.query.shape[1], call.key.shape[1]
     columns, programs = table.columns, call.programs(table, heads)
-    # heads that see different tiles give shares of their own
+    # each head of queries gives its share
     dk, dv = (token_major(call.key[:, :1].expand(-1, heads, -1, -1)) for _ in range(2))
     parts = [_slots(call, programs, columns.num_slots, tile.block_k, call.key.shape[-1]) for _ in range(2)]
     kernels.key_gradient[(len(columns.work) * programs,)](
@@ -341,9 +341,8 @@ def _key_gradient(call: OpArguments, gradient: dict[str, Any]) -> Pair:
     )  # fmt: skip
     for x, part in zip((dk, dv), parts, strict=True):
         _sum_slots(call, table, x, part, True)
-    if heads > call.key.shape[1]:
-        shares = [x.unflatten(1, (call.key.shape[1], -1)) for x in (dk, dv)]
-        dk, dv = (token_major(call.key).copy_(x.sum(2)) for x in shares)
+    if heads > kv_heads:
+        dk, dv = (token_major(call.key).copy_(x.unflatten(1, (kv_heads, -1)).sum(2)) for x in (dk, dv))
     return dk, dv
 
 

@@ -31,7 +31,7 @@ KERNELS = {
 
 
 class Build(NamedTuple):
-    """One compilation, with padding, segments, lengths that fill no tile, and positions and capped logits or a bias."""
+    """One compilation: grouped heads, padding, segments, lengths that fill no tile; with a bias, or positions and a cap."""
 
     arch: str
     precision: str
@@ -75,7 +75,7 @@ def compiled(build: Build) -> tuple[Any, Tile]:
     config = config_for(build.arch, build.precision, build.width, is_capped=not build.has_bias)
     tile: Tile = getattr(config, build.kernel)
     constants: dict[str, Any] = dict(
-        H=12, HK=12, PER_HEAD=False, EVEN_N=False, EVEN_S=False, BM=tile.block_q, BN=tile.block_k,
+        H=12, HK=4, PER_HEAD=False, EVEN_N=False, EVEN_S=False, BM=tile.block_q, BN=tile.block_k,
         D=build.width, BD=build.width, PRECISION="tf32" if uses_tf32(build) else "ieee", UP=False,
     )  # fmt: skip
     # a bias and positions exclude each other
