@@ -25,7 +25,6 @@ app = typer.Typer(
     help="Convert pretrained BERT, RoBERTa, GPT-2 and T5 checkpoints to efficient attention, prove how close they "
     "stayed, and undo it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

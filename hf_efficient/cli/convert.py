@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_efficient.cli.catalogue import complete_mechanism
 from hf_efficient.cli.common import (
     CacheDir,
     Checkpoint,
@@ -37,7 +38,8 @@ def convert(
     attention: Annotated[
         str | None,
         typer.Option(
-            help="Mechanism, see hf-efficient list, or its JSON. Its options, see hf-efficient list NAME, are options here."
+            help="Mechanism, see hf-efficient list, or its JSON. Its options, see hf-efficient list NAME, are options here.",
+            autocompletion=complete_mechanism,
         ),
     ] = None,
     config: Annotated[

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import re
 from typing import Annotated
 
 import typer
 
+from hf_efficient.cli import catalogue
 from hf_efficient.cli.common import (
     CacheDir,
     Checkpoint,
@@ -25,46 +23,42 @@ from hf_efficient.cli.options import flag
 
 
 def list_command(
-    mechanism: Annotated[str | None, typer.Argument(help="Show the options of this one.", show_default="all")] = None,
+    mechanism: Annotated[
+        str | None,
+        typer.Argument(
+            help="Show the options of this one.", show_default="all", autocompletion=catalogue.complete_mechanism
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show every mechanism: where it works, what it costs, when it is exact; or one mechanism's options."""
-    with running():
-        from hf_efficient.attention.base.registry import describe, get_mechanism, list_mechanisms, training_words
-
-        if mechanism is not None:
-            card, config = describe(mechanism), get_mechanism(mechanism).Config
-            meanings = _meanings(config)
-            hints = {field.name: str(field.type) for field in dataclasses.fields(config)}
+    cards = catalogue.cards()
     if mechanism is not None:
-        title = f"{mechanism}: {card['title']}, {card['paper']}; {training_words(mechanism)}"
-        options = [[flag(name), hints[name], card["options"][name], meanings.get(name)] for name in hints]
-        emit(card, as_json, title, ["option", "type", "default", "meaning"], options)
+        if mechanism not in cards:
+            with running():
+                from hf_efficient.attention.base.registry import get_mechanism
+
+                get_mechanism(mechanism)  # names the ones that look like it
+        card = cards[mechanism]
+        facts = card.facts
+        title = f"{mechanism}: {facts['title']}, {facts['paper']}; {card.training}"
+        options = [[flag(n), card.types[n], facts["options"][n], card.meanings.get(n)] for n in card.types]
+        emit(facts, as_json, title, ["option", "type", "default", "meaning"], options)
         return
-    cards = [describe(name) for name in list_mechanisms()]
     rows = [
         [
-            card["mechanism"],
-            f"{card['title']}, {card['paper']}",
-            f"{card['time']}; {card['memory']}",
-            card["causal"],
-            card["relative_bias"],
-            card["exact_when"],
-            training_words(card["mechanism"]),
+            name,
+            f"{card.facts['title']}, {card.facts['paper']}",
+            f"{card.facts['time']}; {card.facts['memory']}",
+            card.facts["causal"],
+            card.facts["relative_bias"],
+            card.facts["exact_when"],
+            card.training,
         ]
-        for card in cards
+        for name, card in cards.items()
     ]
     headings = ["mechanism", "paper", "time; memory", "causal", "T5 bias", "exact at n tokens when", "training"]
-    emit(cards, as_json, f"{len(cards)} mechanisms", headings, rows)
-
-
-def _meanings(config: type) -> dict[str, str]:
-    """What the docstrings of a config class and its bases say of each field."""
-    found: dict[str, str] = {}
-    for cls in reversed(config.__mro__):
-        entries = re.findall(r"^    ([a-z_, ]+): (.+(?:\n {8}.+)*)", inspect.getdoc(cls) or "", re.MULTILINE)
-        found |= {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
-    return found
+    emit([card.facts for card in cards.values()], as_json, f"{len(cards)} mechanisms", headings, rows)
 
 
 def inspect_command(

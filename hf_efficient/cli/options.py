@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from hf_efficient.cli import catalogue
+
 if TYPE_CHECKING:
     from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 
@@ -178,21 +180,17 @@ def _no_option(context: typer.Context, word: str, attention: str | None, without
 class MechanismCommand(TyperCommand):
     """A command with one option per config field of its mechanisms; what was given is in `context.meta[GIVEN]`.
 
-    The fields are looked up when the command is called, since mechanisms import torch.
+    The fields are looked up when the command is called.
     """
 
     def offered(self) -> tuple[Collection[str], Collection[str]]:
         """The mechanisms, and the fields of theirs that are no options here."""
-        from hf_efficient.attention.base.registry import list_mechanisms
-
-        return list_mechanisms(), ()
+        return catalogue.cards(), ()
 
     def mechanism_options(self) -> list[Any]:
         """Typer's parameters for the fields, but for those with the name of an option of the command itself."""
-        from hf_efficient.attention.base.registry import get_mechanism
-
         mechanisms, without = self.offered()
-        fields = {field.name for name in mechanisms for field in dataclasses.fields(get_mechanism(name).Config)}
+        fields = {field for name in mechanisms for field in catalogue.cards()[name].types}
         names = sorted(fields.difference(without, (parameter.name for parameter in self.params)))
 
         def probe(**given: str | None) -> None: ...

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hf_efficient.cli import catalogue
 from hf_efficient.cli.common import Json, Option, running
 from hf_efficient.cli.options import GIVEN, MechanismCommand, chosen_configs, refuse_strays
 
@@ -17,7 +18,8 @@ def show(
     mechanism: Annotated[
         str,
         typer.Argument(
-            help="A mechanism that is a pattern, with its options, see hf-efficient list NAME; or one as JSON."
+            help="A mechanism that is a pattern, with its options, see hf-efficient list NAME; or one as JSON.",
+            autocompletion=catalogue.complete_pattern,
         ),
     ],
     length: Annotated[int, typer.Option(help="Tokens.")] = 1024,
@@ -59,7 +61,5 @@ class ShowCommand(MechanismCommand):
     """`show` takes the options that change a picture, of the mechanisms that have one."""
 
     def offered(self) -> tuple[Collection[str], Collection[str]]:
-        from hf_efficient.attention.base.pattern import SHARED_OPTIONS
-        from hf_efficient.visualize.visibility import drawable_mechanisms
-
-        return drawable_mechanisms(), SHARED_OPTIONS
+        drawable = [name for name, card in catalogue.cards().items() if card.is_pattern]
+        return drawable, catalogue.shared_options()

@@ -21,12 +21,16 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import hf_efficient as he
+from hf_efficient.attention.base.pattern import SHARED_OPTIONS
+from hf_efficient.attention.base.registry import training_words
 from hf_efficient.benchmarks.suites import SUITES
+from hf_efficient.cli import catalogue
 from hf_efficient.cli.app import app
 from hf_efficient.cli.options import as_text, parse_layers, parse_option, read_texts
 from hf_efficient.conversion.loading import load_converted, load_stock
 from hf_efficient.evaluation.verify import Check, FidelityReport
 from hf_efficient.profiling.memory import fresh_python
+from hf_efficient.visualize.visibility import drawable_mechanisms
 
 FAMILIES = sorted(SPECIALS)
 
@@ -544,17 +548,65 @@ def test_help_names_commands_and_options():
     assert "unknown mechanism 'flash'" in error("list", "flash")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
-def test_help_and_version_import_no_torch(arguments):
-    program = (
-        "import atexit, sys, hf_efficient_command as program\n"
-        "sys.argv[0] = 'hf-efficient'\n"
-        "atexit.register(lambda: print([m for m in ('torch', 'transformers') if m in sys.modules]))\n"
-        "program.main()"
-    )
-    done = fresh_python("-c", program, *arguments)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
-    assert "hf-efficient" in done.stdout
+def test_what_needs_no_model_imports_no_torch():
+    """Help of every command, the catalogue, and what shells ask for completion: in one process, which has the names."""
+    completions = {
+        "hf-efficient li": "list",
+        "hf-efficient convert source out --attention longf": "longformer",
+        "hf-efficient list perf": "performer",
+        "hf-efficient show axi": "axial",
+        "hf-efficient show perf": "",
+    }
+    program = f"""
+import contextlib, io, json, os, sys
+import hf_efficient_command as program
+said = {{}}
+def run(*words):
+    sys.argv = ["hf-efficient", *words]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        program.main()
+    return out.getvalue()
+for words in {[["--help"], ["--version"], ["list"], ["list", "--json"], ["list", "local"]]!r}:
+    said[" ".join(words)] = run(*words)
+for command in {sorted(get_command(app).commands)!r}:
+    said[command + " --help"] = run(command, "--help")
+os.environ |= dict(_HF_EFFICIENT_COMPLETE="complete_bash")
+for line in {list(completions)!r}:
+    os.environ |= dict(COMP_WORDS=line, COMP_CWORD=str(line.count(" ")))
+    said[line] = run()
+print(json.dumps([said, [name for name in ("torch", "transformers", "numpy") if name in sys.modules]]))
+"""
+    done = fresh_python("-c", program)
+    assert done.returncode == 0, done.stderr
+    said, imported = json.loads(done.stdout)
+    assert imported == []
+    assert "convert" in said["--help"] and "--install-completion" in said["--help"]
+    assert "--attention-window" in said["list local"] and "longformer" in said["list"]
+    assert all("Usage" in said[f"{command} --help"] for command in get_command(app).commands)
+    assert {line: said[line].strip() for line in completions} == completions
+
+
+def test_the_catalogue_is_what_the_registry_says():
+    """Read from the source text, of which nothing is imported, with the order of JSON documents."""
+    cards = catalogue.cards()
+    assert list(cards) == he.list_mechanisms()
+    for name, card in cards.items():
+        told = catalogue._of_class(he.get_mechanism(name))
+        assert card == told
+        assert list(card.facts) == list(told.facts) and list(card.types) == list(told.types)
+        assert card.training == training_words(name)
+    assert catalogue.shared_options() == set(SHARED_OPTIONS)
+    assert [name for name, card in cards.items() if card.is_pattern] == drawable_mechanisms()
+
+
+def test_mechanisms_of_installed_packages_are_in_the_catalogue(monkeypatch):
+    monkeypatch.setattr(catalogue, "_classes", lambda: {})  # as if all were brought by others
+    monkeypatch.setattr(catalogue.metadata, "entry_points", lambda group: ["one"])
+    catalogue.cards.cache_clear()
+    try:
+        assert list(catalogue.cards()) == he.list_mechanisms()
+    finally:
+        catalogue.cards.cache_clear()
 
 
 def test_quiet_leaves_the_result_and_errors(sources, tmp_path):
