@@ -274,6 +274,22 @@ def test_tables_made_for_inference_or_elsewhere_serve_training(name: str):
     assert tokens.grad is not None and tokens.grad.any()
 
 
+@pytest.mark.parametrize("name", ["causal bigbird in a window", "bigbird in a window"])
+def test_drawn_blocks_in_a_window_compile_to_one_graph(name: str):
+    """Grouped heads, a cap and the log-sum-exp as well."""
+    pattern = BY_LENGTH[name] if name in BY_LENGTH else PATTERNS[name][0]
+    query, (key, value) = torch.randn(2, HEADS, 200, WIDTH), torch.randn(2, 2, 2, 200, WIDTH)
+
+    def attention(*tensors: Tensor) -> Any:
+        call = call_of(is_causal=name not in BY_LENGTH, softcap=2.0)
+        return block_sparse_attention(*tensors, pattern, call, return_lse=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    for actual, expected in zip(compiled(query, key, value), attention(query, key, value), strict=True):
+        assert_close(actual, expected, 1e-5)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_log_sum_exps_of_half_precision_are_those_of_its_inputs(dtype: torch.dtype, autocast: bool):

@@ -31,6 +31,7 @@ from hf_efficient.ops.softmax import Result, additive_mask, attend, bool_all, me
 from hf_efficient.patterns.kinds import BlockList, GlobalRows, Strided, Summary, Window
 from hf_efficient.patterns.parse import parse_pattern
 from hf_efficient.patterns.pattern import Intersection, Pattern, parts_of
+from hf_efficient.patterns.sets import Without
 from hf_efficient.patterns.tile_table import tile_table
 
 # above this share of computed pairs one dense tile is faster than pieces; beyond this length it would be too large
@@ -147,7 +148,8 @@ _share._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _is_dense(pattern: Pattern, n: int, is_causal: bool) -> bool:
     """One dense tile costs less than the pieces, which would compute most pairs anyway."""
-    if n > DENSE_LIMIT:
+    # what is drawn can't be traced; tables of it are constants
+    if n > DENSE_LIMIT or (is_captured() and _holds_lists(pattern)):
         return False
     if as_window(pattern) is not None:
         return False
@@ -160,6 +162,14 @@ def _is_dense(pattern: Pattern, n: int, is_causal: bool) -> bool:
     share += 1.0 if is_merged and n <= DENSE_STRIDES * min(strides) else sum(1 / stride for stride in strides)
     rest = without(pattern, Strided, Summary)
     return share + (0.0 if rest is None else _share(rest.spec(), length, is_causal)) > DENSE_SHARE
+
+
+def _holds_lists(pattern: Pattern) -> bool:
+    inside = (
+        *getattr(pattern, "parts", ()),
+        *([pattern.pattern, pattern.excluded] if isinstance(pattern, Without) else ()),
+    )
+    return isinstance(pattern, BlockList) or any(_holds_lists(part) for part in inside)
 
 
 def _mask(pattern: Pattern, n: int, is_causal: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
