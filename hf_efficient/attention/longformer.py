@@ -25,11 +25,12 @@ from hf_efficient.ops.global_tokens import (
     GlobalTokens,
     chosen_tokens,
     global_columns,
+    global_rows,
     kept_tokens,
-    projected_rows,
     up_to_separator,
     without_tokens,
 )
+from hf_efficient.ops.rotary import Rotation
 from hf_efficient.patterns.kinds import GlobalColumns, GlobalRows, Window
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead
@@ -117,6 +118,7 @@ class LongformerAttention(PatternAttention):
 
     qᵍ, kᵍ, vᵍ start as copies of the pretrained projections. Causal layers have global *columns* only: W(i) ∪ G over j ≤ i,
     inside the host's own window, and no new projections, since a global row would need keys that a cache no longer has.
+    Under rotary positions qᵍ and kᵍ turn as the host's q and k do, and encoders have global rows by a rule alone.
     `global_attention_mask` (B, S) in the call overrides `global_tokens`; S counts the tokens in a cache too, and while
     generating the mask may end earlier: later tokens are not global.
 
@@ -143,6 +145,7 @@ class LongformerAttention(PatternAttention):
         # global tokens are found by each row's own start, and windows look the same everywhere
         self.left_aligned = False
         self.has_global_rows = self.needs_hidden_states = not self.keeps_to_host(config, geometry)
+        self.needs_rotation = self.has_global_rows and geometry.rotary is not None
         self.uses_global_attention_mask = geometry.is_causal or self.has_global_rows
         self.needs_input_ids = config.global_tokens in QUESTION_RULES
         if self.has_global_rows:
@@ -171,7 +174,8 @@ class LongformerAttention(PatternAttention):
 
     @classmethod
     def keeps_to_host(cls, config: Any, geometry: AttentionGeometry) -> bool:
-        return geometry.is_causal or geometry.rotary is not None  # without global rows
+        # without global rows, which rotary encoders have by a rule of the config alone
+        return geometry.is_causal or (geometry.rotary is not None and config.global_tokens == "none")
 
     @classmethod
     def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
@@ -183,9 +187,9 @@ class LongformerAttention(PatternAttention):
         if isinstance(config.dilation, tuple) and len(config.dilation) != geometry.num_heads:
             lists = f"dilation lists {len(config.dilation)} distances, but there are {geometry.num_heads} heads"
             reasons.append(f"{lists}: give one number, or one distance per head")
-        if geometry.rotary is not None and not geometry.is_causal and config.global_tokens != "none":
+        if geometry.has_key_norm and not cls.keeps_to_host(config, geometry):
             reasons.append(
-                "longformer projects global tokens without rotary positions: use global_tokens='none', or bigbird"
+                "longformer's own projections of global tokens don't have the host's norms of queries and keys: use bigbird"
             )
         if geometry.is_causal and config.global_tokens in QUESTION_RULES:
             reasons.append(
@@ -237,14 +241,9 @@ class LongformerAttention(PatternAttention):
 
     def _global_rows(self, index: Tensor, context: AttentionContext) -> Tensor:
         """(B, H, G, D): what the global tokens see, through the projections of their own."""
-        hidden = context.hidden_states
-        assert hidden is not None
-        mask = None if context.key_padding_mask is None else context.key_padding_mask[:, None, None, :]
-        if context.relative_bias is not None:
-            offset = torch.arange(hidden.shape[1], device=index.device) - index[..., None]
-            bias = context.relative_bias.at(offset).transpose(0, 1).to(hidden.dtype)  # (B, H, G, n)
-            mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-        rows = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        projections = self.query_global, self.key_global, self.value_global
-        options: dict[str, Any] = dict(scaling=context.scaling, dropout=context.dropout)
-        return projected_rows(rows, hidden, projections, num_heads=self.geometry.num_heads, mask=mask, **options)
+        projections, rotary = (self.query_global, self.key_global, self.value_global), self.geometry.rotary
+        rotation = None
+        if rotary is not None:
+            assert context.cos_sin is not None
+            rotation = Rotation(context.cos_sin, rotary.interleaved)
+        return global_rows(index, projections, context, num_heads=self.geometry.num_heads, rotation=rotation)

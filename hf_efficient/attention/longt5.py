@@ -22,6 +22,7 @@ from hf_efficient.ops.context import AttentionContext, ExtraKeys
 from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.padding import real_length, real_tokens
 from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.ops.rotary import Rotation
 from hf_efficient.patterns.kinds import Window
 
 POOLING = ("mean", "rms")
@@ -86,7 +87,8 @@ class LongT5Attention(EfficientAttention):
         y_i = Σ softmax(s · q_i·k_j + b(j - i),  s · q_i·k̃_t + a(t - block(i)) + log u_it) · (v_j, ṽ_t)    j ∈ W(i), all t
 
     W_k, W_v are the host's own projections with their biases. w (hidden_size) is learned per layer. a is a table over block
-    offsets for hosts with a relative bias, one for the stack and bucketed as the host's; other hosts have none. u_it counts
+    offsets for hosts with a relative bias, one for the stack and bucketed as the host's; other hosts have none. Hosts with
+    rotary positions have k̃_t rotated by the mean position of the tokens of block t. u_it counts
     the real tokens of block t outside W(i); a global key with u_it = 0 is not seen by i. Thus every token counts once, and
     keys and values that are constant on blocks give exactly full attention.
 
@@ -109,7 +111,6 @@ class LongT5Attention(EfficientAttention):
         training="works without training; training improves the pooled keys",
     )
     causal_refusal = "pooled keys have later tokens in them; use local or longformer, or convert only the encoder"
-    rotary_refusal = "keys are projected from pooled hidden states and stand at no position; use local or linformer"
     left_aligned = True
     needs_hidden_states = True
     needs_project = True
@@ -118,6 +119,7 @@ class LongT5Attention(EfficientAttention):
 
     def __init__(self, config: LongT5AttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
+        self.needs_rotation = geometry.rotary is not None
         self.slot_weight = nn.Parameter(torch.ones(geometry.hidden_size))
         shape = (geometry.num_relative_buckets, geometry.num_heads)
         self.slot_bias = nn.Parameter(torch.zeros(shape)) if geometry.has_relative_bias else None
@@ -140,6 +142,13 @@ class LongT5Attention(EfficientAttention):
         return origins
 
     @classmethod
+    def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
+        reasons = super().unsupported(config, geometry)
+        if geometry.rotary is not None and geometry.position_scheme == "grid":
+            reasons.append("longt5 can't rotate keys of blocks that lie in a picture's rows and columns: use local")
+        return reasons
+
+    @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
         return replace(config, attention_window=2 * length, global_block_size=2 * length)
 
@@ -154,7 +163,12 @@ class LongT5Attention(EfficientAttention):
         assert context.hidden_states is not None and context.project is not None
         blocks = self._blocks(query, context.key_padding_mask)
         size = _before(blocks.seen, blocks.end) - _before(blocks.seen, blocks.start)  # (B, G) real tokens
-        key, value = expand_heads(query, *context.project(self._pooled(context.hidden_states, blocks, size)))
+        key, value = context.project(self._pooled(context.hidden_states, blocks, size))
+        if (rotary := self.geometry.rotary) is not None and context.cos_sin is not None:
+            middle = blocks.start + blocks.end
+            low, high = (x.div(2, rounding_mode="floor").clamp(0, query.shape[2] - 1) for x in (middle - 1, middle))
+            key = Rotation(context.cos_sin, rotary.interleaved).between(low, high)(key)
+        key, value = expand_heads(query, key, value)
         visible, bias = (blocks.exists & (size > 0))[:, None], None
         if self.config.log_count:
             unseen = self._unseen(blocks, size)

@@ -115,6 +115,7 @@ class ModelFamily:
             num_key_value_heads=heads.key_value,
             value_dim=heads.value_width,
             rotary=self.rotary(stack, layer),
+            has_key_norm=self.key_norm is not None and hasattr(layer.module, self.key_norm),
             sliding_window=self.sliding_window(stack, layer),
             softcap=self.softcap(config, layer),
             has_residual_module=stack.residual_module(layer) is not None,

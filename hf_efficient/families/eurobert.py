@@ -20,5 +20,6 @@ FAMILIES = (
         attention_classes=("EuroBertAttention",),
         projections=("q_proj", "k_proj", "v_proj"),
         positions=RotaryPositions(),
+        embeddings_module="",
     ),
 )

@@ -22,6 +22,7 @@ FAMILIES = (
         attention_classes=("ModernBertAttention",),
         projections=("Wqkv",),
         positions=RotaryPositions(),
+        embeddings_module="",
     ),
     LlamaFamily(
         model_type="modernbert-decoder",

@@ -95,6 +95,8 @@ class AttentionContext(AttentionCall):
         hidden_states: (B, N, hidden_size), only for mechanisms with `needs_hidden_states`.
         project: `project(hidden)` sends (B, G, hidden_size) through the host's own key and value projections and returns
             (key, value), each (B, H, G, D); only for mechanisms with `needs_project`.
+        cos_sin: (B, N, 2 R) cosines and sines by which the host rotated queries and keys, for `ops.rotary.Rotation`; only
+            for mechanisms with `needs_rotation`.
         input_ids: (B, N), only for mechanisms with `needs_input_ids`.
         rows: where the layer runs on pooled tokens (`pooling`): how the rows of the call lie in `query`, `key`, `value` and
             `hidden_states`, which then have one entry per pooled token: (B, H, windows, D) and (B, windows, hidden_size), or
@@ -108,6 +110,7 @@ class AttentionContext(AttentionCall):
     global_attention_mask: Tensor | None = None
     hidden_states: Tensor | None = None
     project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    cos_sin: Tensor | None = None
     input_ids: Tensor | None = None
     rows: PackedRows | None = None
     recurrent: Recurrence | None = None

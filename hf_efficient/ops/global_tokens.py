@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_efficient.ops.context import AttentionCall, ExtraKeys
+from hf_efficient.ops.context import AttentionCall, AttentionContext, ExtraKeys
 from hf_efficient.ops.decoding import entries_at
 from hf_efficient.ops.graph import is_captured, leaves_torch
 from hf_efficient.ops.padding import first_real_token, real_tokens
 from hf_efficient.ops.plain import is_plain_linear
+from hf_efficient.ops.rotary import Rotation
 from hf_efficient.ops.softmax import masked_attention
 
 
@@ -141,6 +142,28 @@ def kept_tokens(mask: Tensor, key_positions: Tensor, length: int) -> Tensor:
     return marked
 
 
+def global_rows(
+    index: Tensor,
+    projections: tuple[nn.Module, nn.Module, nn.Module],
+    context: AttentionContext,
+    *,
+    num_heads: int,
+    rotation: Rotation | None = None,
+) -> Tensor:
+    """(B, H, G, D): what the tokens `index` (B, G) of `context.hidden_states` see in all of them: see `projected_rows`."""
+    hidden = context.hidden_states
+    assert hidden is not None
+    mask = None if context.key_padding_mask is None else context.key_padding_mask[:, None, None, :]
+    if context.relative_bias is not None:
+        offset = torch.arange(hidden.shape[1], device=index.device) - index[..., None]
+        bias = context.relative_bias.at(offset).transpose(0, 1).to(hidden.dtype)  # (B, H, G, n)
+        mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
+    rows = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+    options: dict[str, Any] = dict(num_heads=num_heads, scaling=context.scaling, dropout=context.dropout)
+    rotations = None if rotation is None else (rotation.at(index), rotation)
+    return projected_rows(rows, hidden, projections, mask=mask, rotations=rotations, **options)
+
+
 def projected_rows(
     rows: Tensor,
     hidden: Tensor,
@@ -150,6 +173,7 @@ def projected_rows(
     mask: Tensor | None,
     scaling: float,
     dropout: float,
+    rotations: tuple[Rotation, Rotation] | None = None,
 ) -> Tensor:
     """Softmax attention of `rows` over `hidden` through (query, key, value) projections.
 
@@ -161,9 +185,11 @@ def projected_rows(
     Args:
         rows: (B, G, C) states of the queries. hidden: (B, n, C) states of all tokens.
         mask: bool or additive, broadcastable to (B, H, G, n), or `None`.
+        rotations: of the queries and of the keys, by their positions. Keys of all tokens are then projected in any case, as
+            each of them turns by angles of its own.
 
     Returns:
-        (B, H, G, D). O(min(G · H, C) · n · C) time, O(G · H · n) memory.
+        (B, H, G, D). O(min(G · H, C) · n · C) time, O(G · H · n) memory; with rotations O(n · C²) and O((C + G · H) · n).
     """
     query, key, value = projections
 
@@ -172,6 +198,9 @@ def projected_rows(
 
     options: dict[str, Any] = dict(attn_mask=mask, dropout_p=dropout, scale=scaling)
     q = heads(query(rows))  # (B, H, G, D)
+    if rotations is not None:
+        q, k = (rotate(x) for rotate, x in zip(rotations, (q, heads(key(hidden))), strict=True))
+        return masked_attention(q, k, heads(value(hidden)), **options)
     if rows.shape[1] > q.shape[-1] or not (is_plain_linear(key) and is_plain_linear(value)):
         return masked_attention(q, heads(key(hidden)), heads(value(hidden)), **options)
     return _through_weights(q, hidden, key, value, options)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # facts of a call with one entry per token, (B, N, …)
-PER_TOKEN = ("hidden_states", "input_ids", "global_attention_mask")
+PER_TOKEN = ("hidden_states", "cos_sin", "input_ids", "global_attention_mask")
 
 
 class Steps(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_efficient.families import ModelFamily, Stack
 from hf_efficient.ops.graph import is_captured, leaves_torch
 from hf_efficient.ops.packing import PackedSequences, Steps, position_steps
+from hf_efficient.ops.rotary import side_by_side
 from hf_efficient.patching.caches import HostWindow, bounded_cache, prepare_layers
 from hf_efficient.patching.call_inputs import CallShape, checked_inputs, shape_of
 from hf_efficient.patching.hooks import state_of
@@ -112,16 +113,31 @@ def _route_global_mask(call: dict[str, Any], info: StackInfo) -> None:
     elif not info.uses_global_attention_mask:
         raise ValueError(
             "global_attention_mask was given, but no converted layer of this model has global tokens (longformer has none "
-            "in encoders with rotary positions); use longformer, or leave it out."
+            "in encoders with rotary positions where global_tokens='none'); use longformer, or leave it out."
         )
 
 
 def pass_hidden_states(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hand the attention layer's own input to the dispatcher, through the host's pass-through keywords."""
+    """Hand the attention layer's own input to the dispatcher, through the host's pass-through keywords.
+
+    Raises:
+        ValueError: the cosines and sines of a rotary layer don't come as `position_embeddings`.
+    """
     hidden = args[0] if args else kwargs["hidden_states"]
-    return args, kwargs | {"efficient_hidden_states": hidden}
+    given = {"efficient_hidden_states": hidden}
+    if getattr(module._modules[MODULE_NAME], "needs_rotation", False):
+        rotary, angles = state_of(module, LAYER).rotary, kwargs.get("position_embeddings")
+        if not isinstance(angles, tuple):
+            raise ValueError(
+                f"{type(module).__name__} gets no position_embeddings=(cos, sin) from its model, by which this mechanism "
+                "rotates what it projects itself: use local."
+            )
+        unrotated = hidden.shape[1] - angles[0].shape[-2]  # class and register tokens of pictures
+        sizes = dict(dim=rotary.dim, interleaved=rotary.interleaved, rows=len(hidden), unrotated=unrotated)
+        given["efficient_cos_sin"] = side_by_side(*angles, **sizes)
+    return args, kwargs | given
 
 
 # ---- what a call may say -----------------------------------------------------------------------------------------

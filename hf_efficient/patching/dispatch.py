@@ -103,6 +103,7 @@ def efficient_attention_forward(
     position_bias: RelativeBias | None = None,
     global_attention_mask: Tensor | None = None,
     efficient_hidden_states: Tensor | None = None,
+    efficient_cos_sin: Tensor | None = None,
     efficient_input_ids: Tensor | None = None,
     efficient_cache: Cache | None = None,
     efficient_sequences: PackedSequences | None = None,
@@ -166,6 +167,7 @@ def efficient_attention_forward(
             context,
             global_attention_mask=global_attention_mask,
             hidden_states=efficient_hidden_states,
+            cos_sin=efficient_cos_sin,
             project=mechanism.host_projection and partial(mechanism.host_projection, module),
             input_ids=efficient_input_ids,
             rows=efficient_rows,
@@ -254,7 +256,7 @@ def aligned_call(
     if n < key.shape[2]:
         return mechanism(query, key, value, replace(context, row_start=start))
     query, key, value = (shift_rows(x, start, 2, extra) for x in (query, key, value))
-    names = ("key_padding_mask", "global_attention_mask", "hidden_states", "input_ids")
+    names = ("key_padding_mask", "global_attention_mask", "hidden_states", "cos_sin", "input_ids")
     given = {name: getattr(context, name) for name in names}
     moved: dict[str, Any] = {k: shift_rows(x, start, 1, extra) for k, x in given.items() if x is not None}
     context = replace(context, **moved)

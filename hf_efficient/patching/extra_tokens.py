@@ -142,6 +142,9 @@ def _enter_stack(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
             call["inputs_embeds"] = stack.get_input_embeddings()(call.pop("input_ids"))
         if call.get("inputs_embeds") is not None:
             call["inputs_embeds"] = state.prepend(call["inputs_embeds"])
+        if (positions := call.get("position_ids")) is not None:
+            first = torch.arange(state.count, device=positions.device).expand(len(positions), -1)
+            call["position_ids"] = torch.cat([first, positions + state.count], dim=1)
     return (), call
 
 

@@ -57,10 +57,10 @@ def test_exact_limit_or_a_reason(name: str, model_type: str):
 
 
 # mechanisms that can't be there, with any options of their cases
-EVERYWHERE = {"cosformer", "etc", "funnel", "longt5", "set_transformer"}
+EVERYWHERE = {"cosformer", "funnel", "set_transformer"}
 REFUSED = {
     "eurobert": EVERYWHERE | {"compressive", "transformer_xl"},
-    "llama": EVERYWHERE | {"clustered", "linformer", "nystromformer"},
+    "llama": EVERYWHERE | {"clustered", "etc", "linformer", "longt5", "nystromformer"},
 }
 
 
@@ -111,10 +111,8 @@ def test_left_padding_is_refused_where_a_model_takes_no_positions():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("longt5", {}, "longt5 can't carry rotary positions: .* use local"),
         ("set_transformer", {}, "set_transformer can't carry rotary positions: .* use linformer"),
         ("cosformer", {"max_length": LENGTH}, "cosformer can't carry rotary positions: .* use hedgehog"),
-        ("longformer", {"global_tokens": "first"}, "without rotary positions: use global_tokens='none', or bigbird"),
         ("funnel", {"blocks": (1, 1)}, "funnel can't carry rotary positions: .* use linformer"),
         ("etc", {"num_global_tokens": 2, "sharing": "kv"}, "don't follow rotary positions: use sharing='qkv'"),
         ("etc", {"num_global_tokens": 2, "relative_labels": 2}, "use sharing='qkv' and relative_labels=0"),

@@ -45,6 +45,7 @@ class AttentionGeometry:
         num_key_value_heads: heads of keys and values, a divisor of `num_heads` (grouped queries); 0 = `num_heads`.
         value_dim: width of a head's values; 0 = `head_dim`.
         rotary: how queries and keys were rotated by their positions; `None` = they were not.
+        has_key_norm: queries and keys were normalised after their projection.
         sliding_window: (left, right) keys beside the token itself that the host shows a query of this layer, by its config;
             `None` = all.
         softcap: logits become `c · tanh(logits / c)` before masks and biases; `None` = they stay.
@@ -71,6 +72,7 @@ class AttentionGeometry:
     num_key_value_heads: int = 0
     value_dim: int = 0
     rotary: Rotary | None = None
+    has_key_norm: bool = False
     sliding_window: tuple[int, int] | None = None
     softcap: float | None = None
     has_sinks: bool = False

@@ -151,6 +151,7 @@ class EfficientAttention(nn.Module):
     """Takes keys and values as the host has them, of fewer heads than the queries; else each is repeated for its queries."""
     uses_global_attention_mask: bool = False
     needs_hidden_states: bool = False
+    needs_rotation: bool = False
     needs_input_ids: bool = False
     needs_project: bool = False
     pooling: Pooling | None = None
