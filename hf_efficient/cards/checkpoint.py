@@ -18,8 +18,8 @@ from hf_efficient.cards.commands import commands
 from hf_efficient.cards.experts import PAPERS, TAG, experts_limits, experts_section, experts_words
 from hf_efficient.cards.facts import README, CardFacts, gather, is_hub_id
 from hf_efficient.cards.markdown import table
-from hf_efficient.conversion.card import is_first_card
 from hf_efficient.conversion.inspect import length_words
+from hf_efficient.models.card import is_first_card
 from hf_efficient.models.provenance import CHANGED, CHANGES, Step, described, runs
 from hf_efficient.profiling.json_files import whole_file
 

@@ -11,10 +11,10 @@ from typing import Any
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
 from hf_efficient.attention.base.registry import stored_attention
-from hf_efficient.conversion import card
-from hf_efficient.conversion.card import README
 from hf_efficient.conversion.inspect import EXACT, inspect_checkpoint
 from hf_efficient.experts.layer import ExpertsConfig
+from hf_efficient.models import card
+from hf_efficient.models.card import README
 from hf_efficient.models.provenance import (
     CHANGES,
     REPORT_NAME,

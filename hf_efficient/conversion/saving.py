@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from hf_efficient.conversion.card import write_first_card
 from hf_efficient.conversion.folders import OutputFolder
 from hf_efficient.conversion.sentence_transformers import copy_side_files
 from hf_efficient.families.readable import refuse_adapters
+from hf_efficient.models.card import write_first_card
 from hf_efficient.profiling.json_files import finite
 
 

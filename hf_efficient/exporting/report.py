@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from huggingface_hub import ModelCardData
 
-from hf_efficient.conversion.card import README, write_sealed
 from hf_efficient.conversion.saving import Report, Result
+from hf_efficient.models.card import README, write_sealed
 from hf_efficient.models.config import is_hub_id, names_of
 from hf_efficient.profiling.environment import versions
 from hf_efficient.profiling.json_files import write_json

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from hf_efficient.experts.install import install_experts
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import PREFIX, HostModel, family_of
 from hf_efficient.families.positions import AS_LONG, LongerInputs
+from hf_efficient.models.card import write_first_card
 from hf_efficient.models.config import names_of
 from hf_efficient.models.in_place import convert_in_place, shared_parameters
 from hf_efficient.models.loading import LOCATION_KEYWORDS, Refused, find_weights, read_config, require_host_tensors
@@ -176,10 +178,12 @@ class EfficientModelMixin:
             bound_before_drafts(self, model_kwargs["past_key_values"], generation_config.is_assistant)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As transformers'; also writes the reports of what the model was made from (see `Provenance`)."""
+        """As transformers'; also writes the reports of what the model was made from (see `Provenance`) and, unless there is
+        another, a card."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
         if is_main_process:
             Provenance.of(self).write(save_directory)
+            write_first_card(Path(save_directory), self)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         # save_pretrained(push_to_hub=True) uploads before it returns

@@ -20,8 +20,8 @@ from transformers import AutoModelForMaskedLM
 import hf_efficient as he
 from hf_efficient.cards.checkpoint import NOT_MEASURED, NOT_RECORDED, STAGES, checkpoint_card, write_card
 from hf_efficient.cli.verify import record_fidelity
-from hf_efficient.conversion.card import is_first_card
 from hf_efficient.conversion.loading import load_converted
+from hf_efficient.models.card import is_first_card
 from hf_efficient.training.results import RunRecord
 from hf_efficient.training.settings import parse_settings
 

@@ -12,7 +12,7 @@ from tiny import save_source, tiny_tokenizer
 from transformers import AutoModel
 
 import hf_efficient as he
-from hf_efficient.conversion.card import is_first_card
+from hf_efficient.models.card import is_first_card
 from hf_efficient.testing import FAMILIES, tiny_model
 
 BASE = "someone/tiny-model"
@@ -64,6 +64,27 @@ def test_a_first_card_gives_way_to_the_full_one_and_changed_ones_do_not(tmp_path
     for changed in (written.replace("converted", "my model"), "mine\n" + written, written + "mine\n", "", "# mine\n"):
         first.write_text(changed)
         assert not is_first_card(first)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_every_saving_writes_the_card_again_and_leaves_cards_of_others_alone(family, tmp_path):
+    """After training with a loop of one's own, too: `save_pretrained` alone is called."""
+    model = he.convert(named(family), "local", attention_window=8).model
+    model.save_pretrained(tmp_path / "first")
+    card = ModelCard.load(tmp_path / "first" / "README.md")
+    assert card.data.base_model == BASE and "local" in card.data.tags and type(model).__name__ in card.text
+    again = type(model).from_pretrained(tmp_path / "first")
+    again.save_pretrained(tmp_path / "second")
+    assert (tmp_path / "second/README.md").read_text() == (tmp_path / "first/README.md").read_text()
+    # made of something else meanwhile
+    other = he.convert(he.revert(again), "bigbird" if family == "bert" else "longt5").model
+    other.save_pretrained(tmp_path / "second")
+    assert "local" not in ModelCard.load(tmp_path / "second" / "README.md").data.tags
+    (tmp_path / "second" / "README.md").write_text("# Mine\n")
+    other.save_pretrained(tmp_path / "second")
+    assert (tmp_path / "second" / "README.md").read_text() == "# Mine\n"
+    he.revert(other).save_pretrained(tmp_path / "stock")
+    assert not (tmp_path / "stock" / "README.md").exists()
 
 
 def test_cards_that_are_there_already_stay(tmp_path, monkeypatch):

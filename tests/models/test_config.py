@@ -171,7 +171,14 @@ def test_a_checkpoint_loaded_by_trust_is_saved_like_others(tmp_path):
     type(model.config).register_for_auto_class()
     model.save_pretrained(tmp_path / "again")
     names = {file.name for file in (tmp_path / "again").iterdir()}
-    assert names == {"config.json", "configuration_hf_efficient.py", "conversion_report.json", "model.safetensors"}
+    files = {
+        "config.json",
+        "configuration_hf_efficient.py",
+        "conversion_report.json",
+        "model.safetensors",
+        "README.md",
+    }
+    assert names == files
     reverted = he.revert(model)
     reverted.save_pretrained(tmp_path / "reverted")
     stored = json.loads((tmp_path / "reverted" / "config.json").read_text())

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hf_efficient.models.config import is_hub_id, names_of
+from hf_efficient.models.provenance import Provenance
 
 README = "README.md"
 TEXT = """---
@@ -22,27 +23,35 @@ TEXT = """---
 ```python
 from hf_efficient import {cls}
 
-model = {cls}.from_pretrained("{title}")
+model = {cls}.from_pretrained("{folder}")
 ```
 
 This card has no figures; `hf-efficient card` puts one in its place with all that are recorded in the folder.
 """
 
 
-def write_first_card(folder: Path, model: Any, source: str, title: str) -> None:
-    """Write the card of an Efficient model into the folder that it is saved to, unless there is a card."""
+def write_first_card(folder: Path, model: Any, source: str | None = None, title: str | None = None) -> None:
+    """Write the card of an Efficient model into the folder that it is saved to; only a card like it is replaced.
+
+    Args:
+        source: checkpoint that it was made from; by default the one that its history begins with.
+        title: of the folder, where that is known.
+    """
     path = folder / README
-    if path.exists():
+    if path.exists() and not is_first_card(path):
         return
-    base = source if is_hub_id(source) else None
+    steps = Provenance.of(model).history
+    source = source or next((step["source"] for step in steps), None) or model.config._name_or_path
+    base = source if source and is_hub_id(source) else None
     tags = [tag for tag in model.model_tags if not tag.startswith("base_model:")]
     attention = names_of(getattr(model.config, "efficient_attention", None) or [])
     parts = [f"{attention} attention"] if attention else []
     parts += ["sparse experts"] if getattr(model.config, "efficient_experts", None) else []
-    made_from = f"[{base}](https://huggingface.co/{base})" if base else f"`{source}`"
+    made_from = f"[{base}](https://huggingface.co/{base})" if base else f"`{source or model.config.model_type}`"
     text = TEXT.format(
         metadata=ModelCardData(library_name="transformers", base_model=base, tags=tags).to_yaml(),
-        title=title,
+        title=title or type(model).__name__,
+        folder=title or "…",
         origin=f"{made_from} with {' and '.join(parts)}.",
         cls=type(model).__name__,
     )
