@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -209,3 +210,37 @@ def sample_texts(count: int = 4, characters: int = 8000) -> list[str]:
 
     held_out = [text for name, text in topics.items() if is_held_out(f"python/{name}")]
     return [text[:characters] for text in sorted(held_out, key=len, reverse=True)[:count]]
+
+
+KINDS = ("disc", "square", "cross", "stripes")
+"""Labels of `drawn_pictures`."""
+
+
+def drawn_pictures(
+    count: int, size: tuple[int, int] = (32, 32), channels: int = 3, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Pictures that need no download: one shape each, at a random place, of a random size and colour, on noise.
+
+    Returns:
+        (count, channels, height, width) values in 0 … 1, and (count,) their kind, an index into `KINDS`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    height, width = size
+    kinds = torch.randint(len(KINDS), (count,), generator=generator)
+    place, radius = torch.rand(2, count, 1, 1, generator=generator), torch.rand(count, 1, 1, generator=generator)
+    radius = (0.15 + 0.15 * radius) * min(size)
+    y, x = torch.arange(height)[:, None], torch.arange(width)[None]
+    down, right = ((at - (0.3 + 0.4 * p) * n).abs() for at, p, n in zip((y, x), place, (height, width), strict=True))
+    square = (down < radius) & (right < radius)
+    shapes = torch.stack(
+        [
+            down.square() + right.square() < radius.square(),
+            square,
+            square & ((down < radius / 3) | (right < radius / 3)),
+            square & (down.floor() % 4 < 2),
+        ]
+    )
+    shown = shapes.gather(0, kinds[None, :, None, None].expand(1, -1, height, width))[0][:, None]
+    colour = 0.5 + 0.5 * torch.rand(count, channels, 1, 1, generator=generator)
+    noise = 0.3 * torch.rand(count, channels, height, width, generator=generator)
+    return torch.where(shown, colour, noise), kinds

@@ -354,8 +354,13 @@ def _use(facts: CardFacts) -> str:
     name, cls = json.dumps(facts.name), facts.inspected["model_class"]
     base = name if facts.adapter is None else json.dumps(str(facts.adapter["base_model_name_or_path"]))
     package = "hf_efficient" if facts.inspected["converted"] else "transformers"
-    lines = [f"from {package} import {cls}", "from transformers import AutoTokenizer", ""]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({base})", f"model = {cls}.from_pretrained({base})"]
+    prepare = (
+        ("processor", "AutoImageProcessor")
+        if facts.inspected["inputs"] == "pixel_values"
+        else ("tokenizer", "AutoTokenizer")
+    )
+    lines = [f"from {package} import {cls}", f"from transformers import {prepare[1]}", ""]
+    lines += [f"{prepare[0]} = {prepare[1]}.from_pretrained({base})", f"model = {cls}.from_pretrained({base})"]
     if facts.adapter is not None:
         lines.insert(0, "from peft import PeftModel")
         lines.append(f"model = PeftModel.from_pretrained(model, {name})")

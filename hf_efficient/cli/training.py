@@ -82,7 +82,7 @@ def require_folder(checkpoint: Path) -> None:
 def _distill(
     checkpoint: Path, out: Path, texts: Path | None, resume: bool, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    from hf_efficient.conversion.loading import load_converted, load_tokenizer
+    from hf_efficient.conversion.loading import load_converted, load_tokenizer, takes_pictures
     from hf_efficient.corpus import offline_texts
     from hf_efficient.models.provenance import Provenance
     from hf_efficient.profiling.json_files import write_json
@@ -91,6 +91,8 @@ def _distill(
 
     documents, held_out = (offline_texts("train"), offline_texts()) if texts is None else (read_texts(texts), None)
     model, tokenizer = load_converted(checkpoint), load_tokenizer(str(checkpoint), None)
+    if takes_pictures(model):
+        raise ValueError(f"{checkpoint} reads pictures, and this reads texts: train it with transformers' Trainer.")
     if tokenizer is None:
         raise ValueError(f"{checkpoint} has no tokenizer; put that of its source into the folder.")
     report = distill(model, tokenizer, documents, output_dir=out, held_out=held_out, resume=resume, **settings)

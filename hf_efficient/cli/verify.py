@@ -41,10 +41,9 @@ def verify(
             raise ValueError(f"--speed {speed!r} can't be read; write lengths as 512,1024.") from None
         if max_length is not None and max_length < 2:
             raise ValueError(f"--max-length {max_length} leaves no text; give at least 2.")
-        from hf_efficient.corpus import offline_texts
         from hf_efficient.evaluation.verify import verify as run_checks
 
-        documents = offline_texts() if texts is None else read_texts(texts)
+        documents = None if texts is None else read_texts(texts)
         report = run_checks(
             converted,
             source,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.attention.base.mechanism import EfficientAttention
+from hf_efficient.conversion.loading import takes_pictures
 from hf_efficient.corpus import TextUse, text_batches, text_use
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.dense import dense_attention
@@ -148,11 +149,18 @@ def calibration_use(
     given: list[Any] = [calibration] if isinstance(calibration, (str, Mapping)) else list(calibration)
     if isinstance(given[0], str):
         return text_use(tokenizer, given, min(LENGTH, max_length or LENGTH), most=TOKENS)
-    rows = [
-        int(row.sum()) for batch in batches for row in batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-    ]
+    rows = [int(row.sum()) for batch in batches for row in _mask_of(batch, max_length)]
     before = [sum(rows[:index]) for index in range(len(rows))]
     return TextUse(len(rows), sum(count < TOKENS for count in before), sum(rows), min(sum(rows), TOKENS))
+
+
+def _mask_of(batch: Mapping[str, Tensor], max_length: int | None) -> Tensor:
+    """(B, N) which tokens are real; pictures have as many tokens as the model has positions."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"]
+    if "input_ids" in batch:
+        return torch.ones_like(batch["input_ids"])
+    return torch.ones(len(next(iter(batch.values()))), max_length or 1)
 
 
 def calibration_batches(
@@ -172,6 +180,10 @@ def calibration_batches(
     if not given or not all(isinstance(one, str) for one in given):
         raise ValueError(
             "calibration is a list of texts, or of batches such as {'input_ids': …, 'attention_mask': …}."
+        )
+    if takes_pictures(model):
+        raise ValueError(
+            f"{type(model).__name__} reads pictures, not texts: give calibration as batches of pixel_values."
         )
     if tokenizer is None:
         raise ValueError("calibration texts need a tokenizer: give tokenizer=…, or batches of input_ids.")

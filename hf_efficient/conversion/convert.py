@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 from hf_efficient.attention.base import EfficientAttentionConfig
 from hf_efficient.attention.base.registry import ConfigLike, attention_configs
 from hf_efficient.conversion.calibrate import bound_coverage, calibrate, calibration_batches, calibration_use
-from hf_efficient.conversion.loading import Source, load_stock, open_source, refuse_converted, split_options
+from hf_efficient.conversion.loading import (
+    Source,
+    load_stock,
+    open_source,
+    refuse_converted,
+    split_options,
+    takes_pictures,
+)
 from hf_efficient.conversion.saving import Report, Result
 from hf_efficient.conversion.sentence_transformers import max_seq_length
 from hf_efficient.corpus import TextUse
@@ -79,7 +86,10 @@ class ConversionReport(Report):
 
 
 class ConversionResult(Result):
-    """A converted model with its tokenizer (`None` if the source had none) and the report; `save(path)` writes all."""
+    """A converted model with its tokenizer, or image processor, and the report; `save(path)` writes all.
+
+    `tokenizer` is `None` if the source had none.
+    """
 
     report: ConversionReport
 
@@ -114,7 +124,7 @@ def convert(
             `"unchanged"`, which is usual where no layer sees farther than the old length, `"linear"`, `"ntk"`, `"yarn"`,
             `"llama3"` or `"longrope"`: see `PositionTable` and `RotaryPositions`.
         rope: numbers of that method for rotary positions, such as `{"beta_fast": 64}`.
-        tokenizer: for a loaded model, or to use another than the source's.
+        tokenizer: for a loaded model, or to use another than the source's. Of models of pictures: the image processor.
         revision: of the Hub repository.
         calibration: texts, or batches of inputs, from which mechanisms set constants such as centroids; see `calibrate`.
             Without it they start without data, and the report says so.
@@ -221,8 +231,9 @@ def _calibrated(model: PreTrainedModel, batches: list[Mapping[str, Tensor]], len
 def _tell_tokenizer(opened: Source, max_positions: int | None) -> None:
     """Give the tokenizer its new length, and note the old one for the way back."""
     if opened.tokenizer is None:
-        logger.warning(f"{opened.name} has no tokenizer: only the model is converted.")
-    elif max_positions is not None:
+        missing = "image processor" if takes_pictures(opened.model) else "tokenizer"
+        logger.warning(f"{opened.name} has no {missing}: only the model is converted.")
+    elif max_positions is not None and hasattr(opened.tokenizer, "model_max_length"):
         # the way back needs what nothing else remembers
         opened.model.config.efficient_source |= {
             "model_max_length": opened.tokenizer.model_max_length,

@@ -28,7 +28,8 @@ def inspect_checkpoint(name: str, model_class: Any = None, **location: Any) -> d
         location: `revision`, `subfolder`, `cache_dir`, `token`, as for `convert`.
 
     Returns:
-        `model_class`, `model_type`, `family`, `converted`, `max_positions`, the longest input (`None` = any length);
+        `model_class`, `inputs` (name of what it reads), `model_type`, `family`, `converted`, `max_positions`, the longest
+        input (`None` = any length);
         `lengths` and `made_for`, {side: longest input of this stack, and what it was made for}; `layers`, each with `side`,
         `layer`, `mechanism`, `options` and `training` (whether the mechanism needs it); `mechanisms`, each with `side`,
         `possible`, the `reasons` against it at default options, and `training` (empty for converted checkpoints); `experts`,
@@ -52,6 +53,7 @@ def inspect_checkpoint(name: str, model_class: Any = None, **location: Any) -> d
     return {
         "checkpoint": name,
         "model_class": type(model).__name__,
+        "inputs": model.main_input_name,
         "model_type": config.model_type,
         "family": family.model_type,
         "converted": converted,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from hf_efficient.conversion.sentence_transformers import checkpoint_folder
@@ -46,6 +46,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
     "sentencepiece.bpe.model", "tokenizer.model",
 )  # fmt: skip
+IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 logger = logging.getLogger(f"transformers.{__name__}")
 
 
@@ -54,7 +55,7 @@ class Source:
     """What `convert` and `upcycle` start from.
 
     Attributes:
-        name: of the checkpoint, or of a loaded model. tokenizer: `None` = it has none.
+        name: of the checkpoint, or of a loaded model. tokenizer: `None` = it has none; of pictures: the image processor.
         folder: of the checkpoint; `None` for a loaded model.
         missing, ignored: tensors that the checkpoint lacks, and those that its class does not use.
         recast: {tensor: "dtype in the checkpoint → dtype here"}, where they differ.
@@ -90,7 +91,7 @@ def open_source(
     model, info = load(name, **loading)
     folder = checkpoint_folder(name, **{k: v for k, v in location.items() if k != "proxies"})
     if tokenizer is None:
-        tokenizer = load_tokenizer(name, config=model.config, **location)
+        tokenizer = load_preparation(name, model, config=model.config, **location)
     recast = {} if "dtype" in loading else _recast(name, model, info["weights"])
     _warn_of_values(name, model, recast)
     given = {key: getattr(loading[key], "__name__", _short(loading[key])) for key in KEPT if key in loading}
@@ -236,6 +237,32 @@ def _warn_of_values(name: str, model: PreTrainedModel, recast: dict[str, str]) -
     damaged = [tensor for tensor, value in values.items() if not bool(torch.isfinite(value).all())]
     if damaged:
         logger.warning(f"{name} has NaN or infinity in {len(damaged)} tensors: {', '.join(damaged[:SHOWN])}.")
+
+
+def load_preparation(name: str, model: Any, **location: Any) -> Any:
+    """What prepares the inputs of a model of this checkpoint: its tokenizer, or of pictures its image processor.
+
+    Raises:
+        ValueError: there are files of it, but they can't be read.
+    """
+    if not takes_pictures(model):
+        return load_tokenizer(name, **location)
+    location = {k: v for k, v in location.items() if k != "config" and v is not None}
+    if not _has_file(name, IMAGE_PROCESSOR_FILE, location):
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **location)
+    except Exception as error:  # of classes of their own
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"the image processor of {name} ({IMAGE_PROCESSOR_FILE}) can't be read: {why} Mend it, or remove the file to go "
+            "on without one."
+        ) from error
+
+
+def takes_pictures(model: Any) -> bool:
+    """Whether a model's inputs are pictures, which need no tokenizer."""
+    return bool(model.main_input_name == "pixel_values")
 
 
 def load_tokenizer(name: str, revision: str | None = None, config: Any = None, **location: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_efficient.conversion.folders import OutputFolder
-from hf_efficient.conversion.loading import load_converted, load_tokenizer
+from hf_efficient.conversion.loading import load_converted, load_preparation, takes_pictures
 from hf_efficient.conversion.sentence_transformers import copy_side_files
 from hf_efficient.families import HostModel
 from hf_efficient.models.in_place import revert
@@ -29,9 +29,10 @@ def revert_checkpoint(converted: str, out: str | Path, overwrite: bool = False) 
     model = load_converted(converted)
     before = getattr(model.config, "efficient_source", {})
     model = revert(model)
-    tokenizer = load_tokenizer(converted, None)
+    tokenizer = load_preparation(converted, model)
     if tokenizer is None:
-        logger.warning(f"{converted} has no tokenizer: only the model is reverted.")
+        missing = "image processor" if takes_pictures(model) else "tokenizer"
+        logger.warning(f"{converted} has no {missing}: only the model is reverted.")
     elif "model_max_length" in before:
         tokenizer.model_max_length = before["model_max_length"]
     with target.written() as folder:

@@ -29,7 +29,7 @@ def compare(model: PreTrainedModel, source: PreTrainedModel, batches: Iterable[d
     heads: dict[str, HeadComparison] = {}
     for batch in batches:
         theirs, ours = run(source, batch), run(model, batch)
-        mask = batch["attention_mask"].bool()
+        mask = real_tokens(batch, theirs["hidden"][-1])
         for layer, (a, b) in enumerate(zip(ours["hidden"], theirs["hidden"], strict=True)):
             if len(squares) <= layer:
                 squares.append([0.0, 0.0])
@@ -42,7 +42,7 @@ def compare(model: PreTrainedModel, source: PreTrainedModel, batches: Iterable[d
         for name, logits in theirs["heads"].items():
             is_choice = is_multiple_choice(getattr(model, "model", model))
             head = heads.setdefault(name, HeadComparison(name, source.config, is_choice))
-            head.add(logits, ours["heads"][name], output_mask(source, batch))
+            head.add(logits, ours["heads"][name], batch.get("decoder_attention_mask", mask).bool())
     cosine = torch.cat(cosines)
     errors = [(a / b) ** 0.5 if b else math.inf if a else 0.0 for a, b in squares]
     figures: dict[str, Any] = {
@@ -78,9 +78,16 @@ def run(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
     return {"hidden": hidden, "heads": heads, "output": output}
 
 
-def output_mask(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """(B, N) real positions of the model's output."""
-    return batch.get("decoder_attention_mask", batch["attention_mask"]).bool()
+def real_tokens(batch: dict[str, Tensor], states: Tensor) -> Tensor:
+    """(B, N) which of the tokens with these states (B, N, D) are real."""
+    mask = batch.get("attention_mask", batch.get("pixel_attention_mask"))
+    return torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def output_mask(model: Any, batch: dict[str, Tensor]) -> Tensor | None:
+    """(B, N) real positions of the model's output; `None` = all are."""
+    mask = batch.get("decoder_attention_mask", batch.get("attention_mask", batch.get("pixel_attention_mask")))
+    return None if mask is None else mask.bool()
 
 
 def unknown_share(tokenizer: Any, batches: Iterable[dict[str, Tensor]]) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_efficient.conversion.loading import takes_pictures
 from hf_efficient.corpus import text_batches
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.evaluation.fidelity import compare, unknown_share
@@ -69,6 +70,8 @@ def quick_verdict(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str,
         The same; where it can't be measured (no tokenizer, texts in another language than the tokenizer's, or inputs that
         the model refuses) only `better`, `None`, and the reason in `text`.
     """
+    if takes_pictures(model):
+        return {"better": None, "text": "not measured: use hf-efficient verify, which draws pictures"}
     if tokenizer is None:
         return {"better": None, "text": "not measured: there is no tokenizer"}
     limit = getattr(model.config, "efficient_source", {}).get("max_positions") or LENGTH

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as progress_bars
 
 from hf_efficient.attention.base.registry import attention_configs
-from hf_efficient.conversion.loading import load_converted, load_stock, load_tokenizer
-from hf_efficient.corpus import ragged, text_batches
+from hf_efficient.conversion.loading import load_converted, load_stock, load_tokenizer, takes_pictures
+from hf_efficient.corpus import offline_texts, ragged, text_batches
 from hf_efficient.evaluation.controls import control_figures, controls
 from hf_efficient.evaluation.cost import compare_with_full_attention
-from hf_efficient.evaluation.fidelity import compare, output_mask, relative_difference, run, unknown_share
+from hf_efficient.evaluation.fidelity import compare, output_mask, real_tokens, relative_difference, run, unknown_share
+from hf_efficient.evaluation.pictures import picture_batches
 from hf_efficient.evaluation.report import Check, FidelityReport
 from hf_efficient.evaluation.tensors import copied_tensors, fill, fresh_tensors
 from hf_efficient.evaluation.verdict import MOSTLY_UNKNOWN
@@ -44,7 +45,7 @@ EXACT_LENGTH = 128
 def verify(
     model: PreTrainedModel | str | Path,
     source: PreTrainedModel | str | Path,
-    texts: Sequence[str],
+    texts: Sequence[str] | Sequence[Mapping[str, Tensor]] | None,
     *,
     tokenizer: Any = None,
     revision: str | None = None,
@@ -59,7 +60,8 @@ def verify(
     Args:
         model: converted model, or folder or id of a converted checkpoint.
         source: the stock model it came from, or its folder or id; of a converted model also one with experts.
-        texts: real text; each is cut to `max_length`.
+        texts: real text; each is cut to `max_length`. Of models of pictures: batches of their inputs. `None` = those that
+            need no download (`offline_texts`, `picture_batches`).
         tokenizer: that of `model`'s folder if not given, or of `source`'s where it has none; needed if neither is a path.
         revision, subfolder: where `source` is a repository or folder: which state of it, and the folder inside.
         max_length: tokens per text; `None` = the source's position table (512 where there is none).
@@ -74,22 +76,17 @@ def verify(
         ValueError: no texts, no tokenizer, or a model that is not converted.
     """
     place = {key: value for key, value in (("revision", revision), ("subfolder", subfolder)) if value is not None}
-    if tokenizer is None:
-        tokenizer = _tokenizer_of((model, {}), (source, place))
     path = None if isinstance(model, PreTrainedModel) else Path(model)
     converted = _converted(model)
-    if not texts:
-        raise ValueError("no texts to verify with; hf_efficient.corpus.offline_texts() has some.")
+    if tokenizer is None and not takes_pictures(converted):
+        tokenizer = _tokenizer_of((model, {}), (source, place))
     stock, fresh = _source_of(converted, source, place)
     with eval_mode(converted), eval_mode(stock):
-        limit = HostModel.of(stock).max_positions or 512
-        length = min(max_length or limit, limit)
-        batches = text_batches(tokenizer, texts, length, batch_size, stock)
-        share = unknown_share(tokenizer, batches)
-        _warn_of_unknown(share)
-        few = texts[: max(2, batch_size // 2)]
-        short = text_batches(tokenizer, few, min(EXACT_LENGTH, length), batch_size, stock)[0]
-        short = ragged(short, stock.config.pad_token_id)
+        batches, short, figures = _material(tokenizer, texts, stock, batch_size, max_length)
+        if takes_pictures(stock) and speed_lengths:
+            raise ValueError(
+                f"speed_lengths={speed_lengths} are lengths of texts, and {type(stock).__name__} reads pictures."
+            )
         provenance = Provenance.of(converted)
         tensors, weights = copied_tensors(converted, stock, provenance.since(stock.config._name_or_path), fresh)
         checks: list[Any] = [
@@ -108,15 +105,45 @@ def verify(
         "source": stock.config._name_or_path,
         "efficient_attention": converted.config.efficient_attention,
         "efficient_experts": getattr(converted.config, "efficient_experts", None),
-        "texts": len(texts),
-        "tokens": int(sum(b["attention_mask"].sum() for b in batches)),
-        "unknown_tokens": share,
-        "max_length": length,
+        **figures,
         "dtype": str(converted.dtype),
         "threads": torch.get_num_threads(),
     }
     weights["steps"] = len(provenance.history)
     return FidelityReport(outcomes, settings, weights=weights)
+
+
+def _material(
+    tokenizer: Any, texts: Any, stock: Any, batch_size: int, max_length: int | None
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], dict[str, Any]]:
+    """All batches, a short one, and how much there is: `texts`, `tokens`, `unknown_tokens` and `max_length`."""
+    limit = HostModel.of(stock).max_positions or 512
+    if takes_pictures(stock):
+        batches = [dict(batch) for batch in (picture_batches(stock) if texts is None else texts) if _is_batch(batch)]
+        if not batches or (texts is not None and len(batches) < len(texts)) or max_length is not None:
+            raise ValueError(
+                f"{type(stock).__name__} reads pictures: give batches such as {{'pixel_values': …}} instead of texts, or "
+                "None for drawn ones, and no max_length."
+            )
+        count = sum(len(next(iter(batch.values()))) for batch in batches)
+        tokens = sum(int(real_tokens(b, run(stock, b)["hidden"][-1]).sum()) for b in batches)
+        return batches, batches[0], {"texts": count, "tokens": tokens, "unknown_tokens": 0.0, "max_length": limit}
+    texts = offline_texts() if texts is None else texts
+    if not texts:
+        raise ValueError("no texts to verify with; hf_efficient.corpus.offline_texts() has some.")
+    length = min(max_length or limit, limit)
+    batches = text_batches(tokenizer, texts, length, batch_size, stock)
+    share = unknown_share(tokenizer, batches)
+    _warn_of_unknown(share)
+    few = texts[: max(2, batch_size // 2)]
+    short = text_batches(tokenizer, few, min(EXACT_LENGTH, length), batch_size, stock)[0]
+    tokens = int(sum(b["attention_mask"].sum() for b in batches))
+    figures = {"texts": len(texts), "tokens": tokens, "unknown_tokens": share, "max_length": length}
+    return batches, ragged(short, stock.config.pad_token_id), figures
+
+
+def _is_batch(given: Any) -> bool:
+    return isinstance(given, Mapping)
 
 
 def _converted(model: PreTrainedModel | str | Path) -> Any:
@@ -155,7 +182,7 @@ def _exact_limit(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]) 
         return _equal_experts(model, source, batch)
     rule = f"at exact settings the logits differ by ≤ {EXACT_TOLERANCE:g} of the largest"
     exact, why = [], []
-    length = batch["input_ids"].shape[1]
+    length = run(source, batch)["hidden"][-1].shape[1]
     family = family_of(source)
     for config in attention_configs(model.config.efficient_attention):
         stack = next(s for s in family.stacks(source) if config.side in (None, "both", s.side))
@@ -183,7 +210,7 @@ def _equal_experts(model: Any, source: PreTrainedModel, batch: dict[str, Tensor]
     plain, sparse = (copy.deepcopy(m).float() for m in (source, model))
     actual, expected = (run(m, batch)["output"] for m in (sparse, plain))
     error = relative_difference(actual, expected, output_mask(plain, batch))
-    detail = {"relative_difference": error, "tokens": batch["input_ids"].shape[1]}
+    detail = {"relative_difference": error, "tokens": run(plain, batch)["hidden"][-1].shape[1]}
     return Check("exact limit", "passed" if error <= EXACT_TOLERANCE else "failed", detail, rule)
 
 
@@ -231,19 +258,19 @@ def _padding(model: PreTrainedModel, batch: dict[str, Tensor]) -> Check:
         f"in double precision nothing at real positions changes by more than {DOUBLE_TOLERANCE:g} of the largest value"
     )
     double = _in_double(model)
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     together = run(double, batch)["hidden"][-1]
-    mask = batch["attention_mask"].bool()
-    garbage = dict(batch, input_ids=torch.where(mask, batch["input_ids"], (batch["input_ids"] + 7) % 50 + 5))
-    alone = []
+    mask, alone = real_tokens(batch, together), []
     for row in range(len(mask)):
         n = int(mask[row].sum())
-        one = {k: v[row : row + 1, : n if k in ("input_ids", "attention_mask") else None] for k, v in batch.items()}
-        alone.append(relative_difference(run(double, one)["hidden"][-1], together[row : row + 1, :n], None))
-    errors = {
-        "other pad ids": relative_difference(run(double, garbage)["hidden"][-1], together, mask),
-        # the largest, or NaN if there is one, which max() would pass over
-        "each row alone": float(torch.tensor(alone, dtype=torch.float64).max()),
-    }
+        cut = ("input_ids", "attention_mask")
+        one = {k: v[row : row + 1, :n] if k in cut else v[row : row + 1] for k, v in batch.items()}
+        alone.append(relative_difference(run(double, one)["hidden"][-1][:, :n], together[row : row + 1, :n], None))
+    # the largest, or NaN if there is one, which max() would pass over
+    errors = {"each row alone": float(torch.tensor(alone, dtype=torch.float64).max())}
+    if "input_ids" in batch:
+        garbage = dict(batch, input_ids=torch.where(mask, batch["input_ids"], (batch["input_ids"] + 7) % 50 + 5))
+        errors["other pad ids"] = relative_difference(run(double, garbage)["hidden"][-1], together, mask)
     passed = all(error <= DOUBLE_TOLERANCE for error in errors.values())
     detail = {"relative_difference": errors, "padded_tokens": int((~mask).sum())}
     return Check("padding and batch", "passed" if passed else "failed", detail, rule)

@@ -419,12 +419,11 @@ def test_verify_passes_its_options_on(sources, tmp_path, monkeypatch):
         return FidelityReport([], {})
 
     monkeypatch.setattr("hf_efficient.evaluation.verify.verify", record)
-    monkeypatch.setattr("hf_efficient.corpus.offline_texts", lambda: ["w10 w11"])
     out = converted(tmp_path / "out", "bert")
     run("verify", out, sources["bert"], "--speed", "64,128")
     run("verify", out, sources["bert"], "--max-length", 32)
     arguments, options = calls[0]
-    assert arguments == (str(out), str(sources["bert"]), ["w10 w11"])
+    assert arguments == (str(out), str(sources["bert"]), None)
     assert options["speed_lengths"] == [64, 128] and options["max_length"] is None
     assert calls[1][1]["speed_lengths"] == [] and calls[1][1]["max_length"] == 32
 
