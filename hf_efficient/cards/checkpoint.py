@@ -29,6 +29,7 @@ PIPELINES = {
     "ForMaskedLM": "fill-mask",
     "LMHeadModel": "text-generation",
     "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForMultipleChoice": "multiple-choice",
@@ -39,12 +40,9 @@ FIDELITY = {
     "start_agreement", "end_agreement", "choice_agreement", "score_error",
 }  # fmt: skip
 STAGES = {
-    "exact": "full attention",
-    "control": "mean of values",
-    "converted": "converted",
-    "transferred": "transferred",
+    "exact": "full attention", "control": "mean of values", "converted": "converted", "transferred": "transferred",
     "trained": "trained",
-}
+}  # fmt: skip
 
 
 def checkpoint_card(checkpoint: str | Path, results: list[Path] | None = None) -> ModelCard:
@@ -354,13 +352,9 @@ def _use(facts: CardFacts) -> str:
     name, cls = json.dumps(facts.name), facts.inspected["model_class"]
     base = name if facts.adapter is None else json.dumps(str(facts.adapter["base_model_name_or_path"]))
     package = "hf_efficient" if facts.inspected["converted"] else "transformers"
-    prepare = (
-        ("processor", "AutoImageProcessor")
-        if facts.inspected["inputs"] == "pixel_values"
-        else ("tokenizer", "AutoTokenizer")
-    )
-    lines = [f"from {package} import {cls}", f"from transformers import {prepare[1]}", ""]
-    lines += [f"{prepare[0]} = {prepare[1]}.from_pretrained({base})", f"model = {cls}.from_pretrained({base})"]
+    kind = "ImageProcessor" if facts.inspected["inputs"] == "pixel_values" else "Tokenizer"
+    lines = [f"from {package} import {cls}", f"from transformers import Auto{kind}", ""]
+    lines += [f"{kind.lower()} = Auto{kind}.from_pretrained({base})", f"model = {cls}.from_pretrained({base})"]
     if facts.adapter is not None:
         lines.insert(0, "from peft import PeftModel")
         lines.append(f"model = PeftModel.from_pretrained(model, {name})")
