@@ -30,6 +30,8 @@ from hf_efficient.models.provenance import ABSENT, REPORT_NAME, UPCYCLING_NAME
 from hf_efficient.models.registry import is_efficient, named_class
 from hf_efficient.profiling.json_files import read_json
 
+# models of transformers that `import_checkpoint` takes, and that have no full attention to convert
+IMPORTED = ("longformer", "big_bird")
 Loaded = tuple[PreTrainedModel, dict[str, Any]]
 LOADING_KEYWORDS = (*LOCATION_KEYWORDS, "dtype", "model_class")
 KEPT = ("subfolder", "model_class", "dtype")
@@ -123,7 +125,12 @@ def load_stock(name: str, revision: str | None = None, **loading: Any) -> Loaded
 
 
 def refuse_converted(name: str, config: PreTrainedConfig) -> None:
-    """Raises ValueError for a checkpoint that has efficient attention already."""
+    """Raises ValueError for a checkpoint that has efficient attention already, by this package or by transformers."""
+    if config.model_type in IMPORTED:
+        raise ValueError(
+            f"{name} is a {config.model_type} checkpoint, which has efficient attention of its own: "
+            "hf_efficient.import_checkpoint, or hf-efficient import, makes a converted model of it."
+        )
     if getattr(config, "efficient_attention", None):
         raise ValueError(f"{name} already has efficient attention; revert it before converting it to something else.")
 

@@ -236,6 +236,31 @@ def test_names_are_read_in_both_directions_and_filling_leaves_nothing_out():
             fill(tiny_model("bert", seed=1), changed)
 
 
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("bert", dict(tie_word_embeddings=False)),
+        ("roberta", dict(tie_word_embeddings=False)),
+        ("bert", dict(pad_token_id=5)),
+        ("roberta", dict(num_labels=1)),
+    ],
+)
+def test_configs_of_sources_are_kept_and_models_left_in_their_mode(family, config):
+    model = he.convert(tiny_model(family, **config), "longformer", attention_window=8, **FIRST).model.train()
+    result = he.export(model, "longformer", lengths=(1, 2, 41))
+    kept = result.model.config.to_dict()
+    assert result.report.error <= 1e-5 and model.training and not result.model.training
+    assert {name: kept[name] for name in config if name in kept} == {k: v for k, v in config.items() if k in kept}
+    assert result.model.config.num_labels == model.config.num_labels
+
+
+def test_pictures_have_no_lengths():
+    model = he.convert(tiny_model("vit"), "local", attention_window=8).model
+    assert [row["length"] for row in he.export(model, "stock").report.checks] == [None]
+    with pytest.raises(ValueError, match="ViTModel takes pixel_values"):
+        he.export(model, "stock", lengths=(16,))
+
+
 @pytest.mark.parametrize("to", ["stock", "longformer"])
 def test_other_data_types_are_kept(to):
     model = he.convert(tiny_model("roberta"), "local", attention_window=8).model.to(torch.bfloat16)

@@ -79,6 +79,9 @@ def test_imports_and_their_refusals_at_the_command_line(tmp_path):
     assert "hf-efficient export" in command_error("revert", out, tmp_path / "reverted")
     run("card", out)
     assert f"hf-efficient import {tmp_path / 'theirs'}" in (out / "README.md").read_text()
+    assert "hf-efficient import, makes" in command_error(
+        "convert", tmp_path / "theirs", tmp_path / "x", "--attention", "local"
+    )
     tiny_model("bert").save_pretrained(tmp_path / "bert")
     assert "bert checkpoint, which is not imported" in command_error("import", tmp_path / "bert", tmp_path / "x")
     with pytest.raises(ValueError, match="attention_window can't be chosen here"):
