@@ -37,6 +37,7 @@ class ModelFamily:
         embeddings_module, layers_module: where extra tokens enter and leave inside a stack: the module whose output are the
             embeddings, and the one that runs all layers and returns the last hidden states. `""` = the stack itself, by
             `inputs_embeds`, for stacks without absolute positions; `None` = extra tokens are not possible.
+        reads: fields of the config that change attention and that its methods read: see `config_fields`.
         since: first version of transformers whose modules this describes; with an older one the type has no written family.
 
     Subclasses override what is not data.
@@ -54,6 +55,7 @@ class ModelFamily:
     positions: PositionScheme = UNKNOWN
     embeddings_module: str | None = None
     layers_module: str | None = None
+    reads: tuple[str, ...] = ()
     since: str | None = None
 
     @property

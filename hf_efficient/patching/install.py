@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
 from hf_efficient.families import AttentionLayer, HostModel, ModelFamily, Stack
+from hf_efficient.families.config_fields import unread_fields
 from hf_efficient.families.initialised import mark_initialised
 from hf_efficient.patching import call_checks, downsampling, extra_tokens
 from hf_efficient.patching.hooks import attach, detach, state_of
@@ -49,6 +50,8 @@ def plan(
             problems += _choose(family, stack, config, chosen, max_positions)
     for stack in stacks:
         problems += extra_tokens.problems(family, stack, chosen)
+        if not family.needs_proof and any(layer.name in chosen for layer in stack.layers):
+            problems += unread_fields(family, stack.module.config)
     if any(getattr(stack.module.config, "is_causal", True) is False and stack.side == "decoder" for stack in stacks):
         problems.append("config.is_causal=False makes this decoder bidirectional: remove it")
     problems = list(dict.fromkeys(problems))

@@ -1,6 +1,8 @@
-"""Llama and Qwen3 through the whole pipeline: hybrids, attention transfer, pretraining with adapters, generation."""
+"""Decoders through the whole pipeline: hybrids, attention transfer, pretraining with adapters, generation."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +16,20 @@ from hf_efficient.testing import inputs_for
 from hf_efficient.training import AttentionTransfer
 
 HYBRID = '{"mechanism": "local", "attention_window": 8, "layers": [1]}'
+# what the config brings: windows, in every other layer or in all, and capped logits
+HOSTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma2": dict(sliding_window=10, layer_types=["sliding_attention", "full_attention"], attn_logit_softcapping=2.0),
+    "mistral": dict(sliding_window=10),
+}
 PROJECTIONS = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", HOSTS)
 def test_recovery_with_adapters(model_type: str, tmp_path):
     """The recipe's model is a plain converted one, in which nothing but the projections of attention has changed."""
-    source = save_decoder(tmp_path / "source", model_type)
+    source = save_decoder(tmp_path / "source", model_type, **HOSTS[model_type])
     given = arguments(source, dataset(tmp_path / "data"), tmp_path / "out", attention=HYBRID, lora_rank=2, pack=True)
     recipe("clm").main([*given, "--use_cpu", "--block_length=40"])
     metrics = result(tmp_path / "out")["metrics"]
@@ -53,10 +62,12 @@ def test_transfer_trains_the_mechanism_against_the_same_layer(model_type: str):
         assert torch.equal(model(**inputs).logits, expected)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", HOSTS)
 def test_a_bounded_cache_generates_what_the_whole_past_does(model_type: str, monkeypatch):
     monkeypatch.setattr("hf_efficient.cache.bounded.SLACK", 4)
-    model = he.convert(tiny_decoder(model_type), "local", attention_window=6, sink_tokens=1).model
+    layers = [1] if HOSTS[model_type] else None  # the first keeps its own window
+    source = tiny_decoder(model_type, **HOSTS[model_type])
+    model = he.convert(source, "local", attention_window=6, sink_tokens=1, layers=layers).model
     inputs, options = prompts(model), dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
     out = model.generate(**inputs, **options, return_dict_in_generate=True)
     assert max(layer.keys.shape[2] for layer in out.past_key_values.layers) < 24

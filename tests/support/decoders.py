@@ -52,9 +52,9 @@ def tiny_decoder(model_type: str, **overrides: Any) -> Any:
     return model
 
 
-def save_decoder(path: Path, model_type: str) -> Path:
+def save_decoder(path: Path, model_type: str, **overrides: Any) -> Path:
     """An original tiny checkpoint with its tokenizer, as `tiny.save_source` makes one of a tested family."""
-    tiny_decoder(model_type).save_pretrained(path)
+    tiny_decoder(model_type, **overrides).save_pretrained(path)
     tiny_tokenizer("gpt2").save_pretrained(path)
     return path
 
