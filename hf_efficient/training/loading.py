@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.conversion.convert import convert
-from hf_efficient.conversion.loading import load_tokenizer
+from hf_efficient.conversion.loading import load_preparation, takes_pictures
 from hf_efficient.families import HostModel, family_of
 from hf_efficient.families.positions import AS_LONG, LongerInputs
 from hf_efficient.models.in_place import revert
@@ -36,7 +36,7 @@ LORA_TARGETS = (
 
 
 def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = None, **kwargs: Any) -> tuple[Any, Any]:
-    """(model, tokenizer) of `settings.model` in fp32: as it is, or converted on the way.
+    """(model, tokenizer or image processor) of `settings.model` in fp32: as it is, or converted on the way.
 
     `settings.attention` names a mechanism, or is its JSON with options; "" leaves the checkpoint as it is, "none" undoes
     the conversion of a converted one. `settings.max_positions` lengthens what is converted; 0 = as is; `settings.positions`
@@ -54,10 +54,11 @@ def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = Non
     longer = LongerInputs(getattr(settings, "max_positions", 0) or None, getattr(settings, "positions", None))
     config = read_config(name)
     installed = getattr(config, "efficient_attention", None)
-    tokenizer = load_tokenizer(name, None)
+    tokenizer = load_preparation(name, _class_of(auto_class, config))
     if tokenizer is None:
-        raise ValueError(f"{name} has no tokenizer; put one into the checkpoint's folder.")
-    _check_attention(name, config, attention, longer, tokenizer.model_max_length)
+        what = "image processor" if takes_pictures(_class_of(auto_class, config)) else "tokenizer"
+        raise ValueError(f"{name} has no {what}; put one into the checkpoint's folder.")
+    _check_attention(name, config, attention, longer, getattr(tokenizer, "model_max_length", 0))
     weights = find_weights(name, config)
     weights.require_tensors_alone()
     model, info = auto_class.from_pretrained(
@@ -76,9 +77,8 @@ def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = Non
     earlier = len(provenance.history)
     if installed and attention == "none":
         model = revert(model)
-        tokenizer.model_max_length = getattr(config, "efficient_source", {}).get(
-            "model_max_length", tokenizer.model_max_length
-        )
+        if "model_max_length" in (before := getattr(config, "efficient_source", {})):
+            tokenizer.model_max_length = before["model_max_length"]
     elif attention not in ("", "none") and not installed:
         result = convert(model, attention, **longer._asdict(), tokenizer=tokenizer)
         model = result.model
@@ -87,6 +87,13 @@ def load_model(settings: Any, auto_class: Any, *, record: RunRecord | None = Non
     for step in provenance.history[earlier:]:
         step["within"] = None if record is None else record.recipe
     return prepared(model, settings, fresh), tokenizer
+
+
+def _class_of(auto_class: Any, config: Any) -> Any:
+    """The model class, or the first of them, that an Auto class has for a config."""
+    known = getattr(auto_class, "_model_mapping", {})
+    found = known.get(type(config), PreTrainedModel)
+    return found[0] if isinstance(found, tuple | list) else found
 
 
 def prepared(model: Any, settings: Any, fresh: list[str] | None = None) -> Any:

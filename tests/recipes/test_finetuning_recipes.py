@@ -17,17 +17,22 @@ from paths import RECIPES
 from tiny import tiny_tokenizer, words
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoTokenizer,
     MT5Config,
     MT5ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    ViTImageProcessorPil,
 )
 
 from hf_efficient.conversion.upcycle import upcycle
+from hf_efficient.corpus import KINDS
 from hf_efficient.ops.global_tokens import up_to_separator
 from hf_efficient.patching.exact import converted_layers, mechanism_of
-from hf_efficient.testing import VOCABULARY
+from hf_efficient.testing import VOCABULARY, tiny_model
+from hf_efficient.training.data.offline_tasks import offline_task
 from hf_efficient.training.metrics import metric
 from hf_efficient.training.recipe import run
 from hf_efficient.training.results import RunRecord
@@ -141,6 +146,28 @@ def test_classify_learns_and_reports_what_the_saved_model_does(sources, datasets
                 model.config.id2label[int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax())]
             )
     assert labels == [row["label"] for row in rows_of("classify")]
+
+
+def test_classify_reads_pictures_where_the_checkpoint_does(tmp_path):
+    source = tmp_path / "source"
+    tiny_model("vit", image_size=32).save_pretrained(source)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(source)
+    common = ["--model", str(source), "--attention", "axial", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    with pytest.raises(ValueError, match=r"max_length=32 cuts texts, and .* reads pictures"):
+        recipe("classify").main([*common, "--max_length", "32"])
+    sizes = ["--max_train_rows", "64", "--max_eval_rows", "32", "--per_device_train_batch_size", "16"]
+    recipe("classify").main([*common, *sizes, "--max_steps", "40", "--learning_rate", "1e-2"])
+    record = RunRecord.read(tmp_path / "out" / "result.json")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "model").eval()
+    assert record.finished and type(model).__name__ == "EfficientViTForImageClassification"
+    assert list(model.config.id2label.values()) == list(KINDS)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out" / "model")
+    assert processor.size == {"height": 32, "width": 32}
+    rows = offline_task("pictures", 0)["validation"].select(range(32))
+    with torch.no_grad():
+        found = model(**processor(list(rows["image"]), return_tensors="pt")).logits.argmax(-1)
+    accuracy = float((found == torch.tensor(rows["label"])).double().mean())
+    assert accuracy == record.metrics["trained"]["accuracy"] > record.metrics["majority"]["accuracy"]
 
 
 def test_a_decoder_without_a_padding_token_classifies(sources, datasets_of, tmp_path):

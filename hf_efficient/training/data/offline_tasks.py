@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hf_efficient.corpus import offline_documents, split_documents
+from hf_efficient.corpus import KINDS, drawn_pictures, offline_documents, split_documents
 
 Row = dict[str, Any]
 
@@ -29,6 +29,7 @@ TAGS = ("O", "B-CODE", "I-CODE", "B-TERM", "I-TERM")
 ROW_WORDS = 256
 QUESTIONS, CONTEXT_CHARACTERS, FACTS = {"train": 512, "validation": 64}, 6000, 4
 SUMMARIES, SUMMARIES_PER_FILE, SOURCE_CHARACTERS = {"train": 320, "validation": 48}, 12, (1000, 20_000)
+PICTURES = {"train": 512, "validation": 128}
 PASSAGES, PASSAGE_WORDS, DOCUMENT_CHARACTERS = {"train": 8, "validation": 4}, 30, 20_000
 
 
@@ -42,6 +43,7 @@ def offline_task(task: str, seed: int = 0) -> Any:
       hidden in a long text.
     * `"summarisation"`: `document`, `summary`: a definition of the standard library, and the sentence that opens its
       docstring, which the document lacks.
+    * `"pictures"`: `image`, `label`: which shape is drawn on noise.
     * `"pairs"`: `anchor`, `positive`: a short passage, and the long document that it was cut from.
 
     Raises:
@@ -220,6 +222,20 @@ def _classes() -> Any:
     return Features({"text": Value("string"), "label": ClassLabel(names=list(LIBRARIES))})
 
 
+def _pictures(split: str, chosen: random.Random) -> Iterator[Row]:
+    from PIL import Image
+
+    pictures, kinds = drawn_pictures(PICTURES[split], seed=chosen.randrange(2**32))
+    for picture, kind in zip((pictures * 255).byte().permute(0, 2, 3, 1).numpy(), kinds.tolist(), strict=True):
+        yield {"image": Image.fromarray(picture), "label": kind}
+
+
+def _kinds() -> Any:
+    from datasets import ClassLabel, Features, Image
+
+    return Features({"image": Image(), "label": ClassLabel(names=list(KINDS))})
+
+
 def _tags() -> Any:
     from datasets import ClassLabel, Features, List, Value
 
@@ -236,4 +252,5 @@ _TASKS: dict[str, tuple[Callable[[str, random.Random], Iterator[Row]], Callable[
     "question_answering": (_question_answering, _no_names),
     "summarisation": (_summarisation, _no_names),
     "pairs": (_pairs, _no_names),
+    "pictures": (_pictures, _kinds),
 }
