@@ -73,7 +73,7 @@ def install_experts(host: HostModel, config: ExpertsConfig) -> None:
     # refuse before anything changes
     blocks = {layer.name: _block_around(stack, layer) for stack in stacks for layer in sparse_layers(stack, config)}
     names = {name: family.feed_forward_name(block) for name, block in blocks.items()}
-    if any(getattr(block, "chunk_size_feed_forward", 0) for block in blocks.values()):
+    if any(stack.chunk_size_feed_forward(layer) for stack in stacks for layer in sparse_layers(stack, config)):
         raise ValueError(
             "chunk_size_feed_forward cuts rows into chunks, each with a capacity of its own; set it to 0."
         )

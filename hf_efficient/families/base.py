@@ -27,7 +27,8 @@ class ModelFamily:
     Args:
         model_type: of the stock config.
         stack_classes, attention_classes: class names in the architecture's modeling module.
-        module_name: of that module, where it does not follow from `model_type`: `"clip"` for `clip_vision_model`.
+        module_name: of that module, where it does not follow from `model_type`: `"clip"` for `clip_vision_model`. With its
+            folder in front where that has another name: `"data2vec.data2vec_text"`.
         model_classes: names of this architecture's model classes, where that module has those of others, too.
         projections: names of the projections inside an attention module.
         projection_bias: whether they may have a bias vector.
@@ -60,8 +61,8 @@ class ModelFamily:
 
     @property
     def modeling(self) -> Any:
-        package = self.module_name or self.model_type.replace("-", "_")
-        return importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+        folder, _, name = (self.module_name or self.model_type.replace("-", "_")).rpartition(".")
+        return importlib.import_module(f"transformers.models.{folder or name}.modeling_{name}")
 
     # which modules
 
@@ -90,7 +91,7 @@ class ModelFamily:
         return "CrossAttention" in type(module).__name__ and hasattr(module, "key")
 
     def side(self, stack: Any) -> str:
-        return "decoder" if stack.config.is_decoder else "encoder"
+        return "decoder" if getattr(stack.config, "is_decoder", False) else "encoder"
 
     # what they are like
 
@@ -112,7 +113,7 @@ class ModelFamily:
             projection_bias=self.has_projection_bias(layer.module),
             max_positions=max_positions or self.positions.length(stack),
             num_relative_buckets=getattr(config, "relative_attention_num_buckets", 0) if self.has_relative_bias else 0,
-            chunk_size_feed_forward=getattr(stack.block_around(layer), "chunk_size_feed_forward", 0),
+            chunk_size_feed_forward=stack.chunk_size_feed_forward(layer),
             relative_bias_reach=0 if bias is None else bias.reach(is_causal=is_causal),
             num_key_value_heads=heads.key_value,
             value_dim=heads.value_width,
@@ -217,8 +218,12 @@ class ModelFamily:
         """
         return hidden
 
+    def embeddings_name(self, stack: Stack) -> str | None:
+        """`embeddings_module` of this stack."""
+        return self.embeddings_module
+
     def embedded(self, stack: Stack, words: Tensor) -> Tensor:
-        """(G, hidden) word vectors as they leave the embeddings at the first position."""
+        """(G, hidden) word vectors as they enter the first layer at the first position."""
         return words
 
     # the feed-forward part of a layer, which experts can replace

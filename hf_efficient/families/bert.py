@@ -1,10 +1,11 @@
-"""BERT: separate q, k, v projections, absolute positions from row 0."""
+"""BERT and its relatives whose positions count from row 0: separate q, k, v projections, post-norm layers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_efficient.families.base import ModelFamily, fill_linear
@@ -14,17 +15,19 @@ from hf_efficient.families.positions import PositionTable
 from hf_efficient.families.stack import Stack
 
 TABLE = "embeddings.position_embeddings"
-POSITION_BUFFERS = (("position_ids", "arange"), ("token_type_ids", "zeros"))
+IDS = ("position_ids", "arange")
+POSITION_BUFFERS = (IDS, ("token_type_ids", "zeros"))
 
 
 class BertFamily(ModelFamily):
-    """Word, position and token-type vectors are added and normalised by one module."""
+    """One module makes the embeddings; attention and feed-forward part have a module each for their residual and norm."""
 
     def embedded(self, stack: Stack, words: Tensor) -> Tensor:
         parts: Any = stack.module.get_submodule(self.embeddings_module or "")
-        first = self.positions.first(stack)
-        position, kind = torch.tensor([[first], [0]], device=words.device)
-        return parts.LayerNorm(words + parts.position_embeddings(position) + parts.token_type_embeddings(kind))
+        with evaluating(parts):
+            # hooks of others are for calls of the model
+            embedded: Tensor = parts.forward(input_ids=None, inputs_embeds=words[:, None])[:, 0]
+        return embedded
 
     # two modules, the second one with the residual and its norm
 
@@ -42,7 +45,7 @@ class BertFamily(ModelFamily):
         layer.output.dense = nn.Identity()
 
     def restore_feed_forward(self, layer: Any, dense: Dense, config: Any) -> None:
-        first = getattr(self.modeling, self.stack_classes[0].removesuffix("Model") + "Intermediate")
+        first = getattr(self.modeling, self.attention_classes[0].removesuffix("SelfAttention") + "Intermediate")
         layer.intermediate = first(config)
         layer.output.dense = nn.Linear(config.intermediate_size, config.hidden_size)
         fill_linear(layer.intermediate.dense, dense.up.T, dense.up_bias)
@@ -50,13 +53,54 @@ class BertFamily(ModelFamily):
         mark_initialised(layer.intermediate, layer.output.dense)
 
 
-FAMILIES = (
-    BertFamily(
-        model_type="bert",
-        stack_classes=("BertModel",),
-        attention_classes=("BertSelfAttention",),
+class ElectraFamily(BertFamily):
+    """Embeddings may be narrower than layers; a projection behind them widens them."""
+
+    def embeddings_name(self, stack: Stack) -> str | None:
+        return "embeddings_project" if hasattr(stack.module, "embeddings_project") else self.embeddings_module
+
+    def embedded(self, stack: Stack, words: Tensor) -> Tensor:
+        embedded = super().embedded(stack, words)
+        project: Any = getattr(stack.module, "embeddings_project", None)
+        return embedded if project is None else project.forward(embedded)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Nothing inside `module` draws random numbers; afterwards each of its parts is in the mode in which it was."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def bert_like(kind: type[BertFamily], model_type: str, prefix: str, **different: Any) -> BertFamily:
+    """A family whose classes and modules are called as BERT's are."""
+    usual: dict[str, Any] = dict(
+        stack_classes=(f"{prefix}Model",),
+        attention_classes=(f"{prefix}SelfAttention",),
         positions=PositionTable(TABLE, POSITION_BUFFERS),
         embeddings_module="embeddings",
         layers_module="encoder",
+    )
+    return kind(model_type=model_type, **usual | different)
+
+
+FAMILIES = (
+    bert_like(BertFamily, "bert", "Bert"),
+    bert_like(
+        BertFamily,
+        "bert-generation",
+        "BertGeneration",
+        stack_classes=("BertGenerationEncoder",),
+        model_classes=("BertGenerationEncoder", "BertGenerationDecoder"),
+        positions=PositionTable(TABLE, (IDS,)),
     ),
+    bert_like(BertFamily, "ernie", "Ernie"),
+    bert_like(BertFamily, "roc_bert", "RoCBert"),
+    bert_like(BertFamily, "splinter", "Splinter", positions=PositionTable(TABLE, (IDS,))),
+    bert_like(ElectraFamily, "electra", "Electra"),
 )

@@ -32,6 +32,8 @@ class LlamaFamily(ModelFamily):
     def feed_forward_name(self, layer: Any) -> str:
         parts = dict(layer.mlp.named_children()) if hasattr(layer, "mlp") else {}
         activation = next((parts.pop(name) for name in ACTIVATIONS if name in parts), nn.Identity())
+        if isinstance(parts.get("dropout"), nn.Dropout):  # GTE's, between the two products
+            del parts["dropout"]
         if set(parts) not in DENSE or any(True for _ in activation.parameters()):
             kind = type(getattr(layer, "mlp", None)).__name__
             raise ValueError(
@@ -50,8 +52,9 @@ class LlamaFamily(ModelFamily):
         up_bias = None if firsts[0].bias is None else torch.cat([first.bias for first in firsts])
         up = torch.cat([first.weight for first in firsts]).T
         dropout = float(getattr(mlp, "residual_dropout", 0.0))
+        inner = getattr(getattr(mlp, "dropout", None), "p", 0.0)
         is_gated = len(firsts) == 2 or hasattr(mlp, "gate_up_proj")
-        return Dense(up, down.weight.T, up_bias, down.bias, activation, is_gated, dropout=dropout)
+        return Dense(up, down.weight.T, up_bias, down.bias, activation, is_gated, inner_dropout=inner, dropout=dropout)
 
     def restore_feed_forward(self, layer: Any, dense: Dense, config: Any) -> None:
         layer.mlp = mlp = getattr(self.modeling, self.stack_classes[0].removesuffix("Model") + "MLP")(config)

@@ -87,6 +87,12 @@ class Stack:
         """The host's own layer (self-attention, feed-forward, norms) around self-attention; `None` = there is none."""
         return next((m for m in self.modules_around(layer) if isinstance(m, GradientCheckpointingLayer)), None)
 
+    def chunk_size_feed_forward(self, layer: AttentionLayer) -> int:
+        """Tokens that the feed-forward part of a layer takes at once; 0 = all of them."""
+        block = self.block_around(layer)
+        sizes = [] if block is None else [getattr(part, "chunk_size_feed_forward", 0) for part in block.modules()]
+        return max(sizes, default=0)
+
     def residual_module(self, layer: AttentionLayer) -> nn.Module | None:
         """The module that adds the residual of attention and nothing else; `None` = the host's own layer does that."""
         around = self.modules_around(layer)

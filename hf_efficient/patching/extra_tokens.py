@@ -78,7 +78,7 @@ def problems(family: ModelFamily, stack: Stack, chosen: Mapping[str, EfficientAt
             f"extra global tokens run through the whole stack, but the layers of the {stack.side} have {counts}: convert "
             "all its layers with the same num_global_tokens, or set it to 0"
         ]
-    if family.embeddings_module is None:
+    if family.embeddings_name(stack) is None:
         return [f"{family.model_type} can't have extra global tokens: set num_global_tokens to 0"]
     return []
 
@@ -106,11 +106,11 @@ def install(family: ModelFamily, stack: Stack, initialise: bool) -> dict[str, st
         count,
         layer.module,
         list(inspect.signature(type(stack.module).forward).parameters)[1:],
-        as_embeddings=not family.embeddings_module,
+        as_embeddings=not (embeddings := family.embeddings_name(stack)),
     )
     attach(stack.module, PART, state, before=_enter_stack, after=_leave_stack)
-    if family.embeddings_module:
-        attach(stack.module.get_submodule(family.embeddings_module), PART, state, after=_leave_embeddings)
+    if embeddings:
+        attach(stack.module.get_submodule(embeddings), PART, state, after=_leave_embeddings)
         attach(stack.module.get_submodule(family.layers_module or ""), PART, state, after=_leave_layers)
     origin = "means of disjoint sets of word embeddings" if initialise else "random"
     return {f"{layer.name}.{MODULE_NAME}.global_tokens": origin}

@@ -132,8 +132,10 @@ def _saved_and_undone(model: Any) -> None:
 
 
 def _decoding(model: Any) -> None:
-    if not model.can_generate():
-        return
+    host = HostModel.of(model)
+    is_causal = any(host.family.is_causal(stack, layer) for stack in host.stacks for layer in stack.layers)
+    if not (model.can_generate() and is_causal):
+        return  # what sees later tokens, as BertGeneration does without is_decoder, has no use for a cache
     prompt = {k: v[:1] for k, v in probe_inputs(model, LENGTH // 2).items() if not k.startswith("decoder")}
     options: dict[str, Any] = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
     expected = model.generate(**prompt, **options)
