@@ -30,7 +30,6 @@ from hf_efficient.ops.global_tokens import (
     up_to_separator,
     without_tokens,
 )
-from hf_efficient.ops.rotary import Rotation
 from hf_efficient.patterns.kinds import GlobalColumns, GlobalRows, Window
 from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.sets import PerHead
@@ -117,7 +116,7 @@ class LongformerAttention(PatternAttention):
         i ∈ G:  y_i = Σ_j softmax_j(s · qᵍ_i·kᵍ_j + b(j - i)) vᵍ_j         over all real j,  qᵍ = W_qᵍ h_i, …
 
     qᵍ, kᵍ, vᵍ start as copies of the pretrained projections. Causal layers have global *columns* only: W(i) ∪ G over j ≤ i,
-    inside the host's own window, and no new projections, since a global row would need keys that a cache no longer has.
+    and no new projections, since a global row would need keys that a cache no longer has. The host's own window binds all.
     Under rotary positions qᵍ and kᵍ turn as the host's q and k do, and encoders have global rows by a rule alone.
     `global_attention_mask` (B, S) in the call overrides `global_tokens`; S counts the tokens in a cache too, and while
     generating the mask may end earlier: later tokens are not global.
@@ -176,6 +175,10 @@ class LongformerAttention(PatternAttention):
     def keeps_to_host(cls, config: Any, geometry: AttentionGeometry) -> bool:
         # without global rows, which rotary encoders have by a rule of the config alone
         return geometry.is_causal or (geometry.rotary is not None and config.global_tokens == "none")
+
+    @classmethod
+    def honours_sliding_window(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        return True
 
     @classmethod
     def unsupported(cls, config: Any, geometry: AttentionGeometry) -> list[str]:
@@ -242,8 +245,5 @@ class LongformerAttention(PatternAttention):
     def _global_rows(self, index: Tensor, context: AttentionContext) -> Tensor:
         """(B, H, G, D): what the global tokens see, through the projections of their own."""
         projections, rotary = (self.query_global, self.key_global, self.value_global), self.geometry.rotary
-        rotation = None
-        if rotary is not None:
-            assert context.cos_sin is not None
-            rotation = Rotation(context.cos_sin, rotary.interleaved)
-        return global_rows(index, projections, context, num_heads=self.geometry.num_heads, rotation=rotation)
+        pairs = None if rotary is None else rotary.interleaved
+        return global_rows(index, projections, context, self.geometry.num_heads, pairs, self.geometry.sliding_window)

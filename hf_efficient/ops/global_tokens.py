@@ -146,21 +146,32 @@ def global_rows(
     index: Tensor,
     projections: tuple[nn.Module, nn.Module, nn.Module],
     context: AttentionContext,
-    *,
     num_heads: int,
-    rotation: Rotation | None = None,
+    interleaved: bool | None = None,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
-    """(B, H, G, D): what the tokens `index` (B, G) of `context.hidden_states` see in all of them: see `projected_rows`."""
+    """(B, H, G, D): what the tokens `index` (B, G) of `context.hidden_states` see in all of them: see `projected_rows`.
+
+    Queries and keys are rotated by `context.cos_sin` where the pairs of that are said to be `interleaved` or not. With
+    `window` the tokens see no more than (left, right) others beside themselves.
+    """
     hidden = context.hidden_states
     assert hidden is not None
     mask = None if context.key_padding_mask is None else context.key_padding_mask[:, None, None, :]
+    offset = torch.arange(hidden.shape[1], device=index.device) - index[..., None]  # (B, G, n)
+    if window is not None:
+        near = ((offset >= -window[0]) & (offset <= window[1]))[:, None]
+        mask = near if mask is None else mask & near
     if context.relative_bias is not None:
-        offset = torch.arange(hidden.shape[1], device=index.device) - index[..., None]
         bias = context.relative_bias.at(offset).transpose(0, 1).to(hidden.dtype)  # (B, H, G, n)
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
     rows = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
     options: dict[str, Any] = dict(num_heads=num_heads, scaling=context.scaling, dropout=context.dropout)
-    rotations = None if rotation is None else (rotation.at(index), rotation)
+    rotations = None
+    if interleaved is not None:
+        assert context.cos_sin is not None
+        rotation = Rotation(context.cos_sin, interleaved)
+        rotations = rotation.at(index), rotation
     return projected_rows(rows, hidden, projections, mask=mask, rotations=rotations, **options)
 
 

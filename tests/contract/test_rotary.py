@@ -82,14 +82,15 @@ def test_adapters_reach_the_rotated_rows():
         before = changed
 
 
-def test_rows_with_norms_or_a_window_of_the_host_are_refused():
+def test_rows_with_norms_or_capped_logits_of_the_host_are_refused():
     host = HostModel.of(tiny_model("modernbert"))
     full, windowed = (host.family.geometry(host.stacks[0], layer) for layer in host.stacks[0].layers[:2])
     config = attention_config("longformer", attention_window=4, global_tokens="first")
-    assert not config.attention_class.unsupported(config, full)
+    for geometry in (full, windowed):
+        assert not config.attention_class.unsupported(config, geometry)
     for geometry, reason in (
         (dataclasses.replace(full, has_key_norm=True), "don't have the host's norms of queries and keys: use bigbird"),
-        (windowed, "longformer can't keep to the host's own window"),
+        (dataclasses.replace(full, softcap=2.0), "longformer can't compute softcap=2.0"),
     ):
         assert reason in "".join(config.attention_class.unsupported(config, geometry))
 

@@ -47,7 +47,7 @@ def first_geometry(model: Any) -> AttentionGeometry:
 @pytest.mark.parametrize("model_type", HOSTS)
 def test_the_window_of_the_host_holds(model_type: str) -> None:
     """In the exact limit a converted layer is the source with its window, and so is a layer beside it; global columns and
-    every other pattern stay inside."""
+    every other pattern stay inside, and extra tokens that weigh nothing change nothing."""
     model = tiny_model(model_type)
     geometry = first_geometry(model)
     exact = (get_mechanism(name).exact_config(he.attention_config(name), geometry, 60) for name in PATTERNS)
@@ -58,6 +58,10 @@ def test_the_window_of_the_host_holds(model_type: str) -> None:
     calls += [(config, {}) for config in exact if not config.attention_class.unsupported(config, geometry)]
     if geometry.is_causal:
         calls.append(("longformer", whole | dict(global_tokens=(0, 3, 50))))
+    if model_type == "modernbert":
+        extra: dict[str, Any] = dict(num_global_tokens=3)
+        calls += [("etc", whole | extra), ("bigbird", dict(block_size=60, num_random_blocks=0, form="etc") | extra)]
+        calls += [("longformer", dict(attention_window=2, global_tokens=tuple(range(60))))]
     assert len(calls) > 8, calls
     inputs = probe_inputs(model, 60)
     model.set_attn_implementation("eager")
@@ -68,6 +72,9 @@ def test_the_window_of_the_host_holds(model_type: str) -> None:
         source = outputs(model, inputs)
         for mechanism, options in calls:
             with he.patch_attention(model, mechanism, **options):
+                for name, parameter in model.named_parameters():
+                    if name.endswith("global_logits"):
+                        parameter.data.fill_(-60.0)
                 assert_close(outputs(model, inputs), source, 1e-5, f"{model_type} {mechanism} {options}")
     with he.patch_attention(model, "local", attention_window=4):
         assert (outputs(model, inputs) - source).abs().max() > 1e-3
