@@ -146,6 +146,9 @@ class RandomFeatureAttention(KernelAttention):
             log_key = log_key + (log_rest - log_gate.cumsum(-1))[..., None]
         return log_query, log_key
 
+    def log_decay(self, key: Tensor, context: AttentionContext) -> Tensor | None:
+        return self._gate(key, context, torch.promote_types(key.dtype, torch.float32))[0] if self.config.gate else None
+
     def _gate(self, key: Tensor, context: AttentionContext, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(B, H, S) logarithms of g and 1 - g; padding forgets nothing."""
         logit = (key.to(dtype) * self.gate_weight.to(dtype)[:, None]).sum(-1) + self.gate_bias.to(dtype)[:, None]
@@ -153,8 +156,3 @@ class RandomFeatureAttention(KernelAttention):
         if context.key_padding_mask is not None:
             log_gate = log_gate.masked_fill(~context.key_padding_mask[:, None], 0.0)
         return log_gate, F.logsigmoid(-logit)
-
-    def fold(self, log_key: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> None:
-        if context.recurrent is not None:
-            log_gate = self._gate(key, context, log_key.dtype)[0] if self.config.gate else None
-            context.recurrent.fold(log_key, value, log_gate)

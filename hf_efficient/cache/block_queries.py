@@ -26,12 +26,12 @@ class BlockStartLayer(RecurrentLayer):
     get their query anew. O(S · D) per head, of which queries are 1 / block_size.
     """
 
-    state: BlockStarts | None  # type: ignore[assignment]
+    state: BlockStarts | None
 
     def __init__(self) -> None:
         super().__init__(Full())
 
-    def _prune(self, keys: Tensor, values: Tensor) -> None:
+    def _prune(self) -> None:
         """Nothing."""
 
     def prepare(self, row_start: Tensor, global_mask: Tensor | None) -> None:

@@ -49,6 +49,16 @@ class BoundedLayer(DynamicLayer):
         self._forget()
 
     @property
+    def has_spares(self) -> bool:
+        """Some of `key_positions` may be -1."""
+        return True
+
+    @property
+    def has_forgotten(self) -> bool:
+        """Some keys are no longer there."""
+        return self.positions is not None
+
+    @property
     def is_anchored(self) -> bool:
         """Rows must start at the same token in every call."""
         return not self.pattern.shift_invariant
@@ -90,15 +100,19 @@ class BoundedLayer(DynamicLayer):
         self.seen += new
         self.key_positions, self.dropped = self.positions, None
         if keys.shape[2] > self._kept + SLACK and not is_captured():
-            self._prune(keys, values)
+            self._prune()
         return keys, values
 
-    def _prune(self, keys: Tensor, values: Tensor) -> None:
-        assert self.row_start is not None
-        following, device = (self._settled if self.record_past else self.seen) - SLACK, keys.device
-        if self.record_past and following <= 0:
-            return
-        positions = self.positions
+    def _prune(self) -> None:
+        following = (self._settled if self.record_past else self.seen) - SLACK
+        if following > 0 or not self.record_past:
+            self._drop_before(following)
+
+    def _drop_before(self, following: int) -> None:
+        """Forget all keys that no query from token `following` on can see."""
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None and self.row_start is not None
+        device, positions = keys.device, self.positions
         if positions is None:
             positions = torch.arange(self.seen, device=device).expand(keys.shape[0], -1)
         start = self.row_start.to(device)[:, None]

@@ -25,12 +25,12 @@ class BucketLayer(RecurrentLayer):
     the last ones of its label, so nothing is forgotten, and `crop` can go back to any token. O(S · (D + R)) per head.
     """
 
-    state: BucketMemory | None  # type: ignore[assignment]
+    state: BucketMemory | None
 
     def __init__(self) -> None:
         super().__init__(Window(left=0, right=0))
 
-    def _prune(self, keys: Tensor, values: Tensor) -> None:
+    def _prune(self) -> None:
         """Nothing."""
 
     def append(self, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hf_efficient.ops.compression import CompressedMemory
 class CompressedLayer(RecurrentLayer):
     """Cache layer that keeps the keys of the last blocks, and pooled keys of all before them."""
 
-    state: CompressedMemory | None  # type: ignore[assignment]
+    state: CompressedMemory | None
 
     def append(self, memory: CompressedMemory, dropped: Tensor, most: int | None = None) -> None:
         """Keep those pooled keys whose tokens the last `update` forgot, and of all in each row the newest `most`.

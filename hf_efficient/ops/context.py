@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hf_efficient.ops.linear_attention import FeatureState
     from hf_efficient.ops.pooling import PackedRows
     from hf_efficient.ops.relative_bias import RelativeBias
 
 
 class Recurrence(Protocol):
-    """A cache layer that keeps a state of the keys it forgot: `cache.recurrent.RecurrentLayer` and what derives from it."""
+    """A cache layer that keeps a state of keys: `cache.recurrent.RecurrentLayer` and what derives from it."""
 
-    state: FeatureState | None
-
-    def fold(self, log_key: Tensor, value: Tensor, log_decay: Tensor | None = None) -> None:
-        """Add what the last update forgot to the state."""
+    state: Any
 
 
 class ExtraKeys(NamedTuple):
@@ -101,8 +97,8 @@ class AttentionContext(AttentionCall):
         rows: where the layer runs on pooled tokens (`pooling`): how the rows of the call lie in `query`, `key`, `value` and
             `hidden_states`, which then have one entry per pooled token: (B, H, windows, D) and (B, windows, hidden_size), or
             (1, H, all windows, D) for packed rows. `hidden_states` are those of the keys, if these are pooled differently.
-        recurrent: the mechanism's `cache_layer` where that holds a state of the keys it forgot; the mechanism must `fold`
-            into it what the last update forgot.
+        recurrent: the mechanism's `cache_layer` where that holds a state of keys; what the last update returned is to be
+            added to it by the mechanism.
         sinks: (H,) logits that stand in the denominator of each head's softmax, with no value; `None` = none.
         grid: (rows, columns) of the patches of this call's pictures, where they are not those of the layer's geometry.
     """

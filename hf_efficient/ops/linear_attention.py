@@ -83,7 +83,13 @@ def linear_attention(
 
 def absorb(state: FeatureState | None, log_key: Tensor, value: Tensor) -> FeatureState:
     """The state after keys with log-features (B, H, S, M) and values (B, H, S, D) have joined it."""
-    new = _softmax_mean(log_key.transpose(-1, -2), value)
+    if log_key.shape[-2] == 1:  # all features have the mean of that key
+        means = value.to(log_key.dtype).expand(*log_key.shape[:-2], log_key.shape[-1], -1)
+        # features that it lacks have none, whatever its value
+        levels = log_key[..., 0, :]
+        new: Partial = torch.where(levels[..., None] > float("-inf"), means, 0.0) if state is None else means, levels
+    else:
+        new = _softmax_mean(log_key.transpose(-1, -2), value)
     return FeatureState(*(new if state is None else merge_attention(state, new)))
 
 

@@ -83,12 +83,8 @@ def prepare_layers(
         ValueError: rows start elsewhere than when keys were forgotten.
     """
     layers = {index: layer for index, layer in enumerate(cache.layers) if isinstance(layer, BoundedLayer)}
-    if mask is None:
-        start = torch.zeros(rows, dtype=torch.long, device=device)
-    else:
-        # the number of leading zeros, also of a row of zeros
-        start = (mask.bool().cumsum(-1) == 0).sum(-1)
-    anchored = [x for x in layers.values() if x.positions is not None and x.is_anchored]
+    start = _row_starts(mask, next((layer.row_start for layer in layers.values()), None), rows, device)
+    anchored = [x for x in layers.values() if x.has_forgotten and x.is_anchored]
     for layer in anchored[:1]:  # all layers of a stack have had the same masks
         before = layer.row_start
         if before is not None and bool(((start != before) & (torch.minimum(start, before) < layer.seen)).any()):
@@ -100,3 +96,19 @@ def prepare_layers(
         takes_marks = getattr(mechanisms.get(index), "uses_global_attention_mask", False)
         layer.prepare(start, marked if takes_marks else None)
     return bool(layers)
+
+
+def _row_starts(mask: Tensor | None, before: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """(B,) number of leading zeros of each row, also of a row of zeros.
+
+    Where rows start as in the call `before`, on the CPU, that is seen without reading the whole mask.
+    """
+    if mask is None:
+        return torch.zeros(rows, dtype=torch.long, device=device)
+    if before is not None and before.shape == mask.shape[:1] and mask.device.type == "cpu" and not is_captured():
+        at = before.to(mask.device)[:, None]
+        if int(at.max()) < mask.shape[1]:
+            starts_there = mask.gather(1, at).bool() & ~(mask.gather(1, (at - 1).clamp(min=0)).bool() & (at > 0))
+            if bool(starts_there.all()):
+                return at[:, 0]
+    return (mask.bool().cumsum(-1) == 0).sum(-1)

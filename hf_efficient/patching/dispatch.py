@@ -156,7 +156,7 @@ def efficient_attention_forward(
     own = None if geometry is None else efficient_cache
     layer: Any = None if own is None else own.layers[module.layer_idx]  # type: ignore[index]
     if isinstance(layer, BoundedLayer) and layer.key_positions is not None:
-        context = _with_key_positions(context, layer.key_positions, layer.seen - query.shape[2])
+        context = _with_key_positions(context, layer, query.shape[2])
     attend: Callable[..., Tensor]
     if mechanism is None:
         rows = attend = partial(exact_attention, window=None if geometry is None else geometry.sliding_window)
@@ -227,15 +227,17 @@ def _require_agreement(
         )
 
 
-def _with_key_positions(context: AttentionContext, positions: Tensor, query_offset: int) -> AttentionContext:
-    """The context for keys that stand at `positions` (B, S) instead of 0 … S - 1."""
-    keep = context.key_padding_mask
+def _with_key_positions(context: AttentionContext, layer: BoundedLayer, n: int) -> AttentionContext:
+    """The context for keys that stand elsewhere than at 0 … S - 1."""
+    keep, positions = context.key_padding_mask, layer.key_positions
+    assert positions is not None
+    there = positions >= 0 if layer.has_spares else None
     return replace(
         context,
         key_positions=positions,
-        query_offset=query_offset,
-        key_padding_mask=positions >= 0 if keep is None else entries_at(positions, keep),
-        row_start=None if keep is None else first_real_token(keep),
+        query_offset=layer.seen - n,
+        key_padding_mask=there if keep is None else entries_at(positions, keep),
+        row_start=None if keep is None else layer.row_start,
     )
 
 

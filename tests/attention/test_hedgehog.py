@@ -15,11 +15,13 @@ from torch.profiler import profile
 import hf_efficient as he
 from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.cache import bounded as decoding
+from hf_efficient.cache.features import FeatureLayer
 from hf_efficient.cache.recurrent import RecurrentLayer
 from hf_efficient.ops import linear_attention
 from hf_efficient.ops import linear_beyond_window as beyond_window
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.linear_attention import absorb
+from hf_efficient.patterns.kinds import Window
 from hf_efficient.testing import assert_close, tiny_model
 
 PLACES = [("bert", None), ("gpt2", None), ("t5", "encoder"), ("t5", "decoder")]
@@ -344,10 +346,26 @@ def test_decoding_keeps_a_window_and_a_state_in_fp32(window: int, monkeypatch):
         assert layer.keys.shape[2] <= max(window - 1, 0) + 9
         assert {x.dtype for x in layer.state} == {torch.float32}
         assert layer.state.means.shape == (2, 4, 16, 8)
-        # every key that left is counted once: the features of one key sum to 1 in each half
+        # every key that left the window is counted once: the features of one key sum to 1 in each half
         features_per_key = layer.state.levels.exp().sum(-1)
-        gone = 300 - layer.keys.shape[2] - torch.tensor([0.0, 11.0])
+        gone = 300 - max(window - 1, 0) - torch.tensor([0.0, 11.0])
         assert_close(features_per_key, 2 * gone[:, None].expand(-1, 4), 1e-4)
+
+
+@pytest.mark.parametrize("exact", [0, 5])
+def test_what_decoding_holds_does_not_grow(exact: int):
+    """After 256 and after 2048 tokens; every step gets the keys that are not in the state, and no others."""
+    layer, held = FeatureLayer(Window(left=exact, right=0), exact), []
+    for token in range(2048):
+        layer.prepare(torch.zeros(1, dtype=torch.long), None)
+        key, value = layer.update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2))
+        assert key.shape[2] == layer.pending == min(exact, token) + 1
+        layer.fold(torch.zeros(1, 1, max(0, key.shape[2] - exact), 3), value[:, :, : max(0, key.shape[2] - exact)])
+        if token + 1 in (256, 2048):
+            states = [layer.state, layer._last.state, layer._next.state]
+            held.append(sum(x.untyped_storage().size() for x in (layer.keys, layer.values, *sum(states, ()))))
+    assert held[0] == held[1] and layer.keys.shape[2] <= 2 * decoding.SLACK + exact + 1
+    assert_close(layer.state.levels.exp(), torch.full((1, 1, 3), 2048.0 - exact), 1e-4)
 
 
 def test_other_row_starts_are_refused_once_keys_are_in_the_state(monkeypatch):

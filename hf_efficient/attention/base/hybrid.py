@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_efficient.attention.base.geometry import AttentionGeometry
-from hf_efficient.attention.base.kernel import KernelAttention, drop_keys, normalised, state_of
+from hf_efficient.attention.base.kernel import KernelAttention, drop_keys, normalised
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.attention.base.registry import attention_config
-from hf_efficient.cache.recurrent import RecurrentLayer
+from hf_efficient.cache.features import FeatureLayer
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.windows import window_sides
 from hf_efficient.ops.context import AttentionContext
@@ -117,25 +117,24 @@ class HybridAttention(KernelAttention):
         shared = ("attention_window", "sink_tokens", "layers", "side")
         return attention_config("local", **{name: getattr(config, name) for name in shared})
 
-    def cache_layer(self) -> RecurrentLayer | None:
+    def cache_layer(self) -> FeatureLayer | None:
         if not self.geometry.is_causal:
             return None
-        sinks = self.config.sink_tokens
-        return RecurrentLayer(self.pattern | GlobalColumns(positions=tuple(range(sinks))) if sinks else self.pattern)
+        sinks, exact = self.config.sink_tokens, self.pattern.left
+        pattern = self.pattern | GlobalColumns(positions=tuple(range(sinks))) if sinks else self.pattern
+        return FeatureLayer(pattern, exact)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         if not self.config.attention_window:
             return super().forward(query, key, value, context)
         with torch.autocast(query.device.type, enabled=False):
-            log_query, log_key = self.log_features_of(query, key, context)
             near = self._near(query, key, value, context)
             scales = self._log_scales(query, key, near[1], context)
             exact = [near]
             if self.config.sink_tokens:
                 exact.append(self._at_sinks(query, key, value, context))
-            far = self._far(log_query, log_key, drop_keys(value, context), scales, context)
-            out, _ = merge_attention(*((part.to(log_query.dtype), lse) for part, lse in exact), *far)
-            self.fold(log_key, key, value, context)
+            far = self._far(query, key, drop_keys(value, context), scales, context)
+            out, _ = merge_attention(*((part.to(far[0][0].dtype), lse) for part, lse in exact), *far)
         return out.to(query.dtype)
 
     def log_features_of(self, query: Tensor, key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
@@ -146,10 +145,23 @@ class HybridAttention(KernelAttention):
 
     def _is_sink(self, context: AttentionContext, key: Tensor) -> Tensor:
         """(B or 1, S) bool: the first tokens of each row."""
-        index = torch.arange(key.shape[2], device=key.device) - _first_entry(context, key)
+        index: Tensor = torch.arange(key.shape[2], device=key.device)[None]
+        if context.key_positions is None:
+            index = index - _first_entry(context, key) if key.shape[2] else index
+        else:
+            index = context.key_positions - (0 if context.row_start is None else context.row_start[:, None])
         return (index >= 0) & (index < self.config.sink_tokens)
 
     def _near(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Partial:
+        window = key.shape[2] <= self.pattern.left + 1 and context.relative_bias is None
+        if context.is_causal and query.shape[2] == 1 and window:  # it sees all of them
+            keep = context.key_padding_mask
+            mask = None if keep is None else additive_mask(keep, query.dtype)[:, None, None]
+            out, lse = attend(
+                query, key, value, mask, scaling=context.scaling, dropout=context.dropout, return_lse=True
+            )
+            assert lse is not None
+            return out, lse
         return block_sparse_attention(query, key, value, self.pattern, context, return_lse=True)
 
     def _at_sinks(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Partial:
@@ -179,16 +191,14 @@ class HybridAttention(KernelAttention):
         return out, lse
 
     def _far(
-        self,
-        log_query: Tensor,
-        log_key: Tensor,
-        value: Tensor,
-        scales: tuple[Tensor, Tensor],
-        context: AttentionContext,
+        self, query: Tensor, key: Tensor, value: Tensor, scales: tuple[Tensor, Tensor], context: AttentionContext
     ) -> list[Partial]:
-        parts = [far_past(log_query, log_key, value, self.pattern.left + 1, state_of(context))]
-        if not context.is_causal:
-            parts.append(far_future(log_query, log_key, value, self.pattern.right + 1))
+        left, right = self.pattern.left + 1, self.pattern.right + 1
+        if context.is_causal:
+            parts = [self._past(query, key, value, context, left)]
+        else:
+            features = self.log_features_of(query, key, context)
+            parts = [far_past(*features, value, left), far_future(*features, value, right)]
         return [(out, lse + scale) for (out, lse), scale in zip(parts, scales, strict=False)]
 
     def _log_scales(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.attention.base.mechanism import EfficientAttention
-from hf_efficient.cache.recurrent import RecurrentLayer
+from hf_efficient.cache.features import FeatureLayer
 from hf_efficient.ops.affine_features import AffineFeatures, affine_attention, has_fused_form
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.linear_attention import linear_attention, log_kernel
+from hf_efficient.ops.linear_attention import linear_attention, log_kernel, read
 from hf_efficient.ops.linear_beyond_window import far_past
+from hf_efficient.ops.softmax import Partial
 from hf_efficient.patterns.kinds import Window
 
 RELATIVE_BIAS_REFUSAL = (
@@ -56,18 +58,46 @@ class KernelAttention(EfficientAttention):
             log_key = log_key.masked_fill(~context.key_padding_mask[:, None, :, None], float("-inf"))
         return log_query, log_key
 
-    def cache_layer(self) -> RecurrentLayer | None:
-        return RecurrentLayer(Window(left=0, right=0)) if self.geometry.is_causal else None
+    def log_decay(self, key: Tensor, context: AttentionContext) -> Tensor | None:
+        """(B, H, S) logarithms of what each token leaves of all that came before it; `None` = everything."""
+        return None
+
+    def cache_layer(self) -> FeatureLayer | None:
+        return FeatureLayer(Window(left=0, right=0)) if self.geometry.is_causal else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
             dropped = drop_keys(value, context)
-            if not context.is_causal:
-                return self._both_directions(query, key, dropped, context).to(query.dtype)
-            log_query, log_key = self.log_features_of(query, key, context)
-            out, _ = far_past(log_query, log_key, dropped, 0, state_of(context))
-            self.fold(log_key, key, value, context)
+            if context.is_causal:
+                out, _ = self._past(query, key, dropped, context, 0)
+            else:
+                out = self._both_directions(query, key, dropped, context)
         return out.to(query.dtype)
+
+    def _past(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, beyond: int) -> Partial:
+        """Attention of each query through features over the keys at least `beyond` tokens before it.
+
+        The cache's state stands for keys that are no longer there, and is given those that the next query sees so.
+        """
+        n, exact = query.shape[2], max(0, beyond - 1)
+        layer = context.recurrent if isinstance(context.recurrent, FeatureLayer) else None
+        first = 0 if layer is None else key.shape[2] - layer.pending
+        last = max(first, key.shape[2] - exact)
+        key, value, context = key[:, :, first:last], value[:, :, first:last], of_keys(context, first, last)
+        log_query, log_key = self.log_features_of(query, key, context)
+        if layer is None:
+            return far_past(log_query, log_key, value, beyond - exact)
+        state, log_decay = layer.state, self.log_decay(key, context)
+        if n == 1 and beyond == 0:  # a token sees itself as all others
+            layer.fold(log_key, value, log_decay)
+            assert layer.state is not None
+            return read(log_query, layer.state)
+        if n == 1 and last - first == 1 and state is not None:
+            result = read(log_query, state)
+        else:
+            result = far_past(log_query, log_key, value, beyond - exact, state)
+        layer.fold(log_key, value, log_decay)
+        return result
 
     def _both_directions(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         if has_fused_form(query):
@@ -77,11 +107,6 @@ class KernelAttention(EfficientAttention):
                 return affine_attention(of_query, of_key, value, context.key_padding_mask)
         out: Tensor = linear_attention(*self.log_features_of(query, key, context), value, is_causal=False)
         return out
-
-    def fold(self, log_key: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> None:
-        """Give the cache's state what it forgets after this call."""
-        if context.recurrent is not None:
-            context.recurrent.fold(log_key, value)
 
     def attention_weights(self, query: Tensor, key: Tensor, context: AttentionContext) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
@@ -113,6 +138,7 @@ def drop_keys(value: Tensor, context: AttentionContext) -> Tensor:
     return value * F.dropout(torch.ones_like(value[..., :1]), context.dropout)
 
 
-def state_of(context: AttentionContext) -> Any:
-    """What the cache's recurrent layer holds of forgotten keys, or `None`."""
-    return None if context.recurrent is None else context.recurrent.state
+def of_keys(context: AttentionContext, first: int, last: int) -> AttentionContext:
+    """The context of the keys from `first` to before `last` alone; without positions they are the first ones."""
+    names = {name: getattr(context, name) for name in ("key_positions", "key_padding_mask")}
+    return replace(context, **{name: x[:, first:last] for name, x in names.items() if x is not None})
