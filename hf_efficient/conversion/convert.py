@@ -149,7 +149,7 @@ def convert(
     host = HostModel.of(opened.model)
     configs = _with_exact_layers(configs, host, exact_every)
     length = max_positions or host.max_positions or _length_of(opened.tokenizer)
-    configs = [config.for_length(length) for config in configs]
+    configs = [_where_it_matters(config.for_length(length), host) for config in configs]
     batches = read = None
     if calibration is not None:
         batches = calibration_batches(calibration, opened.tokenizer, opened.model, host.max_positions)
@@ -212,6 +212,24 @@ def _with_exact_layers(
         )
     layers = tuple(i for i in range(max(counts, default=0)) if (i + 1) % exact_every)
     return [replace(configs[0], layers=layers)] if layers else configs
+
+
+def _where_it_matters(config: EfficientAttentionConfig, host: HostModel) -> EfficientAttentionConfig:
+    """The config for those layers of a stack whose own window is larger than what the mechanism shows, if it names none."""
+    wanted = resolve_side(config, [stack.side for stack in host.stacks])
+    stacks = [stack for stack in host.stacks if stack.side in wanted]
+    if config.layers is not None or len(stacks) != 1:
+        return config
+    geometries = [host.family.geometry(stacks[0], layer) for layer in stacks[0].layers]
+    spared = [g.layer for g in geometries if config.attention_class.repeats_window(config, g)]
+    if not spared:
+        return config
+    kept = tuple(g.layer for g in geometries if g.layer not in spared)
+    logger.warning(
+        f"{config.mechanism} gains nothing in {stacks[0].side} layers {spared}: their own windows are not larger than its "
+        f"reach. {'They stay as they are; layers=… converts them.' if kept else 'Smaller options would make them cheaper.'}"
+    )
+    return replace(config, layers=kept) if kept else config
 
 
 def _length_of(tokenizer: Any) -> int | None:

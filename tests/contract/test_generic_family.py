@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import hf_efficient as he
 from hf_efficient.attention.base import plugins
+from hf_efficient.attention.base import registry as mechanisms
+from hf_efficient.attention.local import LocalAttention, LocalAttentionConfig
 from hf_efficient.families import GenericFamily, families, family_of, registry
-from hf_efficient.testing import assert_close
+from hf_efficient.patching.exact import converted_layers, mechanism_of
+from hf_efficient.testing import assert_close, tiny_model
 
 SIZES: dict[str, Any] = dict(vocab_size=99, num_hidden_layers=2, num_attention_heads=4, hidden_size=32)
 VISION: dict[str, Any] = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48)
@@ -158,3 +162,32 @@ def test_families_of_other_distributions(monkeypatch, caplog, tmp_path):
     config.write_text(config.read_text().replace("efficient_helium", "efficient_of_theirs"))
     with pytest.raises(ValueError, match=r"whose model family is not installed: it came from theirs 1\.2"):
         he.convert(saved, "local")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TheirConfig(LocalAttentionConfig):
+    mechanism: ClassVar[str] = "theirs"
+
+
+class TheirAttention(LocalAttention):
+    Config = TheirConfig
+
+
+def test_mechanisms_of_other_distributions(monkeypatch, caplog):
+    def broken() -> Any:
+        raise ImportError("no such module")
+
+    found = [entry("broken", broken), entry("good", lambda: TheirAttention)]
+    monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: found if group.endswith("mechanisms") else [])
+    monkeypatch.setattr(mechanisms, "_REGISTRY", dict(mechanisms._REGISTRY))
+    monkeypatch.setattr(plugins.logger, "propagate", True)
+    mechanisms._discover.cache_clear()
+    try:
+        with caplog.at_level("WARNING", logger="transformers"):
+            assert "theirs" in he.list_mechanisms()
+        assert "broken = broken:X of theirs 1.2 can't be imported and is left out: ImportError" in caplog.text
+        model = he.convert(tiny_model("bert"), "theirs", attention_window=8).model
+        assert model.config.efficient_attention[0]["mechanism"] == "theirs"
+        assert type(mechanism_of(next(iter(converted_layers(model).values())))) is TheirAttention
+    finally:
+        mechanisms._discover.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from hf_efficient.families.probe import probe_inputs, real_part, token_outputs
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.context import AttentionCall, AttentionContext
 from hf_efficient.ops.softmax import with_sinks
+from hf_efficient.patching.exact import converted_layers
 from hf_efficient.patching.mask_facts import mask_facts
 from hf_efficient.patterns.kinds import Window
 from hf_efficient.profiling.counters import LargestTensor
@@ -293,3 +295,30 @@ def test_capped_logits(left: int, right: int, n: int) -> None:
     grown, truth = (torch.autograd.grad(x.pow(2).sum(), [query, key]) for x in (out, weights @ value))
     for a, b in zip(grown, truth, strict=True):
         assert_close(a, b, 1e-10, "gradient")
+
+
+@pytest.mark.parametrize(
+    "model_type, options, layers",
+    [
+        ("gemma2", dict(attention_window=64), [1]),
+        ("gemma2", dict(attention_window=24, sink_tokens=2), [1]),
+        ("gemma2", dict(attention_window=22), [0, 1]),
+        ("gemma2", dict(attention_window=64, dilation=2), [0, 1]),
+        ("gemma2", dict(attention_window=64, layers=[0]), [0]),
+        ("mistral", dict(attention_window=64), [0, 1]),
+    ],
+)
+def test_layers_that_gain_nothing_stay_exact_and_are_named(
+    model_type: str, options: dict[str, Any], layers: list[int], monkeypatch, caplog
+) -> None:
+    model = tiny_model(model_type, layers=2)
+    windows = [first_geometry(model).sliding_window]
+    assert windows == [(23, 0)]
+    inputs = probe_inputs(model, 40)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level("WARNING", logger="transformers"):
+        result = he.convert(model, "local" if "dilation" not in options else "longformer", **options)
+    assert [int(name.split(".")[2]) for name in converted_layers(result.model)] == layers
+    assert ("gains nothing in decoder layers [0]" in caplog.text) == (layers == [1])
+    assert ("gains nothing in decoder layers [0, 1]" in caplog.text) == (model_type == "mistral")
+    assert outputs(result.model, inputs).isfinite().all()

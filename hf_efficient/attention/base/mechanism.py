@@ -289,6 +289,11 @@ class EfficientAttention(nn.Module):
         return False
 
     @classmethod
+    def repeats_window(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        """Whether it shows every key of the host's own window, so that a layer that stays exact computes the same."""
+        return False
+
+    @classmethod
     def honours_softcap(cls, config: Any, geometry: AttentionGeometry) -> bool:
         """Whether logits are capped as `context.softcap` says."""
         return False

@@ -18,7 +18,7 @@ from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.decoding import rows_attention
 from hf_efficient.ops.softmax import with_sinks
 from hf_efficient.patterns.kinds import GlobalColumns, GlobalRows, Window
-from hf_efficient.patterns.pattern import Pattern
+from hf_efficient.patterns.pattern import Pattern, parts_of
 from hf_efficient.patterns.sets import PerHead
 
 SHARED_OPTIONS: dict[str, Any] = {"layers": None, "side": None, "implementation": "auto"}
@@ -92,6 +92,14 @@ class PatternAttention(EfficientAttention):
     @classmethod
     def honours_sliding_window(cls, config: Any, geometry: AttentionGeometry) -> bool:
         return cls.keeps_to_host(config, geometry)
+
+    @classmethod
+    def repeats_window(cls, config: Any, geometry: AttentionGeometry) -> bool:
+        if geometry.sliding_window is None or cls.num_extra_tokens(config):
+            return False
+        left, right = geometry.sliding_window
+        window = Window(left=left, right=right)
+        return any(part & window == window for part in parts_of(config.visible_keys(geometry)))
 
     @classmethod
     def honours_softcap(cls, config: Any, geometry: AttentionGeometry) -> bool:
