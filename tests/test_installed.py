@@ -113,20 +113,19 @@ def test_a_checkpoint_loads_without_what_training_needs(environment, tmp_path):
     path = converted(tmp_path / "converted", "gpt2")
     program = """
 import sys, importlib.util, hf_efficient, transformers
+from hf_efficient.cli import main
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
 print(tokenizer.decode(model.generate(**tokenizer("w10 w11", return_tensors="pt"), max_new_tokens=4)[0]))
-print(type(model).__name__, [name for name in sys.argv[2:] if importlib.util.find_spec(name)])
+print(type(model).__name__, [name for name in sys.argv[3:] if importlib.util.find_spec(name)])
+sys.argv[1:] = ["distill", *sys.argv[1:3], "--steps", "0", "--end-to-end-steps", "1"]
+main()
 """
     training = ("accelerate", "datasets", "evaluate", "peft", "sklearn", "matplotlib", "sentence_transformers")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    command = [environment / "bin" / "python", "-c", program, path, *training]
+    command = [environment / "bin" / "python", "-c", program, path, tmp_path / "out", *training]
     done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "EfficientGPT2LMHeadModel []"
-    steps = ("--steps", "0", "--end-to-end-steps", "1")
-    command = [environment / "bin" / "hf-efficient", "distill", path, tmp_path / "out", *steps]
-    done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "EfficientGPT2LMHeadModel []", done.stderr
     assert done.returncode == 1 and "hf-efficient[train]" in done.stderr, done.stderr
 
 
@@ -135,22 +134,30 @@ def test_installed_program_works_outside_the_repository(environment, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(words(40, seed) for seed in range(3)) + "\n")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
-    def run(*arguments: str | Path) -> str:
-        command = [environment / "bin" / "hf-efficient", *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True)
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=kept, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    assert "convert" in run("--help")
-    assert [card["mechanism"] for card in json.loads(run("list", "--json"))] == he.list_mechanisms()
+    program = environment / "bin" / "hf-efficient"
+    assert "convert" in run(program, "--help")
+    assert [card["mechanism"] for card in json.loads(run(program, "list", "--json"))] == he.list_mechanisms()
     sizes = ("--attention-window", "8", "--max-positions", "256")
-    report = json.loads(run("convert", source, out, "--attention", "longformer", *sizes, "--json"))
+    report = json.loads(run(program, "convert", source, out, "--attention", "longformer", *sizes, "--json"))
     assert report["counts"]["extended"] == 1
-    assert json.loads(run("verify", out, source, "--texts", "texts.txt", "--max-length", "32", "--json"))["passed"]
-    assert "longformer" in run("card", out) and "longformer" in (out / "README.md").read_text()
-    assert "all 12 heads" in run("show", "local", "--attention-window", "64")
+    # the other commands in one process, which imports torch once
+    verify = ["verify", out, source, "--texts", "texts.txt", "--max-length", "32", "--json"]
+    commands = [verify, ["card", out], ["show", "local", "--attention-window", "64"]]
+    code = "import json, sys\nfrom hf_efficient.cli import app\n"
+    code += "for words in json.loads(sys.argv[1]):\n    app(words, standalone_mode=False)\n    print(chr(0))"
+    verified, card, shown, _ = run(
+        environment / "bin" / "python", "-c", code, json.dumps(commands, default=str)
+    ).split("\0")
+    assert json.loads(verified)["passed"]
+    assert "longformer" in card and "longformer" in (out / "README.md").read_text()
+    assert "all 12 heads" in shown
     lines = (environment / "processes.jsonl").read_text().splitlines()
     processes = [json.loads(line) for line in lines]
-    # six commands, and the process of its own in which verify loads the checkpoint
-    assert len(processes) >= 7
+    # three commands, the process of the others, and the one of its own in which verify loads the checkpoint
+    assert len(processes) >= 5
     assert [strange for _, strange in processes if strange] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,8 @@ def test_each_missing_tensor_of_a_converted_checkpoint_is_refused(family, tmp_pa
     out = converted(tmp_path / "out", family)
     whole, cls = (out / "model.safetensors").read_bytes(), type(load_converted(out))
     for name in load_file(out / "model.safetensors"):
+        if re.search(r"(encoder\.layer|coder\.block|transformer\.h)\.1\.", name):
+            continue  # the first layer has these, and more
         without(out, name)
         with pytest.raises(ValueError, match=rf"(?s)lacks \d tensors.*{name}"):
             revert_checkpoint(str(out), tmp_path / "back")

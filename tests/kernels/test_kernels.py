@@ -26,26 +26,16 @@ RESULTS = "test_results_and_every_gradient_equal_the_definition"
 
 
 @pytest.mark.parametrize(
-    "file, part",
-    [("interpreter_suite.py", RESULTS), ("interpreter_suite.py", f"not {RESULTS}"), ("decomposition_suite.py", "")],
-    ids=["results", "operators", "decomposition"],
+    "files, part",
+    [(["interpreter_suite.py"], RESULTS), (["interpreter_suite.py", "decomposition_suite.py"], f"not {RESULTS}")],
+    ids=["results", "operators and decomposition"],
 )
-def test_interpreter_suite(file: str, part: str):
+def test_interpreter_suite(files: list[str], part: str):
+    """In two processes, each of which imports everything: about as long as one another."""
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rf",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        str(SUITES / file),
-        "-k",
-        part,
-    ]
+    options = ["-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-k", part]
+    command = [sys.executable, "-m", "pytest", *options, *[str(SUITES / file) for file in files]]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
