@@ -43,9 +43,9 @@ coverage: $(INSTALLED)  ## lines that the suite does not reach (takes longer tha
 
 bench: $(INSTALLED)  ## record time and memory under model_cards/results/
 	$(BIN)/hf-efficient bench attention --out model_cards/results/attention.json
-	$(BIN)/python -m hf_efficient.benchmarks.attention model_cards/results/attention.json
 	$(BIN)/hf-efficient bench content --out model_cards/results/content.json
 	$(BIN)/hf-efficient bench encoder --out model_cards/results/encoder.json
+	$(BIN)/hf-efficient bench decode --out model_cards/results/decode.json
 	$(BIN)/hf-efficient bench memory --out model_cards/results/memory.json
 	$(BIN)/hf-efficient bench fidelity --out model_cards/results/fidelity.json
 

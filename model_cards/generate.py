@@ -197,22 +197,54 @@ def closeness_tables(mechanism: str) -> str:
 
 
 def speed_table() -> str:
-    """Two-layer encoders of BERT-base width against full attention and transformers' own classes."""
+    """Two-layer encoders of BERT-base width against full attention, transformers' own classes and no attention at all."""
     data = record("encoder")
     if data is None:
         return "not measured"
+    settings, results = data["settings"], data["results"]
+    lengths = list(dict.fromkeys(row["tokens"] for row in results))
+    parts = []
+    for kind in dict.fromkeys(row["pass"] for row in results):
+        found = {(row["model"], row["tokens"]): row for row in results if row["pass"] == kind}
+        rows = []
+        for name in dict.fromkeys(name for name, _ in found):
+            cells = [found.get((name, n)) for n in lengths]
+            rows.append([name, *(_spread(cell) for cell in cells)])
+        parts.append(table([f"{kind}: time ÷ full attention (min–max)", *(f"{n} tokens" for n in lengths)], rows))
+    what = (
+        f"{settings['layers']} layers, width {settings['hidden_size']}, batch {settings['batch']}, {settings['dtype']}, "
+        f"{settings['threads']} thread; training is forward, backward and a step of AdamW. Medians of at most "
+        f"{settings['rounds']} interleaved rounds; – = not run."
+    )
+    return "\n\n".join(parts) + f"\n\n{what} {_source(data)}" + _picture("encoder", "Time of an encoder over length")
+
+
+def _spread(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{row['ratio']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
+
+
+def _picture(suite: str, what: str) -> str:
+    return f"\n\n![{what}](model_cards/results/{suite}.png)" if (RESULTS / f"{suite}.png").exists() else ""
+
+
+def decode_table() -> str:
+    """Time per decoded token of two layers of GPT-2, against transformers' own cache."""
+    data = record("decode")
+    if data is None:
+        return "not measured"
+    settings, results = data["settings"], data["results"]
+    lengths = list(dict.fromkeys(row["tokens"] for row in results))
     rows = []
-    for name in next(iter(data["results"].values())):
-        cells = []
-        for figures in (lengths[name] for lengths in data["results"].values()):
-            cells += [
-                f"{figures['seconds']:.2f}",
-                f"{figures['ratio']:.2f} ({figures['ratio_min']:.2f}–{figures['ratio_max']:.2f})",
-            ]
-        rows.append([name, *cells])
-    header = ["2 layers, width 768, batch 1, fp32, forward"]
-    header += [column for n in data["results"] for column in (f"{n} tokens, s", "time ÷ full attention (min–max)")]
-    return table(header, rows) + f"\n\nMedians of {data['settings']['repeats']} interleaved rounds. {_source(data)}"
+    for width, batch, name in dict.fromkeys((row["width"], row["batch"], row["model"]) for row in results):
+        found = {r["tokens"]: r for r in results if (r["width"], r["batch"], r["model"]) == (width, batch, name)}
+        rows.append([name, width, str(batch), *(_spread(found.get(n)) for n in lengths)])
+    header = ["time per token ÷ full attention (min–max)", "width", "batch", *(f"{n} tokens" for n in lengths)]
+    sizes = ", ".join(f"{name} = {hidden} with {heads} heads" for name, (hidden, heads) in settings["widths"].items())
+    what = (
+        f"{settings['layers']} layers of GPT-2 ({sizes}), {settings['dtype']}, {settings['threads']} thread, after a prompt "
+        "of so many tokens. Medians of interleaved rounds."
+    )
+    return table(header, rows) + f"\n\n{what} {_source(data)}" + _picture("decode", "Time per token over the prompt")
 
 
 def memory_table(mechanism: str) -> str:
@@ -277,9 +309,7 @@ def attention_table(mechanism: str | None = None) -> str:
     what += (
         "attention with a dense mask; – = no counterpart, or not measured. Medians (least–most) of interleaved rounds."
     )
-    picture = ""
-    if mechanism is None and (RESULTS / "attention.png").exists():
-        picture = "\n\n![Time of attention over length](model_cards/results/attention.png)"
+    picture = _picture("attention", "Time of attention over length") if mechanism is None else ""
     return table(header, body) + f"\n\n{what} {_source(data)}{picture}"
 
 
@@ -379,6 +409,7 @@ def part(name: str) -> str:
         "recovery": recovery_table,
         "sizes": sizes_table,
         "speed": speed_table,
+        "decode": decode_table,
         "support": support_table,
     }
     if kind not in makers:

@@ -1,7 +1,6 @@
 """Time and memory of the attention alone, against full attention and transformers' own efficient classes.
 
-    hf-efficient bench attention --out model_cards/results/attention.json
-    python -m hf_efficient.benchmarks.attention model_cards/results/attention.json     # draws attention.png beside it
+    hf-efficient bench attention --out attention.json     # draws attention.png beside it
 
 All methods of one place run in turn, round by round, so that ratios compare neighbours in time. On a GPU, times come from
 CUDA events and memory from the allocator; on the CPU, memory is the growth of a process made for one call.
@@ -10,7 +9,6 @@ CUDA events and memory from the allocator; on the CPU, memory is the growth of a
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import sys
 import time
@@ -43,6 +41,7 @@ from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.forward import forward_call
 from hf_efficient.profiling.memory import growth_of, peaks
 from hf_efficient.profiling.timing import attempt, cuda_peak, ratios, reason_of, table_of, timed
+from hf_efficient.training.plots import require_pyplot
 
 PRODUCTS = {"forward": 2, "training": 7}
 # query, key, value, output; backward reads them and the output's gradient again, and writes three gradients
@@ -344,12 +343,7 @@ def attention_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]
 
 def draw(document: dict[str, Any], path: Path) -> None:
     """Time over length, one line per method, one picture per pass: batch, width and dtype of the first result."""
-    import matplotlib
-    import matplotlib.ticker
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = require_pyplot()
     first = document["results"][0]
     place = {name: first[name] for name in ("batch", "heads", "width", "dtype")}
     picture, axes = pyplot.subplots(1, 2, figsize=(15, 5.5), constrained_layout=True)
@@ -364,14 +358,9 @@ def draw(document: dict[str, Any], path: Path) -> None:
         lengths = sorted({row["length"] for row in rows})
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title=f"attention alone, {kind}")
         axis.set_xticks(lengths, [str(n) for n in lengths])
-        axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     picture.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     device = document["hardware"]["gpu"] or document["hardware"]["cpu"]
     picture.suptitle(f"{device}; " + ", ".join(f"{name} {value}" for name, value in place.items()), fontsize=9)
     picture.savefig(path, dpi=130)
-
-
-if __name__ == "__main__":
-    record = Path(sys.argv[1])
-    draw(json.loads(record.read_text()), record.with_suffix(".png"))

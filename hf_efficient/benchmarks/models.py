@@ -1,4 +1,4 @@
-"""Time and peak memory of converted models against full attention: interleaved, as ratios, with the hardware recorded."""
+"""Models of BERT-base width with random weights, and the peak memory of converted ones."""
 
 from __future__ import annotations
 
@@ -14,20 +14,10 @@ from hf_efficient.families import HostModel, family_of
 from hf_efficient.models.in_place import convert_in_place
 from hf_efficient.patching.install import plan
 from hf_efficient.profiling.environment import hardware, versions
-from hf_efficient.profiling.forward import forward_call, random_inputs
+from hf_efficient.profiling.forward import random_inputs
 from hf_efficient.profiling.memory import peaks
-from hf_efficient.profiling.timing import table_of, timed
 
 BASE_WIDTH = 768
-# options of the encoder benchmark; what transformers' own classes are compared at
-CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
-    "local, window 512": ("local", dict(attention_window=512)),
-    "longformer, window 512": ("longformer", dict(attention_window=512)),
-    "longformer, window 512, first token global": ("longformer", dict(attention_window=512, global_tokens="first")),
-    "bigbird, block 64": ("bigbird", dict(block_size=64)),
-    "linformer, rank 256": ("linformer", dict(rank=256)),
-    "performer, 256 features": ("performer", dict(num_features=256)),
-}
 
 
 def _wide_peak(model_type: str, attention: dict[str, Any], length: int, side: str) -> float:
@@ -63,40 +53,6 @@ def wide_model(
     if side == "decoder" and model.config.is_encoder_decoder:
         inputs = {"input_ids": inputs["input_ids"][:, :16], "decoder_input_ids": inputs["input_ids"]}
     return model, inputs
-
-
-def encoder_suite(lengths: Sequence[int] = (1024, 4096), repeats: int = 5, progress: bool = True) -> dict[str, Any]:
-    """Two-layer encoders of BERT-base width, batch 1, fp32: ours against full SDPA and transformers' own classes."""
-    transformers = importlib.import_module("transformers")
-    results = {}
-    for length in lengths:
-        models: dict[str, Any] = {"full attention (SDPA)": wide_model("bert", None, length, "encoder")[0]}
-        for name, (mechanism, options) in CONVERTED.items():
-            spec = {"mechanism": mechanism, **options}
-            models[name] = wide_model("bert", spec, length, "encoder")[0]
-        sizes = dict(vocab_size=1000, num_hidden_layers=2)
-        models["transformers LongformerModel, window 512"] = transformers.LongformerModel(
-            transformers.LongformerConfig(attention_window=512, max_position_embeddings=length + 2, **sizes)
-        ).eval()
-        models["transformers BigBirdModel, block 64"] = transformers.BigBirdModel(
-            transformers.BigBirdConfig(max_position_embeddings=length, **sizes)
-        ).eval()
-        inputs = random_inputs(models["full attention (SDPA)"].config, length)
-        calls = {name: forward_call(model, inputs) for name, model in models.items()}
-        times = timed(calls, repeats, progress=f"{length} tokens" if progress else None)
-        table = table_of(times, "full attention (SDPA)")
-        against = table_of(times, "transformers LongformerModel, window 512")
-        for name, row in table.items():
-            row["ratio_to_transformers_longformer"] = against[name]["ratio"]
-        results[str(length)] = table
-    settings = {"layers": 2, "hidden_size": BASE_WIDTH, "batch": 1, "dtype": "float32", "repeats": repeats, "seed": 0}
-    return {
-        "suite": "encoder",
-        "settings": settings,
-        "results": results,
-        "hardware": hardware(),
-        "versions": versions(),
-    }
 
 
 def supported_pairs() -> list[tuple[str, str, str]]:
@@ -157,12 +113,6 @@ def memory_suite(lengths: Sequence[int] = (8192, 16384), progress: bool = True) 
         "hardware": hardware(),
         "versions": versions(),
     }
-
-
-def encoder_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Headings and rows for people."""
-    results = document["results"].items()
-    return rounded([{"model": name, "tokens": n} | row for n, table in results for name, row in table.items()])
 
 
 def memory_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,11 +17,14 @@ def bench(
         str,
         typer.Argument(
             help="attention, content or linear (attention alone: patterns, keys chosen by content, linear), encoder (time), "
-            "memory, fidelity and recovery (all-MiniLM-L6-v2, before and after transfer), export (how far "
-            "exported models are from their sources), or gpu (its tests and times)."
+            "decode (time per token), memory, fidelity and recovery (all-MiniLM-L6-v2, before and after transfer), export "
+            "(how far exported models are from their sources), or gpu (its tests and times)."
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Only these lengths in tokens, e.g. 512,4096; of encoder, decode and memory.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure: time and memory against full attention, or fidelity to it; takes minutes per run."""
@@ -29,7 +34,19 @@ def bench(
 
         if suite not in SUITES:
             raise ValueError(f"no suite {suite!r}; there are {', '.join(SUITES)}.")
-        document = SUITES[suite].run()
+        chosen = SUITES[suite]
+        document = chosen.run(**({} if lengths is None else {"lengths": _numbers(suite, chosen.run, lengths)}))
         if out is not None:
             write_json(out, document)
-    emit(document, as_json, f"{suite}: {document['hardware']['cpu']}", *SUITES[suite].rows(document))
+            if chosen.draw is not None:
+                chosen.draw(document, out.with_suffix(".png"))
+    emit(document, as_json, f"{suite}: {document['hardware']['cpu']}", *chosen.rows(document))
+
+
+def _numbers(suite: str, run: Callable[..., Any], lengths: str) -> list[int]:
+    if "lengths" not in inspect.signature(run).parameters:
+        raise ValueError(f"--lengths {lengths}: the suite {suite} has its own; leave it out.")
+    numbers = [int(word) for word in lengths.split(",") if word.strip().isdigit() and int(word) > 0]
+    if not numbers or len(numbers) != len(lengths.split(",")):
+        raise ValueError(f"--lengths {lengths!r} must be numbers of tokens with commas between them, e.g. 512,4096.")
+    return numbers

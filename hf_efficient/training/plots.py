@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 
-def _pyplot() -> Any:
+def require_pyplot() -> Any:
+    """`matplotlib.pyplot`, drawing to files.
+
+    Raises:
+        ImportError: it is missing; names the extra.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -30,7 +35,7 @@ def loss_curve(
     Raises:
         ImportError: matplotlib is missing; names the extra.
     """
-    pyplot = _pyplot()
+    pyplot = require_pyplot()
     figure, axes = pyplot.subplots(figsize=(6.4, 4), constrained_layout=True)
     for key, name in (("loss", "training"), ("eval_loss", "evaluation")):
         points = [(entry["step"], float(entry[key])) for entry in log_history if key in entry]
@@ -55,7 +60,7 @@ def layer_picture(errors: Mapping[str, Mapping[str, Sequence[Any]]], path: str |
     Raises:
         ImportError: matplotlib is missing; names the extra.
     """
-    pyplot = _pyplot()
+    pyplot = require_pyplot()
     last = list(errors.values())[-1]
     places = range(len(last["layers"]))
     figure, axes = pyplot.subplots(figsize=(max(4.8, 0.6 * len(places) + 2.4), 4), constrained_layout=True)

@@ -545,6 +545,8 @@ def test_help_names_commands_and_options():
     assert row[2] == "512" and "in tokens" in row[3]
     assert document("list", "longformer") == next(c for c in document("list") if c["mechanism"] == "longformer")
     assert "unknown mechanism 'flash'" in error("list", "flash")
+    assert "the suite attention has its own" in error("bench", "attention", "--lengths", "512")
+    assert "numbers of tokens with commas" in error("bench", "encoder", "--lengths", "512,many")
 
 
 def test_what_needs_no_model_imports_no_torch():
