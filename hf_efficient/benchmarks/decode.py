@@ -43,7 +43,7 @@ def decoder(width: str, positions: int, attention: dict[str, Any] | None) -> Any
     """A random model for so many positions."""
     hidden, heads = WIDTHS[width]
     torch.manual_seed(0)
-    sizes = dict(n_layer=2, n_embd=hidden, n_head=heads, n_positions=positions)
+    sizes: dict[str, Any] = dict(n_layer=2, n_embd=hidden, n_head=heads, n_positions=positions)
     model = GPT2Model(GPT2Config(vocab_size=1000, bos_token_id=0, eos_token_id=1, **sizes)).eval()
     if attention is not None:
         convert_in_place(HostModel.of(model), attention_configs([attention]))
