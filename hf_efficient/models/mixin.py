@@ -289,8 +289,8 @@ def honours_loss_kwargs(stock: Any) -> bool:
     """Whether a stock head's loss divides by `num_items_in_batch`, which it then hands on to `loss_function`.
 
     The Trainer passes that number to every forward with `**kwargs` and leaves out its own division; a head that ignores it
-    would get loss and gradients multiplied by accumulation steps and processes. Heads for classes of texts and pictures share
-    a loss that honours it for one of three problem types: they are not given it.
+    would get loss and gradients multiplied by accumulation steps and processes. Heads for classes of texts and pictures
+    share a loss that honours it for one of three problem types: they are not given it.
     """
     if stock.__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
         return False
