@@ -128,7 +128,8 @@ def compare(settings: Settings) -> None:
         ("read", "segments.py", {"model": str(folder / "dense/model"), "learning_rate": 0.0, "max_steps": 1}),
         ("memory", "segments.py", {"gradient_accumulation_steps": pieces}),
     ):
-        options = {key: value for key, value in (values | changes).items() if value != "" and value is not False}
+        given = (values | changes).items()
+        options = {key: value for key, value in given if value not in ("", None) and value is not False}
         options["output_dir"] = str(folder / name)
         words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
         done = subprocess.run([sys.executable, str(Path(__file__).with_name(recipe)), *words], check=False)

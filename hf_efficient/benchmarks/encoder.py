@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
+from hf_efficient.benchmarks.attention import without_attention
 from hf_efficient.benchmarks.models import BASE_WIDTH, wide_model
 from hf_efficient.profiling.environment import hardware, one_thread, versions
 from hf_efficient.profiling.forward import forward_call, random_inputs
@@ -39,20 +39,11 @@ FULL_UP_TO = (5 + 2 * 3) * BLOCK
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-def values_alone(module: Any, query: Any, key: Any, value: torch.Tensor, mask: Any, **options: Any) -> Any:
-    """In place of attention: every token sees itself alone, whose value is handed on."""
-    return value.transpose(1, 2), None
-
-
-AttentionInterface.register("values_alone", values_alone)
-AttentionMaskInterface.register("values_alone", lambda *facts, **options: None)
-
-
 def models_at(length: int) -> dict[str, Any]:
     """{name: model} of all that is compared at a length."""
     transformers = importlib.import_module("transformers")
-    models = {name: wide_model("bert", None, length, "encoder")[0] for name in (FULL, FLOOR)}
-    models[FLOOR].set_attn_implementation("values_alone")
+    models = {FULL: wide_model("bert", None, length, "encoder")[0]}
+    models[FLOOR] = without_attention(wide_model("bert", {"mechanism": "local"}, length, "encoder")[0])
     for name, (mechanism, options) in CONVERTED.items():
         own = options | ({"rank": min(256, length)} if mechanism == "linformer" else {})
         models[name] = wide_model("bert", {"mechanism": mechanism, **own}, length, "encoder")[0]

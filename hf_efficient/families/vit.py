@@ -69,8 +69,9 @@ RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _tower(name: str, prefix: str, **different: Any) -> ViTFamily:
     """The encoder of pictures of a model of texts and pictures."""
+    model = f"{prefix}VisionModel"
     usual: dict[str, Any] = dict(
-        module_name=name, stack_classes=(f"{prefix}VisionModel",), attention_classes=(f"{prefix}Attention",)
+        module_name=name, stack_classes=(model,), attention_classes=(f"{prefix}Attention",), model_classes=(model,)
     )
     return ViTFamily(model_type=f"{name}_vision_model", projections=PROJECTIONS, **usual | different)
 
@@ -103,7 +104,12 @@ FAMILIES = (
         projections=PROJECTIONS,
         positions=GridPositions(in_order=False),
     ),
-    _tower("clip", "CLIP", positions=GridPositions()),
+    _tower(
+        "clip",
+        "CLIP",
+        model_classes=("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+        positions=GridPositions(),
+    ),
     _tower("siglip", "Siglip", positions=GridPositions(prefix=0)),
     _tower("siglip2", "Siglip2", positions=GridPositions(prefix=0, in_order=False, is_square=False)),
 )

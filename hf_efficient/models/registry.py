@@ -16,7 +16,7 @@ from hf_efficient.families import PREFIX, families, is_family
 
 NAME = "Efficient"
 # what transformers calls model classes, among the other names that its modeling files export
-MODEL_NAME = re.compile(r"^(?!.*[pP]re[tT]rained).*(Model|ModelWithProjection|For[A-Z]\w*)$")
+MODEL_NAME = re.compile(r"^(?!.*[pP]re[tT]rained).*(Model|ModelWithProjection|Backbone|For[A-Z]\w*)$")
 made_configs: dict[str, type[PreTrainedConfig]] = {}
 made_models: dict[Any, Any] = {}
 
