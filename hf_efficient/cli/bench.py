@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hf_efficient.cli.common import Json, emit, running
+from hf_efficient.cli.options import parse_lengths
 
 
 def bench(
@@ -34,19 +34,12 @@ def bench(
 
         if suite not in SUITES:
             raise ValueError(f"no suite {suite!r}; there are {', '.join(SUITES)}.")
-        chosen = SUITES[suite]
-        document = chosen.run(**({} if lengths is None else {"lengths": _numbers(suite, chosen.run, lengths)}))
+        chosen, given = SUITES[suite], parse_lengths(lengths)
+        if given and "lengths" not in inspect.signature(chosen.run).parameters:
+            raise ValueError(f"--lengths {lengths}: the suite {suite} has its own; leave it out.")
+        document = chosen.run(**({"lengths": given} if given else {}))
         if out is not None:
             write_json(out, document)
             if chosen.draw is not None:
                 chosen.draw(document, out.with_suffix(".png"))
     emit(document, as_json, f"{suite}: {document['hardware']['cpu']}", *chosen.rows(document))
-
-
-def _numbers(suite: str, run: Callable[..., Any], lengths: str) -> list[int]:
-    if "lengths" not in inspect.signature(run).parameters:
-        raise ValueError(f"--lengths {lengths}: the suite {suite} has its own; leave it out.")
-    numbers = [int(word) for word in lengths.split(",") if word.strip().isdigit() and int(word) > 0]
-    if not numbers or len(numbers) != len(lengths.split(",")):
-        raise ValueError(f"--lengths {lengths!r} must be numbers of tokens with commas between them, e.g. 512,4096.")
-    return numbers

@@ -22,6 +22,7 @@ from hf_efficient.cli.common import (
     require_source,
     running,
 )
+from hf_efficient.cli.options import parse_lengths
 
 Lengths = Annotated[
     str | None, typer.Option(help="Tokens to compare at, as 64,512,1500.", show_default="three up to 2048")
@@ -54,7 +55,7 @@ def export(
     """Write a converted checkpoint as a class of transformers to OUT, after a comparison of both."""
     with running():
         require_source(source)
-        chosen = _lengths(lengths)
+        chosen = parse_lengths(lengths)
         from hf_efficient.conversion.folders import OutputFolder
         from hf_efficient.exporting.export import export as export_checkpoint
 
@@ -68,15 +69,6 @@ def export(
     emit(document, as_json, title, *report.rows())
     if not as_json:
         typer.echo("\n".join([*report.conditions, *report.cautions, "", report.usage]))
-
-
-def _lengths(given: str | None) -> list[int] | None:
-    if given is None:
-        return None
-    try:
-        return [int(length) for length in given.split(",")]
-    except ValueError:
-        raise ValueError(f"--lengths {given!r} can't be read; write lengths as 64,512.") from None
 
 
 def import_command(
@@ -96,7 +88,7 @@ def import_command(
     """Write a Longformer, LongT5 or BigBird checkpoint as a converted RoBERTa, T5 or BERT to OUT."""
     with running():
         require_source(source)
-        chosen = _lengths(lengths)
+        chosen = parse_lengths(lengths)
         from hf_efficient.conversion.folders import OutputFolder
         from hf_efficient.exporting.import_checkpoint import import_checkpoint
 

@@ -83,6 +83,18 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def parse_lengths(text: str | None) -> list[int] | None:
+    """`"512,4096"` as lengths in tokens."""
+    if text is None:
+        return None
+    lengths = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    if 0 in lengths:
+        raise ValueError(
+            f"--lengths {text!r} can't be read; write numbers of tokens with commas between them, as 64,512."
+        )
+    return lengths
+
+
 def parse_rope(text: str | None) -> dict[str, Any] | None:
     """The numbers of a method for rotary positions, from their JSON."""
     if text is None:

@@ -166,28 +166,42 @@ def convert(
         bound_coverage(opened.model, length)
     # what it cuts is for the first stack
     _tell_tokenizer(opened, max_positions if host.max_positions in (None, max_positions) else None)
-    report = ConversionReport(
-        source=opened.name,
+    report = _report(
+        opened,
+        host,
+        provenance,
         revision=revision,
         model_class=stock_name,
-        efficient_attention=opened.model.config.efficient_attention,
-        max_positions=host.max_positions or max_positions,
-        positions=provenance.history[-1]["settings"]["positions"],
-        rope=provenance.history[-1]["settings"]["rope"],
-        lengths=host.made_for,
-        short_inputs=host.short_inputs(max_positions, provenance.history[-1]["settings"]["positions"]),
+        max_positions=max_positions,
         tensors=_account(opened.model, before, origins, resized, opened.missing),
-        ignored=opened.ignored,
         calibration=None if read is None else asdict(read),
-        history=provenance.history,
-        recast=opened.recast,
-        family=ORIGINS.get(host.family.model_type),
     )
     given = None if batches is None else len(batches)
     provenance.history[-1] |= {"source": opened.name, "revision": revision, "loading": opened.given}
     provenance.history[-1]["calibration_batches"] = given
     provenance.reports[REPORT_NAME] = report
     return ConversionResult(opened.model, opened.tokenizer, report, opened.folder)
+
+
+def _report(
+    opened: Source, host: HostModel, provenance: Provenance, *, max_positions: int | None, **facts: Any
+) -> ConversionReport:
+    """The report of a model that was converted in place, which the last step of `provenance` is."""
+    settings = provenance.history[-1]["settings"]
+    return ConversionReport(
+        source=opened.name,
+        efficient_attention=opened.model.config.efficient_attention,
+        max_positions=host.max_positions or max_positions,
+        positions=settings["positions"],
+        rope=settings["rope"],
+        lengths=host.made_for,
+        short_inputs=host.short_inputs(max_positions, settings["positions"]),
+        ignored=opened.ignored,
+        history=provenance.history,
+        recast=opened.recast,
+        family=ORIGINS.get(host.family.model_type),
+        **facts,
+    )
 
 
 def _with_exact_layers(

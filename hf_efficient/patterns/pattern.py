@@ -160,8 +160,30 @@ def _row_starts(num_queries: int, block_q: int, offset: int) -> tuple[Tensor, Te
     return start + offset, (start + block_q).clamp(max=num_queries) - 1 + offset
 
 
+class _OfParts:
+    """What a pattern made of others has from all of them."""
+
+    parts: tuple[Pattern, ...]
+
+    @property
+    def shift_invariant(self) -> bool:
+        return all(part.shift_invariant for part in self.parts)
+
+    @property
+    def depends_on_length(self) -> bool:
+        return any(part.depends_on_length for part in self.parts)
+
+    @property
+    def num_heads(self) -> int:
+        return max(part.num_heads for part in self.parts)
+
+    def tile_key(self, query: Tensor, key: Tensor, block_q: int, block_k: int) -> list[Tensor] | None:
+        keys = [part.tile_key(query, key, block_q, block_k) for part in self.parts]
+        return None if any(k is None for k in keys) else [entry for k in keys if k is not None for entry in k]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Union(Pattern):
+class Union(_OfParts, Pattern):  # type: ignore[override]
     """A key is visible if one of the parts shows it; a pair that several parts show counts once."""
 
     is_union = True
@@ -171,18 +193,6 @@ class Union(Pattern):
         heads = {part.num_heads for part in self.parts} - {1}
         if not self.parts or len(heads) > 1:
             raise ValueError(f"a union needs parts made for one number of heads, not {sorted(heads)} of {self.parts}.")
-
-    @property
-    def shift_invariant(self) -> bool:  # type: ignore[override]
-        return all(part.shift_invariant for part in self.parts)
-
-    @property
-    def depends_on_length(self) -> bool:  # type: ignore[override]
-        return any(part.depends_on_length for part in self.parts)
-
-    @property
-    def num_heads(self) -> int:
-        return max(part.num_heads for part in self.parts)
 
     @property
     def reach(self) -> int | None:
@@ -209,10 +219,6 @@ class Union(Pattern):
         found = [part.tiles(num_queries, num_keys, block_q, block_k, offset) for part in self.parts]
         return torch.cat([row for row, _ in found]), torch.cat([column for _, column in found])
 
-    def tile_key(self, query: Tensor, key: Tensor, block_q: int, block_k: int) -> list[Tensor] | None:
-        keys = [part.tile_key(query, key, block_q, block_k) for part in self.parts]
-        return None if any(k is None for k in keys) else [entry for k in keys if k is not None for entry in k]
-
     def needed(self, key: Tensor, following: Tensor | int) -> Tensor:
         kept = self.parts[0].needed(key, following)
         for part in self.parts[1:]:
@@ -221,7 +227,7 @@ class Union(Pattern):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Intersection(Pattern):
+class Intersection(_OfParts, Pattern):  # type: ignore[override]
     """A key is visible if every one of the parts shows it; made by `&` where the parts have no simpler form together."""
 
     parts: tuple[Pattern, ...]
@@ -232,18 +238,6 @@ class Intersection(Pattern):
             raise ValueError(
                 f"an intersection needs two parts made for one number of heads, not {sorted(heads)} of {self.parts}."
             )
-
-    @property
-    def shift_invariant(self) -> bool:  # type: ignore[override]
-        return all(part.shift_invariant for part in self.parts)
-
-    @property
-    def depends_on_length(self) -> bool:  # type: ignore[override]
-        return any(part.depends_on_length for part in self.parts)
-
-    @property
-    def num_heads(self) -> int:
-        return max(part.num_heads for part in self.parts)
 
     @property
     def reach(self) -> int | None:
@@ -270,10 +264,6 @@ class Intersection(Pattern):
         for other in others:
             flat = flat[torch.isin(flat, other)]
         return flat // columns, flat % columns
-
-    def tile_key(self, query: Tensor, key: Tensor, block_q: int, block_k: int) -> list[Tensor] | None:
-        keys = [part.tile_key(query, key, block_q, block_k) for part in self.parts]
-        return None if any(k is None for k in keys) else [entry for k in keys if k is not None for entry in k]
 
     def needed(self, key: Tensor, following: Tensor | int) -> Tensor:
         return reduce(and_, (part.needed(key, following) for part in self.parts))
