@@ -52,7 +52,7 @@ bench: $(INSTALLED)  ## record time and memory under model_cards/results/
 sweep: $(INSTALLED)  ## every model type of the installed transformers, recorded under model_cards/results/; goes on where it was
 	$(BIN)/python -m hf_efficient.benchmarks.sweep --out model_cards/results/model_types.json
 
-docs: $(INSTALLED)  ## rewrite the generated tables of README.md and the model cards
+docs: $(INSTALLED)  ## rewrite the generated tables of README.md, docs/ and the model cards
 	$(BIN)/python model_cards/generate.py
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""Generated parts of README.md and the model cards: tables from the registry and from recorded measurements.
+"""Generated parts of README.md, docs/ and the model cards: tables from the registry and from recorded measurements.
 
     python model_cards/generate.py           # rewrite them            (make docs)
     python model_cards/generate.py --check   # fail if one is not what the registry and the records say
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from model_types import model_types_table
+from model_types import model_counts, model_types_table
 
 from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.attention.base.registry import describe, get_mechanism, list_mechanisms
@@ -393,15 +393,25 @@ def demo_output() -> str:
     return "\n".join(["```text", *lines, "```"])
 
 
+def first_steps() -> str:
+    """What the first lines of README.md print: the report of the conversion, and how the proof begins."""
+    steps = (record("demo") or {}).get("first_steps")
+    if steps is None:
+        return "not measured"
+    proof = steps["proof"].splitlines()[:4]
+    return "\n".join(["```text", *steps["report"].splitlines(), *proof, "…", "```"])
+
+
 def part(name: str) -> str:
     """The text of a generated part: a table's name, and a mechanism's name where it takes one."""
-    kind, mechanism = (name, "") if name == "model types" else name.partition(" ")[::2]
     makers: dict[str, Any] = {
         "attention": attention_table,
         "demo": demo_output,
+        "first steps": first_steps,
         "fidelity": closeness_tables,
         "linear": linear_table,
         "memory": cost_tables,
+        "model counts": lambda: model_counts(record("model_types")),
         "model types": lambda: model_types_table(record("model_types")),
         "options": options_table,
         "perplexity": perplexity_table,
@@ -412,14 +422,20 @@ def part(name: str) -> str:
         "decode": decode_table,
         "support": support_table,
     }
+    kind, mechanism = (name, "") if name in makers else name.partition(" ")[::2]
     if kind not in makers:
         raise ValueError(f"no generated part {kind!r}; there are {', '.join(makers)}.")
     return makers[kind](mechanism) if mechanism else makers[kind]()
 
 
-def fill(text: str) -> str:
-    """`text` with every generated part made anew."""
-    return MARKER.sub(lambda match: f"{match[1]}{part(match[2])}\n{match[3]}", text)
+def fill(text: str, root: str = "") -> str:
+    """`text` with every generated part made anew; `root` leads from the file's folder to that of README.md."""
+
+    def made(match: re.Match[str]) -> str:
+        content = part(match[2]).replace("](model_cards/", f"]({root}model_cards/")
+        return f"{match[1]}{content}\n{match[3]}"
+
+    return MARKER.sub(made, text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -427,9 +443,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, fail if something would change")
     check = parser.parse_args(arguments).check
     stale = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))):
+    pages = [path for folder in ("docs", "model_cards") for path in sorted((ROOT / folder).glob("*.md"))]
+    for path in (ROOT / "README.md", *pages):
         before = path.read_text()
-        after = fill(before)
+        after = fill(before, "" if path.parent == ROOT else "../")
         if before != after:
             stale.append(path.name)
             if not check:

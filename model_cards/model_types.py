@@ -1,4 +1,4 @@
-"""The table of model types in README.md, from the recorded sweep."""
+"""The model types that convert, counted and as a table, from the recorded sweep."""
 
 from __future__ import annotations
 
@@ -42,6 +42,21 @@ def model_types_table(record: dict[str, Any] | None) -> str:
     rows = [[what, str(len(names)), _shown(what, names)] for what, names in groups if names]
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("hf_efficient", "torch", "transformers"))
     return table(["model types", "number", "which"], rows) + f"\n\n{len(types)} model types of {versions}."
+
+
+def model_counts(record: dict[str, Any] | None) -> str:
+    """One sentence: how many model types convert, and how many are refused."""
+    if record is None:
+        return "not measured"
+    types: dict[str, dict[str, Any]] = record["types"]
+    exact = [one for one in types.values() if one["outcome"] == "exact"]
+    written = sum(bool(one["written"]) for one in exact)
+    own = len(_of(types, "own attention code"))
+    refused = len(_of(types, "refused"))
+    return (
+        f"{len(exact)} model types of transformers {record['versions']['transformers']} convert exactly, {written} of them "
+        f"by a family of their own; {refused} are refused with a reason, {own} have attention code of their own."
+    )
 
 
 def _of(types: dict[str, dict[str, Any]], outcome: str) -> list[str]:

@@ -132,15 +132,23 @@ def test_a_mechanism_that_is_mostly_skipped_is_reported():
 
 
 def test_generated_tables_are_what_registry_and_records_say():
-    assert generate.main(["--check"]) == 0, "README.md or a model card is out of date: run `make docs`"
+    assert generate.main(["--check"]) == 0, "README.md, docs/ or a model card is out of date: run `make docs`"
 
 
 def test_no_model_family_is_claimed_outside_the_table():
-    text = re.sub(r"(?s)<!-- generated: .*?<!-- end -->", "", (ROOT / "README.md").read_text())
     names = {name.replace("_", "-").lower() for name in CONFIG_MAPPING_NAMES if len(name) > 2}
-    for line in text.splitlines():
-        named = names & {word.lower() for word in re.findall(r"[\w-]+", line)}
-        assert len(named) < 5, f"README.md lists {sorted(named)}: `make docs` says which models work"
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = re.sub(r"(?s)<!-- generated: .*?<!-- end -->", "", page.read_text())
+        for line in text.splitlines():
+            named = names & {word.lower() for word in re.findall(r"[\w-]+", line)}
+            assert len(named) < 5, f"{page.name} lists {sorted(named)}: `make docs` says which models work"
+
+
+def test_the_first_page_stays_short_and_its_links_lead_somewhere():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_a_changed_figure_makes_a_generated_table_stale():

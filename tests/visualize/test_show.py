@@ -396,8 +396,8 @@ def test_names_of_the_package():
     assert he.set_implementation is hf_efficient.ops.backend.set_implementation
 
 
-def test_readme_shows_a_real_picture():
-    readme = (ROOT / "README.md").read_text()
+def test_documentation_shows_a_real_picture():
+    readme = (ROOT / "docs" / "choosing.md").read_text()
     command = "hf-efficient show longformer --length 1024 --attention-window 256 --global-tokens first"
     assert command in readme
     assert f"```text\n{he.show('longformer', length=1024, attention_window=256, global_tokens='first')}\n```" in readme
