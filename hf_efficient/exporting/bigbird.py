@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import BigBirdConfig, PreTrainedConfig
@@ -20,26 +20,20 @@ WITHOUT_POOLER = ("ForMaskedLM", "ForTokenClassification")
 NAMES = Names((("bert.pooler.dense.*", "bert.pooler.*"), ("pooler.dense.*", "pooler.*")))
 
 
-def head_of(name: str) -> str:
-    """The head in the name of a stock class: `"ForMaskedLM"`, or `"Model"`."""
-    return re.sub(r"^(Bert|BigBird)", "", name)
-
-
 class BigBirdTarget(ClassTarget):
     """`BigBird…` of the same head, as it is outside training, where all its random blocks are the first block."""
 
     name = "bigbird"
-
-    def class_name(self, source: Converted) -> str:
-        return f"BigBird{head_of(source.stock.__name__)}"
+    prefix = "BigBird"
+    stocks: ClassVar[Mapping[str, str]] = {"bert": "Bert"}
 
     def names(self, stock_name: str, mechanism: str) -> Names:
         return NAMES
 
     def refusals(self, source: Converted) -> list[str]:
-        if source.stock_type != "bert":
+        if source.stock_type not in self.stocks:
             return [f"{source.stock_type} has no BigBird class, which bert has: to='stock' takes any model"]
-        reasons, head = [], head_of(source.stock.__name__)
+        reasons, head = [], self.head(source.stock.__name__)
         if head not in HEADS:
             reasons.append(f"no BigBird class has the head of Bert{head}: {', '.join(HEADS)} have one")
         if getattr(source.config, "is_decoder", False):
@@ -81,13 +75,12 @@ class BigBirdTarget(ClassTarget):
             "With padding its last block of padding is global, and in the converted model the last block of a text.",
         ]
 
-    def imported_name(self, name: str) -> str:
-        head = head_of(name)
-        if head not in HEADS:
+    def imported_name(self, name: str, original: str | None = None) -> str:
+        if self.head(name) not in HEADS:
             raise ValueError(
                 f"{name} has a head that BERT has not: load the checkpoint as BigBirdModel, and import that."
             )
-        return f"Bert{head}"
+        return super().imported_name(name, original)
 
     def options_of(self, model: Any) -> dict[str, Any]:
         config = model.config
@@ -104,7 +97,7 @@ class BigBirdTarget(ClassTarget):
 
     def tensors(self, source: Converted) -> tuple[dict[str, Tensor], TensorReport]:
         found, report = super().tensors(source)
-        if head_of(source.stock.__name__) in WITHOUT_POOLER:
+        if self.head(source.stock.__name__) in WITHOUT_POOLER:
             like, size = found["bert.embeddings.word_embeddings.weight"], source.config.hidden_size
             for name, shape in (("weight", (size, size)), ("bias", (size,))):
                 found[f"bert.pooler.{name}"] = like.new_zeros(shape)
@@ -114,7 +107,7 @@ class BigBirdTarget(ClassTarget):
 
     def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: Any) -> None:
         config.sep_token_id = theirs.config.sep_token_id
-        if head_of(type(theirs).__name__) in WITHOUT_POOLER:
+        if self.head(type(theirs).__name__) in WITHOUT_POOLER:
             for name in ("weight", "bias"):
                 tensors.pop(f"bert.pooler.dense.{name}", None)
 

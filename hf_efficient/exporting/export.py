@@ -15,9 +15,10 @@ from hf_efficient.exporting.bigbird import BigBirdTarget
 from hf_efficient.exporting.check import checked, chosen_lengths, largest_error
 from hf_efficient.exporting.longformer import LongformerTarget
 from hf_efficient.exporting.longt5 import LongT5Target
+from hf_efficient.exporting.origin import origin_of
 from hf_efficient.exporting.report import ExportReport, ExportResult
 from hf_efficient.exporting.stock import StockTarget
-from hf_efficient.exporting.target import Converted, Target, TensorReport
+from hf_efficient.exporting.target import ClassTarget, Converted, Target, TensorReport
 from hf_efficient.families import HostModel
 from hf_efficient.families.readable import require_model
 from hf_efficient.models.in_place import require_convertible
@@ -60,7 +61,8 @@ def export(
         revision, subfolder: of the Hub repository.
 
     Returns:
-        `.model`, `.tokenizer`, `.report`; `.save(path)` writes a folder for `from_pretrained`.
+        `.model`, `.tokenizer`, `.report`; `.save(path)` writes a folder for `from_pretrained`. Its config says what the
+        source was converted from, so that `import_checkpoint` gives a model that can be reverted.
 
     Raises:
         ValueError: no such target; a model that it can't express, with the setting that it could; a result that is further
@@ -84,6 +86,10 @@ def export(
         )
     chosen = chosen_lengths(lengths, converted, target.shapes(converted))
     model, tensors = target.build(converted)
+    if isinstance(target, ClassTarget):
+        origin = origin_of(converted, model.config, target.options_of(model))
+        if origin is not None:
+            origin.note(model.config)
     report = ExportReport(
         source=opened.name,
         target=to,

@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_efficient.attention.base.registry import stored_attention
 from hf_efficient.conversion.convert import ConversionReport, ConversionResult
 from hf_efficient.conversion.loading import Source, load_as_it_is, open_source, split_options
 from hf_efficient.exporting.bigbird import BigBirdTarget
@@ -17,6 +18,7 @@ from hf_efficient.exporting.check import checked, chosen_lengths
 from hf_efficient.exporting.longformer import LongformerTarget
 from hf_efficient.exporting.longt5 import LongT5Target
 from hf_efficient.exporting.names import fill
+from hf_efficient.exporting.origin import Origin
 from hf_efficient.exporting.target import ClassTarget, Converted, TensorReport, shared_values, without_pooler
 from hf_efficient.families import HostModel
 from hf_efficient.families.readable import require_model
@@ -56,8 +58,10 @@ def import_checkpoint(
         options: as in `convert`: `subfolder`, `token`, `dtype`, `cache_dir`, `model_class` and so on.
 
     Returns:
-        `.model` (an Efficient class), `.tokenizer`, `.report`; `.save(path)` writes a checkpoint for the Auto classes. It
-        can't be reverted, as it never had full attention: `export(…, to="longformer")` gives the source again.
+        `.model` (an Efficient class), `.tokenizer`, `.report`; `.save(path)` writes a checkpoint for the Auto classes. What
+        `export` made becomes what it was made of again, of that architecture and with its rule of global tokens, and can be
+        reverted. Other checkpoints can't be, as they never had full attention: `export(…, to="longformer")` gives the
+        source again.
 
     Raises:
         ValueError: another architecture, a setting without a mechanism, or outputs that differ. OSError: no such source.
@@ -92,7 +96,9 @@ def import_checkpoint(
         max_positions=host.max_positions,
         positions="as in the source",
         tensors=tensors,
-        ignored=sorted({*opened.ignored, *opened.model.state_dict()} - {one["from"] for one in tensors.values()}),
+        ignored=sorted(
+            {*opened.ignored, *opened.model.state_dict()} - {one["from"].split(",")[0] for one in tensors.values()}
+        ),
         recast=opened.recast,
         history=provenance.history,
     )
@@ -103,14 +109,11 @@ def import_checkpoint(
 def _imported(target: ClassTarget, opened: Source) -> tuple[PreTrainedModel, TensorReport]:
     """The Efficient model with the tensors of the source, in eval mode; and where they are from."""
     theirs: Any = opened.model
-    stock = getattr(transformers, target.imported_name(type(theirs).__name__))
-    options = target.options_of(theirs)
-    config: Any = CONFIGS[stock.config_class.model_type](**shared_values(theirs.config, stock.config_class))
-    config.efficient_attention = [options]
-    config.efficient_source = {"import": target.name}
-    if is_hub_id(opened.name):
-        config.efficient_source["base_model"] = opened.name
-    names = target.names(stock.__name__, options["mechanism"])
+    origin = Origin.of(theirs.config)
+    original = None if origin is None else origin.model_class
+    stock = getattr(transformers, target.imported_name(type(theirs).__name__, original))
+    config = _config(target, stock, opened, origin)
+    names = target.names(stock.__name__, config.efficient_attention[0]["mechanism"])
     found = {names.here(name): tensor for name, tensor in theirs.state_dict().items()}
     if len(found) != len(theirs.state_dict()):
         raise ValueError(f"tensors of {opened.name} would have the same name: nothing was imported.")
@@ -119,10 +122,31 @@ def _imported(target: ClassTarget, opened: Source) -> tuple[PreTrainedModel, Ten
     fill(model, found)
     if model.can_generate() and theirs.can_generate():
         model.generation_config = type(model.generation_config).from_dict(theirs.generation_config.to_dict())
-    report = {name: _origin(names.there(name), tensor, opened.missing) for name, tensor in found.items()}
-    return model.eval(), report
+    return model.eval(), {name: _told(names.there(name), tensor, opened) for name, tensor in found.items()}
 
 
-def _origin(name: str, tensor: Tensor, missing: set[str]) -> dict[str, Any]:
-    status, origin = ("random", ABSENT) if name in missing else ("copied", name)
+def _config(target: ClassTarget, stock: Any, opened: Source, origin: Origin | None) -> Any:
+    """The Efficient config: with the values of the source's, and what the original's had besides."""
+    theirs: Any = opened.model
+    values = ({} if origin is None else origin.values) | shared_values(theirs.config, stock.config_class)
+    config: Any = CONFIGS[stock.config_class.model_type](**values)
+    config.efficient_attention = [target.options_of(theirs)]
+    if origin is None:
+        base = {"base_model": opened.name} if is_hub_id(opened.name) else {}
+        config.efficient_source = {"import": target.name} | base
+        return config
+    attention = stored_attention(origin.attention)
+    if origin.is_as_exported(config.efficient_attention[0]) and target.keeps(attention, theirs):
+        config.efficient_attention = attention
+    if origin.source:
+        config.efficient_source = origin.source
+    return config
+
+
+def _told(name: str, tensor: Tensor, opened: Source) -> dict[str, Any]:
+    """What the report says of a tensor; a position table may have had rows in front that no token has."""
+    status, origin = ("random", ABSENT) if name in opened.missing else ("copied", name)
+    before = opened.model.state_dict().get(name, tensor)
+    if before.shape != tensor.shape:
+        origin += f", without its first {len(before) - len(tensor)} rows"
     return {"status": status, "from": origin, "shape": list(tensor.shape)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from transformers import LongformerConfig, PreTrainedConfig
 from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.exporting.names import Names
 from hf_efficient.exporting.target import Call, ClassTarget, Converted, TensorReport, shared_values
+from hf_efficient.families import efficient_type
 from hf_efficient.ops.global_tokens import up_to_separator
 
-ROBERTA_LIKE = ("roberta", "xlm-roberta", "camembert")
 MECHANISMS = ("longformer", "local")
 MARKING = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")
 """Heads whose class marks tokens itself where a call gives no `global_attention_mask`."""
@@ -39,23 +40,22 @@ PROJECTION = re.compile(r"(.*\.attention\.self\.)(query|key|value)\.(weight|bias
 POSITIONS = "embeddings.position_embeddings.weight"
 
 
-def head_of(name: str) -> str:
-    """The head in the name of a stock class: `"ForMaskedLM"`, or `"Model"`."""
-    return re.sub(r"^(Bert|XLMRoberta|Roberta|Camembert|Longformer)", "", name)
-
-
 class LongformerTarget(ClassTarget):
     """`Longformer…` of the same head. Its windows, its global tokens and their projections are those of `longformer`."""
 
     name = "longformer"
-
-    def class_name(self, source: Converted) -> str:
-        return f"Longformer{head_of(source.stock.__name__)}"
+    prefix = "Longformer"
+    stocks: ClassVar[Mapping[str, str]] = {
+        "roberta": "Roberta",
+        "xlm-roberta": "XLMRoberta",
+        "camembert": "Camembert",
+        "bert": "Bert",
+    }
 
     def names(self, stock_name: str, mechanism: str) -> Names:
         prefix = "bert" if stock_name.startswith("Bert") else "roberta"
         ours, theirs = GLOBAL_PROJECTION.format("efficient."), GLOBAL_PROJECTION.format("")
-        heads = BERT_HEADS.get(head_of(stock_name), ()) if prefix == "bert" else ()
+        heads = BERT_HEADS.get(self.head(stock_name), ()) if prefix == "bert" else ()
         inside = ((f"{prefix}.{ours}", f"longformer.{theirs}"), (f"{prefix}.*", "longformer.*"))
         return Names((*heads, *inside, (ours, theirs)))
 
@@ -63,10 +63,9 @@ class LongformerTarget(ClassTarget):
 
     def refusals(self, source: Converted) -> list[str]:
         config, kind = source.config, source.stock_type
-        if kind not in (*ROBERTA_LIKE, "bert"):
-            relatives = ", ".join((*ROBERTA_LIKE, "bert"))
-            return [f"{kind} has no Longformer class, which {relatives} have: to='stock' takes any model"]
-        head = head_of(source.stock.__name__)
+        if kind not in self.stocks:
+            return [f"{kind} has no Longformer class, which {', '.join(self.stocks)} have: to='stock' takes any model"]
+        head = self.head(source.stock.__name__)
         is_decoder = getattr(config, "is_decoder", False)
         reasons = [] if is_decoder else self._refused_attention(source)
         if head not in HEADS:
@@ -167,11 +166,8 @@ class LongformerTarget(ClassTarget):
 
     # ---- from a Longformer ---------------------------------------------------------------------------------------
 
-    def imported_name(self, name: str) -> str:
-        return f"Roberta{head_of(name)}"
-
     def options_of(self, model: Any) -> dict[str, Any]:
-        rule = RULES.get(head_of(type(model).__name__), "none")
+        rule = RULES.get(self.head(type(model).__name__), "none")
         separator = model.config.sep_token_id if rule == "before_separator" else None
         if rule == "before_separator" and separator is None:
             rule = "none"  # the class marks nothing then, and takes no call without a mask
@@ -180,14 +176,30 @@ class LongformerTarget(ClassTarget):
             "longformer", attention_window=windows, global_tokens=rule, separator_token_id=separator
         ).to_dict()
 
+    def keeps(self, attention: list[dict[str, Any]], theirs: Any) -> bool:
+        if attention[0]["mechanism"] != "local":
+            return True
+        # global projections that are no copies by now serve whoever marks tokens
+        tensors = theirs.state_dict()
+        pairs = [(tensors[name], tensors[name.replace("_global.", ".")]) for name in tensors if "_global." in name]
+        return all(torch.equal(ours, copied) for ours, copied in pairs)
+
     def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: Any) -> None:
         config.sep_token_id = theirs.config.sep_token_id
+        if config.efficient_attention[0]["mechanism"] == "local":
+            for name in [name for name in tensors if "_global." in name]:
+                del tensors[name]
+        if config.model_type == efficient_type("bert"):
+            rows = theirs.config.pad_token_id + 1
+            for name in [name for name in tensors if name.endswith(POSITIONS)]:
+                tensors[name] = tensors[name][rows:]
+                config.max_position_embeddings = len(tensors[name])
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
     def calls(self, source: Converted) -> list[Call]:
         options = source.first
-        rule, head = getattr(options, "global_tokens", "none"), head_of(source.stock.__name__)
+        rule, head = getattr(options, "global_tokens", "none"), self.head(source.stock.__name__)
         separator = getattr(options, "separator_token_id", None)
         if _marks_itself(rule, head):
             return [Call(separator_token_id=separator)]
@@ -199,7 +211,7 @@ class LongformerTarget(ClassTarget):
 
     def usage(self, source: Converted) -> str:
         options = source.first
-        rule, head = getattr(options, "global_tokens", "none"), head_of(source.stock.__name__)
+        rule, head = getattr(options, "global_tokens", "none"), self.head(source.stock.__name__)
         if _marks_itself(rule, head) or (rule == "none" and head not in MARKING):
             return super().usage(source)
         lines = ['ids = batch["input_ids"]', "mask = torch.zeros_like(ids)"]
@@ -212,12 +224,12 @@ class LongformerTarget(ClassTarget):
 
     def conditions(self, source: Converted) -> list[str]:
         found = ["Equal to the converted model for texts of any length that its position table holds."]
-        if _marks_itself(getattr(source.first, "global_tokens", "none"), head_of(source.stock.__name__)):
+        if _marks_itself(getattr(source.first, "global_tokens", "none"), self.head(source.stock.__name__)):
             found.append("The class marks the global tokens itself; a `global_attention_mask` replaces its choice.")
         return found
 
     def cautions(self, source: Converted) -> list[str]:
-        found, head = [], head_of(source.stock.__name__)
+        found, head = [], self.head(source.stock.__name__)
         if self.usage(source) != super().usage(source):
             found.append(
                 "Calls must give `global_attention_mask` as shown: this class does not know the rule of the source."

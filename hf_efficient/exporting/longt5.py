@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import LongT5Config, PreTrainedConfig
@@ -12,8 +13,8 @@ from transformers import LongT5Config, PreTrainedConfig
 from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.exporting.names import Names
 from hf_efficient.exporting.target import ClassTarget, Converted, TensorReport, shared_values
+from hf_efficient.families import efficient_type
 
-STOCK_TYPES = ("t5", "mt5")
 HEADS = ("Model", "ForConditionalGeneration", "EncoderModel")
 LAYER = "encoder.block.*.layer.0."
 LOCAL, GLOBAL = "LocalSelfAttention", "TransientGlobalSelfAttention"
@@ -30,23 +31,22 @@ class LongT5Target(ClassTarget):
 
     name = "longt5"
     tolerance = 1e-4  # logits are not scaled
-
-    def class_name(self, source: Converted) -> str:
-        return f"LongT5{head_of(source.stock.__name__)}"
+    prefix = "LongT5"
+    stocks: ClassVar[Mapping[str, str]] = {"t5": "T5", "mt5": "MT5"}
 
     def names(self, stock_name: str, mechanism: str) -> Names:
         kind = LOCAL if mechanism == "local" else GLOBAL
         return Names((*PAIRS, (f"{LAYER}SelfAttention.*", f"{LAYER}{kind}.*")))
 
     def refusals(self, source: Converted) -> list[str]:
-        kind, head = source.stock_type, head_of(source.stock.__name__)
-        if kind not in STOCK_TYPES:
+        kind, head = source.stock_type, self.head(source.stock.__name__)
+        if kind not in self.stocks:
             why = (
                 "has a relative bias of its own in every layer, and LongT5 one for all"
                 if kind == "umt5"
                 else "is no T5"
             )
-            return [f"{kind} {why}; {' and '.join(STOCK_TYPES)} have this class: to='stock' takes any model"]
+            return [f"{kind} {why}; {' and '.join(self.stocks)} have this class: to='stock' takes any model"]
         reasons = self._refused_attention(source)
         if head not in HEADS:
             reasons.append(f"there is no LongT5{head}: load the checkpoint as one of {', '.join(HEADS)} and save it")
@@ -100,9 +100,6 @@ class LongT5Target(ClassTarget):
             del found[name], report[name]
         return found, report
 
-    def imported_name(self, name: str) -> str:
-        return f"T5{head_of(name)}"
-
     def options_of(self, model: Any) -> dict[str, Any]:
         config, window = model.config, 2 * model.config.local_radius
         if config.encoder_attention_type == "local":
@@ -114,7 +111,8 @@ class LongT5Target(ClassTarget):
         return found.to_dict()
 
     def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: Any) -> None:
-        config.scale_decoder_outputs = theirs.config.scale_decoder_outputs
+        if config.model_type == efficient_type("t5"):
+            config.scale_decoder_outputs = theirs.config.scale_decoder_outputs
         first = SLOT_BIAS.format(0)
         if first in tensors:
             tensors |= {SLOT_BIAS.format(layer): tensors[first] for layer in range(config.num_layers)}
@@ -143,11 +141,6 @@ def _refused_options(options: Any) -> list[str]:
             "pooling='rms', log_count=False"
         )
     return reasons
-
-
-def head_of(name: str) -> str:
-    """The head in the name of a stock class: `"ForConditionalGeneration"`, `"EncoderModel"` or `"Model"`."""
-    return re.sub(r"^(LongT5|MT5|T5)", "", name)
 
 
 def _is_copy(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -130,11 +131,23 @@ class Target(ABC):
 
 
 class ClassTarget(Target):
-    """Another model class of transformers, whose tensors are those of the source under other names."""
+    """Another model class of transformers, whose tensors are those of the source under other names.
 
-    @abstractmethod
+    Attributes:
+        prefix: of the names of its classes. stocks: {stock `model_type`: prefix of its classes} of what can become one; a
+            checkpoint that was not exported from here becomes the first.
+    """
+
+    prefix: ClassVar[str]
+    stocks: ClassVar[Mapping[str, str]]
+
+    def head(self, name: str) -> str:
+        """The head in the name of a class of the target or of its stocks: `"ForMaskedLM"`, or `"Model"`."""
+        return re.sub(f"^({'|'.join((self.prefix, *self.stocks.values()))})", "", name)
+
     def class_name(self, source: Converted) -> str:
         """Name of the model class in transformers, whether or not there is one."""
+        return f"{self.prefix}{self.head(source.stock.__name__)}"
 
     @abstractmethod
     def config_for(self, source: Converted) -> PreTrainedConfig:
@@ -152,12 +165,24 @@ class ClassTarget(Target):
             ValueError: there is none.
         """
 
-    @abstractmethod
-    def imported_name(self, name: str) -> str:
-        """The stock class that a class of the target becomes."""
+    def imported_name(self, name: str, original: str | None = None) -> str:
+        """The stock class that a class of the target becomes: of the architecture of the `original` class, if it had one.
+
+        Raises:
+            ValueError: there is none.
+        """
+        prefix = next(iter(self.stocks.values())) if original is None else original.removesuffix(self.head(original))
+        if prefix not in self.stocks.values():
+            raise ValueError(f"{original} is not among what a {self.prefix} is exported from: nothing was imported.")
+        return f"{prefix}{self.head(name)}"
+
+    def keeps(self, attention: list[dict[str, Any]], theirs: Any) -> bool:
+        """Whether a model that was exported from these mechanisms, and has the options that it had then, is still what they
+        compute."""
+        return True
 
     def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: Any) -> None:
-        """Put into an imported model's config and tensors what names and shared fields leave out; drop what nothing uses."""
+        """Put into an imported model's config and tensors what names and shared fields leave out; drop what it has not."""
 
     def tensors(self, source: Converted) -> tuple[dict[str, Tensor], TensorReport]:
         """The tensors of the result, under its names, and where they are from."""

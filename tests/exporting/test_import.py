@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 import transformers
 from command_line import document, run
 from command_line import error as command_error
-from long_models import HEADS, batch_for, error, long_model, same_tensors
+from long_models import HEADS, RMS, batch_for, error, long_model, same_tensors, trained, with_head
 from tiny import tiny_tokenizer
 
 import hf_efficient as he
 from hf_efficient.conversion.loading import load_converted
+from hf_efficient.conversion.revert import revert_checkpoint
 from hf_efficient.testing import tiny_model
 
 ROWS = [
@@ -102,3 +104,97 @@ def test_a_separator_ends_the_question_with_it_or_before_it():
         assert error(model(**batch), model(**batch, global_attention_mask=marks), batch) <= 1e-6
         marks[:, 10] = 1
         assert error(model(**batch), model(**batch, global_attention_mask=marks), batch) > 1e-3
+
+
+# ---- what was converted, and exported ------------------------------------------------------------------------------
+
+FIRST = dict(global_tokens="first")
+QUESTION = dict(global_tokens="before_separator", separator_token_id=7)
+BIGBIRD = dict(block_size=4, num_random_blocks=0, first_block_weight=2.0)
+EXPORTED = [
+    ("BertForMaskedLM", "longformer", FIRST, "longformer"),
+    ("BertModel", "local", {}, "longformer"),
+    ("BertForQuestionAnswering", "longformer", QUESTION, "longformer"),
+    ("RobertaForSequenceClassification", "local", {}, "longformer"),
+    ("XLMRobertaForTokenClassification", "longformer", FIRST, "longformer"),
+    ("CamembertForMultipleChoice", "longformer", {}, "longformer"),
+    ("T5ForConditionalGeneration", "longt5", RMS, "longt5"),
+    ("T5EncoderModel", "local", {}, "longt5"),
+    ("MT5ForConditionalGeneration", "longt5", RMS, "longt5"),
+    ("BertForMaskedLM", "bigbird", BIGBIRD, "bigbird"),
+    ("BertModel", "bigbird", BIGBIRD, "bigbird"),
+]
+
+
+def _trained(name: str, mechanism: str, options: dict) -> tuple:
+    """A stock model, and its converted form with a longer table and a trained mechanism."""
+    original = with_head(name)
+    options = options | ({} if mechanism == "bigbird" else {"attention_window": 16})
+    longer = {} if "T5" in name else {"max_positions": 256, "positions": "interpolate"}
+    return original, trained(he.convert(copy.deepcopy(original), mechanism, **longer, **options).model)
+
+
+@pytest.mark.parametrize(("name", "mechanism", "options", "to"), EXPORTED)
+def test_an_exported_model_comes_back_as_what_it_was_and_reverts_to_the_original(
+    name, mechanism, options, to, tmp_path
+):
+    original, model = _trained(name, mechanism, options)
+    path = he.export(model, to, lengths=(64,)).save(tmp_path / "exported")
+    theirs = getattr(transformers, json.loads((path / "config.json").read_text())["architectures"][0])
+    theirs.from_pretrained(path).save_pretrained(tmp_path / "saved by transformers")
+    result = he.import_checkpoint(tmp_path / "saved by transformers", lengths=(64,))
+    assert result.model.config.efficient_attention == model.config.efficient_attention
+    ours = load_converted(result.save(tmp_path / "ours"))
+    assert type(ours) is type(model)
+    same_tensors(ours, model)
+    revert_checkpoint(str(tmp_path / "ours"), tmp_path / "original")
+    back = type(original).from_pretrained(tmp_path / "original")
+    same_tensors(back, original)
+    kept = {"dtype", "architectures", "transformers_version", "is_encoder_decoder", "use_cache", "sep_token_id"}
+    before, after = (
+        {name: value for name, value in one.config.to_dict().items() if name not in kept and not name.startswith("_")}
+        for one in (original, back)
+    )
+    assert before == after
+
+
+def test_training_and_another_head_in_the_other_class_stay(tmp_path):
+    original, model = _trained("BertForMaskedLM", "longformer", FIRST)
+    he.export(model, "longformer", lengths=(33,)).save(tmp_path / "exported")
+    theirs = transformers.LongformerForSequenceClassification.from_pretrained(tmp_path / "exported").eval()
+    with torch.no_grad():
+        theirs.longformer.embeddings.word_embeddings.weight[9] += 1.0
+    ours = he.import_checkpoint(theirs, lengths=(33,)).model
+    # the class marks its first token, whatever the rule of the model that it was
+    assert type(ours).__name__ == "EfficientBertForSequenceClassification"
+    back = he.revert(ours)
+    assert type(back) is transformers.BertForSequenceClassification and back.config.max_position_embeddings == 128
+    expected = original.state_dict()
+    changed = {
+        name for name, t in back.bert.encoder.state_dict().items() if not t.equal(expected["bert.encoder." + name])
+    }
+    words = back.bert.embeddings.word_embeddings.weight - original.bert.embeddings.word_embeddings.weight
+    assert not changed and words.nonzero()[:, 0].unique().tolist() == [9]
+    positions = back.bert.embeddings.position_embeddings.weight
+    assert positions.equal(original.bert.embeddings.position_embeddings.weight)
+
+
+def test_options_and_projections_that_are_no_longer_those_of_the_export():
+    _, model = _trained("RobertaForMaskedLM", "local", {})
+    theirs = he.export(model, "longformer", lengths=(33,)).model
+    with torch.no_grad():
+        theirs.longformer.encoder.layer[1].attention.self.value_global.weight.add_(0.5)
+    ours = he.import_checkpoint(theirs, lengths=(33,)).model
+    assert ours.config.efficient_attention[0]["mechanism"] == "longformer"
+    assert type(he.revert(ours)) is transformers.RobertaForMaskedLM
+    theirs = he.export(model, "longformer", lengths=(33,)).model
+    theirs.config.attention_window = [8, 16]
+    theirs = type(theirs)(theirs.config).eval()
+    assert he.import_checkpoint(theirs, lengths=(33,)).model.config.efficient_attention[0]["attention_window"] == [
+        8,
+        16,
+    ]
+    for note in ("yes", {"model_class": "RobertaModel"}, theirs.config.converted_from | {"model_class": "GPT2Model"}):
+        theirs.config.converted_from = note
+        with pytest.raises(ValueError, match=r"is damaged; remove it|GPT2Model is not among what a Longformer"):
+            he.import_checkpoint(theirs, lengths=(33,))
