@@ -169,7 +169,7 @@ class EtcAttention(EfficientAttention):
                 self.global_logits.add_(torch.stack([left, right, (left + right) / 2])[: len(self.global_logits)])
                 origins["global_logits"] += ", plus the relative bias far away"
         for name, copied in self.copies.items():
-            weights: LinearWeights = getattr(source, copied)
+            weights: LinearWeights = source.as_attention_gets(copied)
             target: Any = getattr(self, name)
             target.weight.copy_(weights.weight)
             origins[f"{name}.weight"] = f"copy of the {copied} weight"

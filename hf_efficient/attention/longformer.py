@@ -164,7 +164,7 @@ class LongformerAttention(PatternAttention):
     def initialise_from(self, source: SourceAttention) -> dict[str, str]:
         origins = {}
         for name in ("query", "key", "value") if self.has_global_rows else ():
-            weights, target = getattr(source, name), getattr(self, f"{name}_global")
+            weights, target = source.as_attention_gets(name), getattr(self, f"{name}_global")
             for part in ("weight", "bias"):
                 if (pretrained := getattr(weights, part)) is not None:
                     getattr(target, part).copy_(pretrained)

@@ -34,6 +34,7 @@ class ModelFamily:
         projection_bias: whether they may have a bias vector.
         key_norm: name of the norm of keys inside an attention module, before their rotation, where it has one.
         rotary_interleaved: neighbouring entries turn together (see `Rotary`).
+        scales_queries: the host multiplies queries by `1 / √head_dim` itself, and asks attention for a scaling of 1.
         positions: how they enter, and what longer inputs need.
         embeddings_module, layers_module: where extra tokens enter and leave inside a stack: the module whose output are the
             embeddings, and the one that runs all layers and returns the last hidden states. `""` = the stack itself, by
@@ -53,6 +54,7 @@ class ModelFamily:
     projection_bias: bool = True
     key_norm: str | None = None
     rotary_interleaved: bool = False
+    scales_queries: bool = False
     positions: PositionScheme = UNKNOWN
     embeddings_module: str | None = None
     layers_module: str | None = None
@@ -63,6 +65,10 @@ class ModelFamily:
     def modeling(self) -> Any:
         folder, _, name = (self.module_name or self.model_type.replace("-", "_")).rpartition(".")
         return importlib.import_module(f"transformers.models.{folder or name}.modeling_{name}")
+
+    def of(self, config: Any) -> ModelFamily:
+        """What describes models of this config, where one `model_type` has two kinds of positions."""
+        return self
 
     # which modules
 
@@ -133,6 +139,12 @@ class ModelFamily:
     """What is known was found by introspection: a model is compared with itself before it is called converted."""
     positions_skip_padding = False
     """Without `position_ids` the host counts its tokens, without padding, instead of their indices."""
+    hands_on_keywords = True
+    """Keywords of a call of the stack reach its attention modules."""
+
+    def num_calls(self, stack: Stack) -> int:
+        """Layers that share one attention module (ALBERT): how often each runs in a forward pass."""
+        return 1
 
     def hidden_size(self, stack: Stack) -> int:
         """Width of the states between layers."""
@@ -191,6 +203,10 @@ class ModelFamily:
 
     def relative_bias(self, stack: Stack, layer: AttentionLayer) -> RelativeBias | None:
         """The pretrained bias over offsets that enters this layer's logits, read-only; `None` where there is none."""
+        return None
+
+    def projection_refusal(self, module: Any) -> str | None:
+        """Why `project` can't give keys and values of an attention module; `None` = it can."""
         return None
 
     def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,6 +307,13 @@ class PretrainedAttention:
     @property
     def relative_bias(self) -> RelativeBias | None:
         return self._family.relative_bias(self._stack, self._layer)
+
+    @property
+    def query_scale(self) -> float:
+        heads = self._family.heads(self._layer.module)
+        return float(heads.width**-0.5) if self._family.scales_queries else 1.0
+
+    as_attention_gets = SourceAttention.as_attention_gets
 
 
 def fill_linear(linear: Any, weight: Tensor, bias: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NoReturn, cast
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from hf_efficient.attention.base.geometry import Rotary, SourceAttention
@@ -119,16 +119,13 @@ class GenericFamily(ModelFamily):
         return _number(stack.module.config, HIDDEN) or 0
 
     def source_attention(self, module: Any) -> SourceAttention:
-        raise self._unknown("the projections of a layer, which this mechanism starts from")
-
-    def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        raise self._unknown("the projections of a layer, which this mechanism calls")
-
-    def _unknown(self, what: str) -> ValueError:
-        return ValueError(
-            f"{self.model_type} has no model family of its own, so nothing is known about {what}: write one, see "
-            "CONTRIBUTING.md."
+        raise ValueError(
+            f"{self.model_type} has no model family of its own, so nothing is known about the projections of a layer, which "
+            "this mechanism starts from: write one, see CONTRIBUTING.md."
         )
+
+    def projection_refusal(self, module: Any) -> str | None:
+        return f"{self.model_type} has no model family of its own that knows them"
 
 
 @cache

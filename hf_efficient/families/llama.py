@@ -91,10 +91,10 @@ class FusedFamily(LlamaFamily):
 class NormAfterRotationFamily(LlamaFamily):
     """Keys are normalised after their rotation, so that the layer's own projections alone do not give them."""
 
-    def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        raise ValueError(
-            f"{self.model_type} normalises its keys after their rotation, so new keys can't be projected: use a mechanism "
-            "that mixes the tokens' own keys, such as local."
+    def projection_refusal(self, module: Any) -> str | None:
+        return (
+            f"{self.model_type} normalises its keys after their rotation, so new ones can't be projected: use a mechanism "
+            "that mixes the tokens' own keys, such as local"
         )
 
 

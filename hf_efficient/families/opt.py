@@ -24,6 +24,7 @@ FAMILIES = tuple(
         attention_classes=(attention_class,),
         projections=("q_proj", "k_proj", "v_proj"),
         positions=TableWithOffset("embed_positions"),
+        scales_queries=model_type == "opt",
     )
     for model_type, stack_class, attention_class in (
         ("opt", "OPTDecoder", "OPTAttention"),

@@ -185,7 +185,7 @@ class PositionTable(PositionScheme):
     fields: ClassVar[tuple[str, ...]] = ("max_position_embeddings",)
 
     def limit(self, config: Any) -> int | None:
-        rows: int = config.max_position_embeddings
+        rows: int = getattr(config, self.fields[0])
         return rows - self.offset(config)
 
     def length(self, stack: Stack) -> int | None:
@@ -213,7 +213,7 @@ class PositionTable(PositionScheme):
         require_rows(name, table)
         self._resize(stack, count, method)
         mark_initialised(table)
-        stack.module.config.max_position_embeddings = self.first(stack) + count
+        setattr(stack.module.config, self.fields[0], self.first(stack) + count)
         return [f"{name}.weight"]
 
     def set_length(self, stack: Stack, count: int) -> None:

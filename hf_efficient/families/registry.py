@@ -95,7 +95,8 @@ def family_of(model_or_type: nn.Module | str) -> ModelFamily:
         else getattr(getattr(model_or_type, "config", None), "model_type", type(model_or_type).__name__)
     ).removeprefix(PREFIX)
     if model_type in families():
-        return families()[model_type]
+        family = families()[model_type]
+        return family if isinstance(model_or_type, str) else family.of(getattr(model_or_type, "config", None))
     if model_type not in CONFIG_MAPPING_NAMES:
         raise ValueError(
             f"no model family for model_type {model_type!r}; supported are {', '.join(families())}. A BERT-like model "

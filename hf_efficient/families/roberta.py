@@ -24,6 +24,13 @@ class XLMRobertaXLFamily(RobertaFamily):
         return part.self_attn_layer_norm(hidden)
 
 
+class XmodFamily(RobertaFamily):
+    """RoBERTa with an adapter for each language behind its layers, whose norms may stand in front of their parts."""
+
+    def attention_input(self, part: Any, hidden: Tensor) -> Tensor:
+        return part.output.LayerNorm(hidden) if part.pre_norm else hidden
+
+
 class RobertaPreLayerNormFamily(RobertaFamily):
     """A norm in front of each part of a layer; that of the feed-forward part is inside its first module."""
 
@@ -60,6 +67,7 @@ FAMILIES = (
         module_name="data2vec.data2vec_text",
         model_classes=("Data2VecTextModel", *(f"Data2VecTextFor{task}" for task in TASKS.split())),
     ),
+    roberta_like(XmodFamily, "xmod", "Xmod"),
     roberta_like(XLMRobertaXLFamily, "xlm-roberta-xl", "XLMRobertaXL"),
     roberta_like(RobertaPreLayerNormFamily, "roberta-prelayernorm", "RobertaPreLayerNorm"),
 )

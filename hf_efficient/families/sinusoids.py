@@ -30,14 +30,19 @@ class SinusoidTable(PositionTable):
     def rows(self, stack: Stack, rows: Tensor, count: int, method: str) -> Tensor:
         if method != "recompute" or count <= len(rows):
             return super().rows(stack, rows, count, "tile" if method == "recompute" else method)
-        table: Any = self._table(stack)[1]
-        made = type(table)(count, rows.shape[1]).create_weight().to(rows)
+        made = self.formula(stack, count, rows.shape[1]).to(rows)
         if not rows.is_meta and not torch.allclose(made[: len(rows)], rows, rtol=0, atol=CLOSE):
             raise ValueError(
                 f"positions='recompute': {stack.name}.{self.table} does not hold the sines and cosines of "
-                f"{type(table).__name__}; give positions='tile' or 'interpolate'."
+                f"{type(stack.module).__name__}; give positions='tile' or 'interpolate'."
             )
         return torch.cat([rows, made[len(rows) :]])
+
+    def formula(self, stack: Stack, count: int, width: int) -> Tensor:
+        """(count, width) sines and cosines of the host's."""
+        table: Any = self._table(stack)[1]
+        made: Tensor = type(table)(count, width).create_weight()
+        return made
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,6 @@ class Stack:
         return max(sizes, default=0)
 
     def residual_module(self, layer: AttentionLayer) -> nn.Module | None:
-        """The module that adds the residual of attention and nothing else; `None` = the host's own layer does that."""
-        around = self.modules_around(layer)
-        return around[-1] if around and around[-1] is not self.block_around(layer) else None
+        """The module that adds the residual of attention and nothing else; `None` = the host's own layer does it, if any."""
+        around, block = self.modules_around(layer), self.block_around(layer)
+        return around[-1] if around and block is not None and around[-1] is not block else None

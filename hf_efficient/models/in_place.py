@@ -194,7 +194,8 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     if undone == "upcycle":
         uninstall_experts(host)
     else:
-        uninstall(host, [], source.get("attn_implementation") or "sdpa")
+        usual = "sdpa" if model._supports_sdpa else "eager"
+        uninstall(host, [], source.get("attn_implementation") or usual)
     host.restore_positions(source)
     # the stacks of a reloaded encoder-decoder model hold copies
     for old in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():

@@ -92,6 +92,12 @@ def _choose(
     beyond = [i for i in config.layers or () if i >= len(stack.layers)]
     if beyond:
         problems.append(f"layers {beyond} do not exist: the {stack.side} has layers 0 to {len(stack.layers) - 1}")
+    if config.layers is not None and (shared := family.num_calls(stack)) > 1:
+        problems.append(
+            f"layers={list(config.layers)}: {shared} layers of this {family.model_type} model share one module, so a "
+            "mechanism is in all of them or in none: leave it out"
+        )
+        return problems
     for layer in stack.layers:
         if config.layers is not None and layer.index not in config.layers:
             continue
@@ -99,11 +105,8 @@ def _choose(
             problems.append(f"{stack.side} layer {layer.index} is named by more than one config")
         chosen[layer.name] = config
         problems += config.attention_class.unsupported(config, family.geometry(stack, layer, max_positions))
-        if family.needs_proof and config.attention_class.needs_project:
-            problems.append(
-                f"{config.mechanism} calls projections of a layer, and {family.model_type} has no model family of its own "
-                "that knows them"
-            )
+        if config.attention_class.needs_project and (reason := family.projection_refusal(layer.module)):
+            problems.append(f"{config.mechanism} calls projections of a layer, and {reason}")
     return problems
 
 
@@ -162,13 +165,13 @@ def _install_in_stack(
             _share_parameters(mechanism, shared)
             if mechanism.needs_hidden_states:
                 attach(layer.module, call_checks.PART, before=call_checks.pass_hidden_states)
-        keep_for_attention(layer.module)
         layer.module.register_module(MODULE_NAME, mechanism)
         attach(layer.module, LAYER, family.geometry(stack, layer))
     for module in stack.cross_attention:
         module.register_module(MODULE_NAME, None)
     family.swap_in(stack)
     attach(stack.module, call_checks.PART, call_checks.StackInfo(family, stack), before=call_checks.check_call)
+    keep_for_attention(stack, family.hands_on_keywords)
     origins |= extra_tokens.install(family, stack, initialise)
     downsampling.install(family, stack)
     return origins

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
+from hf_efficient.families import Stack
 from hf_efficient.patching.hooks import attach, state_of
 from hf_efficient.patching.names import KEPT
 
@@ -47,21 +48,29 @@ def refuse_unknown(module: Any, keywords: dict[str, Any]) -> None:
 # ---- attention classes that do not hand on what they get ----------------------------------------------------------
 
 
-def keep_for_attention(module: Any) -> None:
-    """Have an attention module keep our keywords for the attention function, where its class would drop them (CLIP)."""
-    if _drops_keywords(cast("Any", type(module))):
-        attach(module, KEPT, {}, before=_keep)
+def keep_for_attention(stack: Stack, hands_on: bool) -> None:
+    """Have our keywords kept for the attention function, where classes of the host would drop them.
+
+    Args:
+        hands_on: the stack hands on what it gets; it may still be the attention modules that drop it (CLIP).
+    """
+    if hands_on:
+        for layer in stack.layers:
+            if _drops_keywords(cast("Any", type(layer.module))):
+                attach(layer.module, KEPT, {}, before=_keep, after=_forget)
+        return
+    kept: dict[str, Any] = {}  # of one call, for all its layers
+    attach(stack.module, KEPT, kept, before=_keep, after=_forget)
+    for layer in stack.layers:
+        attach(layer.module, KEPT, kept)
 
 
 def with_kept(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function that also gets the keywords that its module kept for this call."""
+    """An attention function that also gets the keywords that were kept for this call."""
 
     @functools.wraps(function)
     def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
-        kept: dict[str, Any] = state_of(module, KEPT) or {}
-        own = dict(kept)
-        kept.clear()
-        return function(module, *args, **kwargs, **own)
+        return function(module, *args, **kwargs, **(state_of(module, KEPT) or {}))
 
     return attend
 
@@ -70,6 +79,10 @@ def _keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     kept = state_of(module, KEPT)
     kept.clear()
     kept.update({k: v for k, v in kwargs.items() if k.startswith("efficient_") or k == "global_attention_mask"})
+
+
+def _forget(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    state_of(module, KEPT).clear()
 
 
 @functools.cache

@@ -14,8 +14,8 @@ from hf_efficient.families import families
 EXACT = """
     albert bart beit bert bert-generation biogpt blenderbot camembert clip_vision_model
     data2vec-text deit dinov2 dinov3_vit distilbert electra ernie esm gpt2 gpt_neox hubert llama m2m_100 marian mbart
-    mobilebert opt pegasus phi plbart qwen3 roberta siglip_vision_model smollm3 splinter t5 umt5 vit vit_mae wav2vec2 whisper
-    xlm-roberta xlm-roberta-xl
+    mobilebert mpnet opt pegasus phi plbart qwen3 roberta siglip_vision_model smollm3 splinter t5 umt5 vit
+    vit_mae wav2vec2 whisper xlm-roberta xlm-roberta-xl xmod
 """.split()  # noqa: SIM905
 NOT_EXACT = {
     "bloom": "own attention code",

@@ -113,10 +113,18 @@ class LinearWeights(NamedTuple):
 class SourceAttention(NamedTuple):
     """The host's pretrained q, k, v projections, read-only, for `EfficientAttention.initialise_from`.
 
-    `relative_bias` is the bias of the stack (T5), whichever layer holds its table; `None` where there is none.
+    `relative_bias` is the bias of the stack (T5), whichever layer holds its table; `None` where there is none. The host
+    multiplies projected queries by `query_scale` before attention, whose own scaling is 1 then (OPT).
     """
 
     query: LinearWeights
     key: LinearWeights
     value: LinearWeights
     relative_bias: RelativeBias | None = None
+    query_scale: float = 1.0
+
+    def as_attention_gets(self, name: str) -> LinearWeights:
+        """The projection of `"query"`, `"key"` or `"value"` with what the host multiplies its outputs by."""
+        weight, bias = getattr(self, name)
+        scale = self.query_scale if name == "query" else 1.0
+        return LinearWeights(weight * scale, None if bias is None else bias * scale)
