@@ -23,6 +23,8 @@ from hf_efficient.ops.padding import real_length, real_tokens
 from hf_efficient.ops.pooled_keys import groups_of_rows
 from hf_efficient.ops.softmax import additive_mask, masked_attention
 
+PINV_INITS = ("matrix", "batch")
+
 
 @dataclass(frozen=True, kw_only=True)
 class NystromformerAttentionConfig(EfficientAttentionConfig):
@@ -32,6 +34,9 @@ class NystromformerAttentionConfig(EfficientAttentionConfig):
         num_landmarks: L, segments of each row; rows of at most L tokens get full attention.
         pinv_iterations: steps of the pseudo-inverse. More of them are more exact and often further from full attention.
             `None` = 6, and with one landmark, whose inverse is 1, only `None`.
+        pinv_init: what the start of the pseudo-inverse is scaled by: the largest column sum of the matrix itself
+            (`"matrix"`), or of all rows and heads (`"batch"`), as in transformers' class: a row then depends on the rest of
+            its batch, so that only imported checkpoints have it.
         conv_kernel_size: odd width, in tokens, of the depth-wise convolution over values that is added; `None` = none.
     """
 
@@ -40,6 +45,7 @@ class NystromformerAttentionConfig(EfficientAttentionConfig):
 
     num_landmarks: int = 64
     pinv_iterations: int | None = None
+    pinv_init: str = "matrix"
     conv_kernel_size: int | None = 33
 
     def __post_init__(self) -> None:
@@ -48,9 +54,18 @@ class NystromformerAttentionConfig(EfficientAttentionConfig):
         if self.pinv_iterations is not None:
             self._require_positive("pinv_iterations")
             self._require("pinv_iterations", self.num_landmarks > 1, "None with num_landmarks=1, whose inverse is 1")
+        self._require("pinv_init", self.pinv_init in PINV_INITS, f"one of {', '.join(PINV_INITS)}")
         if self.conv_kernel_size is not None:
             self._require_positive("conv_kernel_size")
             self._require("conv_kernel_size", self.conv_kernel_size % 2 == 1, "an odd integer ≥ 1, or None")
+
+    def import_only(self) -> str | None:
+        if self.pinv_init == "matrix":
+            return None
+        return (
+            f"pinv_init={self.pinv_init!r} makes each row depend on the rest of its batch, as in transformers' class: "
+            "hf_efficient.import_checkpoint sets it; convert with pinv_init='matrix'."
+        )
 
     @classmethod
     def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -72,8 +87,8 @@ class NystromformerAttention(EfficientAttention):
     least. Attention dropout acts on B.
 
     O(N L D + L³) time, O(N L) memory. Source: Xiong et al. 2021 (arXiv 2102.03902), §3; transformers' Nyströmformer.
-    Departures: the start of Z is scaled per matrix (there by the largest sum of all rows and heads, so that both agree on
-    one row of one head alone), padding is left out of the landmarks, conv starts at 0.
+    Departures: the start of Z is scaled per matrix (there by the largest sum of all rows and heads, as here with
+    `pinv_init="batch"`), padding is left out of the landmarks, conv starts at 0.
     """
 
     Config = NystromformerAttentionConfig
@@ -148,8 +163,11 @@ class NystromformerAttention(EfficientAttention):
             unit = torch.eye(empty.shape[-1], dtype=wide, device=query.device)
             among = torch.where(empty.transpose(-1, -2), unit, among)
             pooled = self._full(landmarks_q, k, value.to(wide), context.key_padding_mask, context)
-            out = to_landmarks @ (pseudo_inverse(among, self.config.pinv_iterations or 6) @ pooled)
+            out = to_landmarks @ (self._inverse(among) @ pooled)
         return out.to(query.dtype)
+
+    def _inverse(self, matrix: Tensor) -> Tensor:
+        return pseudo_inverse(matrix, self.config.pinv_iterations or 6, self.config.pinv_init)
 
     def _convolved(self, value: Tensor, token_mask: Tensor | None) -> Tensor:
         if token_mask is not None:
@@ -158,14 +176,15 @@ class NystromformerAttention(EfficientAttention):
         return F.conv2d(value, kernel, padding=(self.convolution.shape[1] // 2, 0), groups=value.shape[1])
 
 
-def pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
+def pseudo_inverse(matrix: Tensor, iterations: int, init: str = "matrix") -> Tensor:
     """(…, L, L) approximate pseudo-inverse of row-stochastic matrices; O(iterations · L³).
 
     Third-order iteration of Razavi et al., started at the transpose over the product of the two operator norms, of which
-    that of rows is 1; each matrix by its own.
+    that of rows is 1; each matrix by its own, or with `init="batch"` all by the largest.
     """
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    inverse = matrix.transpose(-1, -2) / matrix.sum(-2, keepdim=True).amax(-1, keepdim=True)
+    norms = matrix.sum(-2, keepdim=True).amax(-1, keepdim=True)
+    inverse = matrix.transpose(-1, -2) / (norms.amax() if init == "batch" else norms)
     for _ in range(iterations):
         product = matrix @ inverse
         inverse = inverse @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product))) / 4

@@ -38,8 +38,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="stock (the class that was converted, with full attention), longformer, longt5 or bigbird (transformers' "
-            "own long classes)."
+            help="stock (the class that was converted, with full attention), longformer, led, longt5, "
+            "bigbird or nystromformer (transformers' own long classes)."
         ),
     ],
     lengths: Lengths = None,
@@ -85,7 +85,7 @@ def import_command(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a Longformer, LongT5 or BigBird checkpoint as a converted RoBERTa, T5 or BERT to OUT."""
+    """Write a Longformer, LED, LongT5, BigBird or Nystromformer checkpoint as a converted one to OUT."""
     with running():
         require_source(source)
         chosen = parse_lengths(lengths)

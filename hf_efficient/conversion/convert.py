@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_efficient.attention.base import EfficientAttentionConfig
-from hf_efficient.attention.base.registry import ConfigLike, attention_configs
+from hf_efficient.attention.base.registry import ConfigLike, requested_configs
 from hf_efficient.conversion.calibrate import bound_coverage, calibrate, calibration_batches, calibration_use
 from hf_efficient.conversion.loading import (
     Source,
@@ -142,7 +142,7 @@ def convert(
     """
     require_model(source, "convert")
     loading, options = split_options(options)
-    configs = attention_configs(attention, **options)
+    configs = requested_configs(attention, **options)
     opened = open_source(source, tokenizer, load_stock, revision=revision, **loading)
     refuse_converted(opened.name, opened.model.config)
     earlier = earlier_steps(opened.model, opened.folder)

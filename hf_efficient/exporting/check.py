@@ -30,14 +30,15 @@ def chosen_lengths(lengths: Sequence[int] | None, source: Converted, shapes: Sha
         ValueError: a length that is no integer ≥ 1, more than the model has positions, or not of these shapes.
     """
     most, size = source.host.max_positions, shapes.multiple
-    decoder = source.host.lengths.get("decoder")
-    if most is not None and decoder is not None and source.model.config.is_encoder_decoder:
-        most = min(most, 2 * decoder)  # half of the tokens go to the decoder
     if lengths is not None and source.model.main_input_name != "input_ids":
         raise ValueError(
             f"lengths={lengths!r}: {source.stock.__name__} takes {source.model.main_input_name}, whose size its "
             "config says; leave lengths out."
         )
+    if shapes.length is not None:
+        if lengths is not None and tuple(lengths) != (shapes.length,):
+            raise ValueError(f"lengths={lengths!r}: the class takes texts of {shapes.length} tokens alone.")
+        return [shapes.length]
     if lengths is None:
         least, top = (shapes.beyond // size + 1) * size, min(most or LONGEST // 2, LONGEST) // size * size
         if top < least:
@@ -222,4 +223,6 @@ def _real(name: str, output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _hidden(output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    if output.shape != inputs["attention_mask"].shape:
+        return output  # of the decoder's tokens, none of which is padding
     return output.masked_fill(inputs["attention_mask"] == 0, float("-inf"))

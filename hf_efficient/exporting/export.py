@@ -13,8 +13,10 @@ from hf_efficient.conversion.loading import load_as_it_is, open_source
 from hf_efficient.conversion.sentence_transformers import MODULES
 from hf_efficient.exporting.bigbird import BigBirdTarget
 from hf_efficient.exporting.check import checked, chosen_lengths, largest_error
+from hf_efficient.exporting.led import LEDTarget
 from hf_efficient.exporting.longformer import LongformerTarget
 from hf_efficient.exporting.longt5 import LongT5Target
+from hf_efficient.exporting.nystromformer import NystromformerTarget
 from hf_efficient.exporting.origin import origin_of
 from hf_efficient.exporting.report import ExportReport, ExportResult
 from hf_efficient.exporting.stock import StockTarget
@@ -27,7 +29,8 @@ from hf_efficient.models.registry import is_efficient
 from hf_efficient.profiling.json_files import read_json
 
 TARGETS: dict[str, Any] = {
-    target.name: target for target in (StockTarget, LongformerTarget, LongT5Target, BigBirdTarget)
+    target.name: target
+    for target in (StockTarget, LongformerTarget, LEDTarget, LongT5Target, BigBirdTarget, NystromformerTarget)
 }
 logger = logging.getLogger(f"transformers.{__name__}")
 
@@ -51,9 +54,10 @@ def export(
     Args:
         source: folder or Hub id of a converted checkpoint, or a loaded converted model.
         to: `"stock"`, the class that was converted, with full attention on the positions that the model has now;
-            `"longformer"`, from BERT, RoBERTa and their relatives with `longformer` or `local`; `"longt5"`, from T5 and mT5
-            with `local` or `longt5(pooling="rms", log_count=False)` in the encoder; `"bigbird"`, from BERT with
-            `bigbird(num_random_blocks=0, first_block_weight=1 + r)`.
+            `"longformer"`, from BERT, RoBERTa and their relatives with `longformer` or `local`; `"led"`, from BART with one
+            of these in the encoder; `"longt5"`, from T5 and mT5 with `local` or `longt5(pooling="rms", log_count=False)` in
+            the encoder; `"bigbird"`, from BERT with `bigbird(num_random_blocks=0, first_block_weight=1 + r)`;
+            `"nystromformer"`, from BERT with `nystromformer`, which there scales its pseudo-inverse in another way.
         lengths: in tokens; by default three up to the number of positions, and up to 2048.
         tolerance: largest relative error of an output, by default 1e-5, for T5 1e-4.
         accept_loss: for `"stock"`: drop parameters of the attention that were trained.

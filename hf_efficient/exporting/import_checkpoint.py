@@ -15,11 +15,13 @@ from hf_efficient.conversion.convert import ConversionReport, ConversionResult
 from hf_efficient.conversion.loading import Source, load_as_it_is, open_source, split_options
 from hf_efficient.exporting.bigbird import BigBirdTarget
 from hf_efficient.exporting.check import checked, chosen_lengths
+from hf_efficient.exporting.led import LEDTarget
 from hf_efficient.exporting.longformer import LongformerTarget
 from hf_efficient.exporting.longt5 import LongT5Target
 from hf_efficient.exporting.names import fill
+from hf_efficient.exporting.nystromformer import NystromformerTarget
 from hf_efficient.exporting.origin import Origin
-from hf_efficient.exporting.target import ClassTarget, Converted, TensorReport, shared_values, without_pooler
+from hf_efficient.exporting.target import ClassTarget, Converted, TensorReport, shared_values
 from hf_efficient.families import HostModel
 from hf_efficient.families.readable import require_model
 from hf_efficient.models.config import is_hub_id
@@ -28,8 +30,10 @@ from hf_efficient.models.registry import CONFIGS, MODELS
 
 SOURCES: dict[str, ClassTarget] = {
     "longformer": LongformerTarget(),
+    "led": LEDTarget(),
     "longt5": LongT5Target(),
     "big_bird": BigBirdTarget(),
+    "nystromformer": NystromformerTarget(),
 }
 """By `model_type`."""
 
@@ -43,13 +47,15 @@ def import_checkpoint(
     revision: str | None = None,
     **options: Any,
 ) -> ConversionResult:
-    """A Longformer, LongT5 or BigBird checkpoint as a converted RoBERTa, T5 or BERT with its weights and its outputs.
+    """A long model of transformers as a converted BERT, RoBERTa, BART or T5 with its weights and its outputs.
 
     A `Longformer…` becomes RoBERTa of the same head with `longformer`; where its class marks global tokens itself, so does
-    its rule: `global_tokens="first"` for sequence classification, `"before_separator"` for question answering. A `LongT5…`
-    becomes T5 with `local`, or with `longt5(pooling="rms", log_count=False)`. A `BigBird…` becomes BERT with
+    its rule: `global_tokens="first"` for sequence classification, `"before_separator"` for question answering. An `LED…`
+    becomes BART with `longformer` in the encoder. A `LongT5…` becomes T5 with `local`, or with
+    `longt5(pooling="rms", log_count=False)`. A `BigBird…` becomes BERT with
     `bigbird(num_random_blocks=0, first_block_weight=1 + r)`, which stays so for short texts, where its class turns to full
-    attention for good, and in which the last real block is global, not the last padded one.
+    attention for good, and in which the last real block is global, not the last padded one. A `Nystromformer…` becomes BERT
+    with `nystromformer(pinv_init="batch")`, for texts of any length and with padding.
 
     Args:
         source: Hub id or folder, or a loaded model, which is left as it is.
@@ -118,7 +124,7 @@ def _imported(target: ClassTarget, opened: Source) -> tuple[PreTrainedModel, Ten
     if len(found) != len(theirs.state_dict()):
         raise ValueError(f"tensors of {opened.name} would have the same name: nothing was imported.")
     target.complete(config, found, theirs)
-    model = MODELS[stock](config, **without_pooler(theirs)).to(theirs.device)
+    model = MODELS[stock](config, **target.imported_keywords(theirs)).to(theirs.device)
     fill(model, found)
     if model.can_generate() and theirs.can_generate():
         model.generation_config = type(model.generation_config).from_dict(theirs.generation_config.to_dict())
@@ -144,9 +150,11 @@ def _config(target: ClassTarget, stock: Any, opened: Source, origin: Origin | No
 
 
 def _told(name: str, tensor: Tensor, opened: Source) -> dict[str, Any]:
-    """What the report says of a tensor; a position table may have had rows in front that no token has."""
+    """What the report says of a tensor; a position table may have more or fewer rows in front of the first token's."""
     status, origin = ("random", ABSENT) if name in opened.missing else ("copied", name)
     before = opened.model.state_dict().get(name, tensor)
-    if before.shape != tensor.shape:
-        origin += f", without its first {len(before) - len(tensor)} rows"
+    more = len(tensor) - len(before) if tensor.dim() else 0
+    if more:
+        status = "extended" if more > 0 else status
+        origin += f", after {more} rows that no token has" if more > 0 else f", without its first {-more} rows"
     return {"status": status, "from": origin, "shape": list(tensor.shape)}

@@ -19,10 +19,6 @@ from hf_efficient.ops.global_tokens import up_to_separator
 
 MECHANISMS = ("longformer", "local")
 MARKING = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")
-"""Heads whose class marks tokens itself where a call gives no `global_attention_mask`."""
-HEADS = ("Model", "ForMaskedLM", "ForTokenClassification", *MARKING)
-# what they mark, as far as it is a rule here; multiple choice marks what is behind the question
-RULES = {"ForSequenceClassification": "first", "ForQuestionAnswering": "before_separator"}
 GLOBAL_PROJECTION = "encoder.layer.*.attention.self.{}*_global.*"
 BERT_HEADS = {
     "ForMaskedLM": (
@@ -36,12 +32,18 @@ BERT_HEADS = {
         ("classifier.*", "classifier.out_proj.*"),
     ),
 }
-PROJECTION = re.compile(r"(.*\.attention\.self\.)(query|key|value)\.(weight|bias)")
+PROJECTION = re.compile(r"(.*\.(?:attention\.self|longformer_self_attn)\.)(query|key|value)\.(weight|bias)")
 POSITIONS = "embeddings.position_embeddings.weight"
 
 
 class LongformerTarget(ClassTarget):
-    """`Longformer…` of the same head. Its windows, its global tokens and their projections are those of `longformer`."""
+    """`Longformer…` of the same head. Its windows, its global tokens and their projections are those of `longformer`.
+
+    Attributes:
+        heads: there are classes with. marking: heads whose class marks tokens itself where a call gives no
+            `global_attention_mask`. rules: what they mark, as far as it is a rule here; multiple choice marks what is behind
+            the question.
+    """
 
     name = "longformer"
     prefix = "Longformer"
@@ -62,80 +64,91 @@ class LongformerTarget(ClassTarget):
     # ---- what can't be said in a Longformer ----------------------------------------------------------------------
 
     def refusals(self, source: Converted) -> list[str]:
-        config, kind = source.config, source.stock_type
-        if kind not in self.stocks:
-            return [f"{kind} has no Longformer class, which {', '.join(self.stocks)} have: to='stock' takes any model"]
-        head = self.head(source.stock.__name__)
+        config = source.config
+        if source.stock_type not in self.stocks:
+            return self._refused_class(source)
         is_decoder = getattr(config, "is_decoder", False)
-        reasons = [] if is_decoder else self._refused_attention(source)
-        if head not in HEADS:
-            reasons.append(
-                f"there is no Longformer{head}: load the checkpoint as one of {', '.join(HEADS)} and save it"
-            )
+        reasons = [*([] if is_decoder else self._refused_attention(source)), *self._refused_class(source)]
         if is_decoder:
             reasons.append("is_decoder=True: a Longformer looks both ways, so convert the model with is_decoder=False")
         if config.pad_token_id is None:
             reasons.append(
                 "pad_token_id=None: a Longformer counts positions from it, so set it to that of the tokenizer"
             )
-        if kind == "bert" and head == "ForMaskedLM" and config.hidden_act != "gelu":
+        is_bert = source.stock_type == "bert"
+        if is_bert and self.head(source.stock.__name__) == "ForMaskedLM" and config.hidden_act != "gelu":
             reasons.append(
                 f"hidden_act={config.hidden_act!r}: LongformerForMaskedLM has gelu in its head whatever its config says; "
                 "export a BertModel or another head, or use to='stock'"
             )
         return reasons
 
+    def _refused_class(self, source: Converted) -> list[str]:
+        if source.stock_type not in self.stocks:
+            return [
+                f"{source.stock_type} has no {self.prefix} class, which {', '.join(self.stocks)} "
+                f"ha{'ve' if len(self.stocks) > 1 else 's'}: to='stock' takes any model"
+            ]
+        head = self.head(source.stock.__name__)
+        if head in self.heads:
+            return []
+        return [f"there is no {self.prefix}{head}: load the checkpoint as one of {', '.join(self.heads)} and save it"]
+
     def _refused_attention(self, source: Converted) -> list[str]:
         found = source.mechanisms("encoder")
         exact = [i for i, one in enumerate(found) if one is None]
         if exact:
             return [
-                f"layers {exact} keep full attention, which no layer of a Longformer has: convert all layers, with "
+                f"layers {exact} keep full attention, which no {self.prefix} layer has: convert all layers, with "
                 "longformer and an attention_window for each; one of at least twice the longest input is full attention"
             ]
         options: Any = found[0]
         if any(_without_window(other) != _without_window(options) for other in found):
             kinds = dict.fromkeys(one.mechanism for one in found if one is not None)
             return [
-                f"layers differ ({', '.join(kinds)}): all layers of a Longformer have the options of one mechanism, but for "
-                "attention_window; convert all layers with longformer or with local"
+                f"layers differ ({', '.join(kinds)}): all layers of a {self.prefix} have the options of one mechanism, "
+                "but for attention_window; convert all layers with longformer or with local"
             ]
         if options.mechanism not in MECHANISMS:
             return [
-                f"{options.mechanism} has no Longformer class: convert with longformer or local, or use to='stock'"
+                f"{options.mechanism} has no {self.prefix} class: convert with longformer or local, or use to='stock'"
             ]
         return self._refused_options(options)
 
     def _refused_options(self, options: Any) -> list[str]:
         reasons = []
         if options.dilation != 1:
-            reasons.append(f"dilation={options.dilation}: a Longformer has none, so convert with dilation=1")
+            reasons.append(f"dilation={options.dilation}: {self.prefix} has none, so convert with dilation=1")
         if getattr(options, "sink_tokens", 0):
             reasons.append(
-                f"sink_tokens={options.sink_tokens}: a Longformer has none; longformer with global_tokens='first' is nearest"
+                f"sink_tokens={options.sink_tokens}: {self.prefix} has none; longformer with "
+                "global_tokens='first' is nearest"
             )
         rule = getattr(options, "global_tokens", "none")
         if isinstance(rule, tuple):
             reasons.append(
-                f"global_tokens={list(rule)}: no Longformer class holds positions; convert with global_tokens='first' or "
+                f"global_tokens={list(rule)}: no {self.prefix} class holds positions; convert with global_tokens='first' or "
                 "'none', and give global_attention_mask in the calls of the result"
             )
         if rule == "question":
             reasons.append(
-                "global_tokens='question' marks the separator as well, and LongformerForQuestionAnswering what is before "
-                "it: convert with global_tokens='before_separator'"
+                "global_tokens='question' marks the separator as well, and transformers' classes what is before it: convert "
+                "with global_tokens='before_separator'"
             )
         return reasons
 
     # ---- config and tensors --------------------------------------------------------------------------------------
 
     def config_for(self, source: Converted) -> PreTrainedConfig:
-        found: list[Any] = source.mechanisms("encoder")
         config = LongformerConfig(**shared_values(source.config, LongformerConfig))
-        config.attention_window = [_window(one, layer) for layer, one in enumerate(found)]
+        config.attention_window = self._windows(source)
         config.max_position_embeddings += self._padding_rows(source)
         config.sep_token_id = self._separator(source)
         return config
+
+    def _windows(self, source: Converted) -> list[int]:
+        found: list[Any] = source.mechanisms("encoder")
+        return [_window(one, layer) for layer, one in enumerate(found)]
 
     def _separator(self, source: Converted) -> int | None:
         """None is refused by the class where it needs one, and another token would be taken for one."""
@@ -167,7 +180,7 @@ class LongformerTarget(ClassTarget):
     # ---- from a Longformer ---------------------------------------------------------------------------------------
 
     def options_of(self, model: Any) -> dict[str, Any]:
-        rule = RULES.get(self.head(type(model).__name__), "none")
+        rule = self.rules.get(self.head(type(model).__name__), "none")
         separator = model.config.sep_token_id if rule == "before_separator" else None
         if rule == "before_separator" and separator is None:
             rule = "none"  # the class marks nothing then, and takes no call without a mask
@@ -186,14 +199,18 @@ class LongformerTarget(ClassTarget):
 
     def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: Any) -> None:
         config.sep_token_id = theirs.config.sep_token_id
-        if config.efficient_attention[0]["mechanism"] == "local":
-            for name in [name for name in tensors if "_global." in name]:
-                del tensors[name]
+        self._drop_copies(config, tensors)
         if config.model_type == efficient_type("bert"):
             rows = theirs.config.pad_token_id + 1
             for name in [name for name in tensors if name.endswith(POSITIONS)]:
                 tensors[name] = tensors[name][rows:]
                 config.max_position_embeddings = len(tensors[name])
+
+    def _drop_copies(self, config: Any, tensors: dict[str, Tensor]) -> None:
+        """Windows alone have no global projections."""
+        if config.efficient_attention[0]["mechanism"] == "local":
+            for name in [name for name in tensors if "_global." in name]:
+                del tensors[name]
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
@@ -201,10 +218,10 @@ class LongformerTarget(ClassTarget):
         options = source.first
         rule, head = getattr(options, "global_tokens", "none"), self.head(source.stock.__name__)
         separator = getattr(options, "separator_token_id", None)
-        if _marks_itself(rule, head):
+        if self._marks_itself(source):
             return [Call(separator_token_id=separator)]
         if rule == "none":
-            marks = _no_tokens if head in MARKING else None
+            marks = _no_tokens if head in self.marking else None
             given = [Call(_some_tokens, is_given=True)] if options.mechanism == "longformer" else []
             return [Call(marks), *given]
         return [Call(first_tokens if rule == "first" else _Question(separator), separator_token_id=separator)]
@@ -212,7 +229,7 @@ class LongformerTarget(ClassTarget):
     def usage(self, source: Converted) -> str:
         options = source.first
         rule, head = getattr(options, "global_tokens", "none"), self.head(source.stock.__name__)
-        if _marks_itself(rule, head) or (rule == "none" and head not in MARKING):
+        if self._marks_itself(source) or (rule == "none" and head not in self.marking):
             return super().usage(source)
         lines = ['ids = batch["input_ids"]', "mask = torch.zeros_like(ids)"]
         if rule == "first":
@@ -222,18 +239,24 @@ class LongformerTarget(ClassTarget):
             lines[1] = f"mask = ({is_question}).long()  # the tokens before the first separator are global"
         return "\n".join([*lines, "outputs = model(**batch, global_attention_mask=mask)"])
 
+    def _marks_itself(self, source: Converted) -> bool:
+        """Whether the class of a head marks the very tokens of the source's rule."""
+        rule = getattr(source.first, "global_tokens", "none")
+        return bool(self.rules.get(self.head(source.stock.__name__)) == rule)
+
     def conditions(self, source: Converted) -> list[str]:
         found = ["Equal to the converted model for texts of any length that its position table holds."]
-        if _marks_itself(getattr(source.first, "global_tokens", "none"), self.head(source.stock.__name__)):
+        if self._marks_itself(source):
             found.append("The class marks the global tokens itself; a `global_attention_mask` replaces its choice.")
         return found
 
+    def _must_mark(self, source: Converted) -> list[str]:
+        if self.usage(source) == super().usage(source):
+            return []
+        return ["Calls must give `global_attention_mask` as shown: this class does not know the rule of the source."]
+
     def cautions(self, source: Converted) -> list[str]:
-        found, head = [], self.head(source.stock.__name__)
-        if self.usage(source) != super().usage(source):
-            found.append(
-                "Calls must give `global_attention_mask` as shown: this class does not know the rule of the source."
-            )
+        found, head = self._must_mark(source), self.head(source.stock.__name__)
         if source.stock_type == "bert":
             found.append(
                 "Pad on the right only: a Longformer counts positions from a row's first token that is not padding, and "
@@ -245,11 +268,6 @@ class LongformerTarget(ClassTarget):
         if head in ("ForQuestionAnswering", "ForMultipleChoice"):
             found.append("Without `global_attention_mask` this class takes texts with exactly three separators.")
         return found
-
-
-def _marks_itself(rule: str, head: str) -> bool:
-    """Whether the class of a head marks the very tokens of a rule."""
-    return RULES.get(head) == rule
 
 
 def _window(options: Any, layer: int) -> int:

@@ -78,10 +78,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Which inputs a class takes, or treats as the source does: lengths above `beyond`, in multiples of `multiple`."""
+    """Which inputs a class takes, or treats as the source does: lengths above `beyond`, in multiples of `multiple`; or one
+    `length` alone."""
 
     beyond: int = 0
     multiple: int = 1
+    length: int | None = None
     padding: bool = True
 
 
@@ -176,6 +178,14 @@ class ClassTarget(Target):
             raise ValueError(f"{original} is not among what a {self.prefix} is exported from: nothing was imported.")
         return f"{prefix}{self.head(name)}"
 
+    def keywords(self, source: Any) -> dict[str, bool]:
+        """The keywords that the class of the target is made with for a source."""
+        return without_pooler(source)
+
+    def imported_keywords(self, theirs: Any) -> dict[str, bool]:
+        """The keywords that the stock class is made with for a model of the target."""
+        return without_pooler(theirs)
+
     def keeps(self, attention: list[dict[str, Any]], theirs: Any) -> bool:
         """Whether a model that was exported from these mechanisms, and has the options that it had then, is still what they
         compute."""
@@ -198,7 +208,7 @@ class ClassTarget(Target):
         return found, report
 
     def build(self, source: Converted) -> tuple[PreTrainedModel, TensorReport]:
-        model = getattr(transformers, self.class_name(source))(self.config_for(source), **without_pooler(source.model))
+        model = getattr(transformers, self.class_name(source))(self.config_for(source), **self.keywords(source.model))
         model.to(source.model.device)
         tensors, report = self.tensors(source)
         fill(model, tensors)

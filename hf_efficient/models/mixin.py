@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
-from hf_efficient.attention.base.registry import ConfigLike, attention_configs, get_mechanism
+from hf_efficient.attention.base.registry import ConfigLike, attention_configs, get_mechanism, requested_configs
 from hf_efficient.experts.install import install_experts
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import PREFIX, HostModel, family_of
@@ -222,7 +222,7 @@ def _configs_for(
             f"variant={kwargs['variant']!r} means weight files in from_pretrained; give the mechanism's in "
             "efficient_attention={'mechanism': …, 'variant': …}."
         )
-    return attention_configs(attention, **{name: kwargs.pop(name) for name in options & kwargs.keys() - {"variant"}})
+    return requested_configs(attention, **{name: kwargs.pop(name) for name in options & kwargs.keys() - {"variant"}})
 
 
 def _already(name: Any, config: Any) -> str:

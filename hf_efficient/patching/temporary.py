@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_efficient.attention.base.registry import ConfigLike, attention_configs
+from hf_efficient.attention.base.registry import ConfigLike, requested_configs
 from hf_efficient.families import HostModel
 from hf_efficient.patching.install import implementations, install, plan, uninstall
 from hf_efficient.patching.proof import prove
@@ -47,7 +47,7 @@ def patch_attention(model: PreTrainedModel, attention: ConfigLike, **options: An
         ValueError: unsupported model, setting or combination: all reasons at once; the model is unchanged then.
     """
     host, before = HostModel.of(model), implementations(model)
-    chosen = plan(host, attention_configs(attention, **options))
+    chosen = plan(host, requested_configs(attention, **options))
     if host.family.needs_proof:
         prove(host)
     install(host, chosen)

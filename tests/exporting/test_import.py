@@ -20,6 +20,8 @@ from hf_efficient.testing import tiny_model
 
 ROWS = [
     *((f"Longformer{head}", {}) for head in HEADS),
+    ("LEDForConditionalGeneration", {}),
+    ("LEDModel", dict(max_decoder_position_embeddings=130)),
     ("LongT5ForConditionalGeneration", dict(encoder_attention_type="local", feed_forward_proj="gated-gelu")),
     ("LongT5ForConditionalGeneration", dict(encoder_attention_type="transient-global", tie_word_embeddings=False)),
     ("LongT5EncoderModel", dict(encoder_attention_type="transient-global", global_block_size=5)),

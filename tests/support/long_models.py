@@ -55,10 +55,15 @@ def converted_head(name: str, mechanism: str, **options: Any) -> Any:
 
 
 def long_model(name: str, **options: Any) -> Any:
-    """A tiny random `Longformer…` or `LongT5…`."""
+    """A tiny random `Longformer…`, `LED…` or `LongT5…`."""
     if name.startswith("LongT5"):
         sizes = dict(d_model=40, d_kv=8, d_ff=48, num_heads=4, num_layers=2, relative_attention_max_distance=24)
         config = transformers.LongT5Config(vocab_size=VOCABULARY, local_radius=9, **sizes | options)
+    elif name.startswith("LED"):
+        sizes = dict(d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_layers=2, decoder_layers=1)
+        sizes |= dict(encoder_attention_heads=4, decoder_attention_heads=4, max_decoder_position_embeddings=20)
+        sizes |= dict(attention_window=[8, 16], max_encoder_position_embeddings=130)
+        config = transformers.LEDConfig(vocab_size=VOCABULARY, **sizes | options)
     else:
         sizes = dict(hidden_size=32, num_attention_heads=4, intermediate_size=48, num_hidden_layers=2)
         sizes |= dict(attention_window=[8, 16], max_position_embeddings=130, sep_token_id=SEPARATOR)

@@ -102,6 +102,10 @@ class EfficientAttentionConfig:
         """Distance from a query of the farthest key that it may see in such a layer; `None` = there is no bound."""
         return None
 
+    def import_only(self) -> str | None:
+        """Why `convert` refuses these options, which imported checkpoints have; `None` = it takes them."""
+        return None
+
     @classmethod
     def from_stored(cls, options: Mapping[str, Any]) -> EfficientAttentionConfig:
         """The config that a checkpoint holds: as `from_dict`, but options that it does not name keep its outputs."""

@@ -118,6 +118,14 @@ def attention_configs(spec: ConfigLike, **options: Any) -> list[EfficientAttenti
     raise TypeError(f"{spec!r} is no mechanism: give a name, a config, its JSON form, or a list of these.")
 
 
+def requested_configs(spec: ConfigLike, **options: Any) -> list[EfficientAttentionConfig]:
+    """As `attention_configs`, for what a model is to be converted to; raises ValueError for what only imported ones have."""
+    configs = attention_configs(spec, **options)
+    for reason in filter(None, (config.import_only() for config in configs)):
+        raise ValueError(reason)
+    return configs
+
+
 def stored_attention(stored: Any) -> Any:
     """The list of groups in a checkpoint's `efficient_attention`, whichever version saved it, with all options of this one.
 
