@@ -53,6 +53,12 @@ class LongformerTarget(ClassTarget):
         "camembert": "Camembert",
         "bert": "Bert",
     }
+    heads: ClassVar[tuple[str, ...]] = ("Model", "ForMaskedLM", "ForTokenClassification", *MARKING)
+    marking: ClassVar[tuple[str, ...]] = MARKING
+    rules: ClassVar[Mapping[str, str]] = {
+        "ForSequenceClassification": "first",
+        "ForQuestionAnswering": "before_separator",
+    }
 
     def names(self, stock_name: str, mechanism: str) -> Names:
         prefix = "bert" if stock_name.startswith("Bert") else "roberta"

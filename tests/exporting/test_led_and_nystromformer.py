@@ -146,7 +146,7 @@ def test_a_nystromformer_is_imported_for_any_length_and_goes_back(landmarks, len
     assert {n: before[n] for n in names if n != "num_landmarks" or landmarks < length} == {
         n: after[n] for n in names if n != "num_landmarks" or landmarks < length
     }
-    with pytest.raises(ValueError, match="imported from a nystromformer checkpoint .* --to nystromformer"):
+    with pytest.raises(ValueError, match=r"imported from a nystromformer checkpoint .* --to nystromformer"):
         he.revert(ours)
 
 
