@@ -7,12 +7,13 @@ import dataclasses
 import io
 import pickle
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import pytest
 import torch
 from decoding import assert_decodes, bounded_layers, call, decode, encoded, full, layers_of, most_needed, prompt
-from pairs import MAIN, VARIANTS, Bench, Pair, each
+from pairs import MAIN, VARIANTS, Bench, Pair, chosen, each
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -69,6 +70,7 @@ FORGETTING = {
     "chunks": (0, (2, 9, 40, 41, 60, 97, 98), (0, 1, 0)),
     "long-chunk": (5, (17, 96, 97, 98), (0, 11, 3)),
 }
+LATE = [schedule for schedule, (*_, starts) in FORGETTING.items() if starts[2]]
 SCHEDULES = {
     "prefill-and-steps": ((64, *range(65, 80)), (0, 11, 30)),
     "from-one-token": ((1, 2, 3, 4, 9), (0, 0, 0)),
@@ -79,13 +81,9 @@ SCHEDULES = {
 
 @pytest.mark.parametrize(
     ("pair", "schedule"),
-    # variants of a mechanism forget by the same rules: for them the schedules in which rows start late
-    [
-        (pair, schedule)
-        for pair in BOUNDED
-        for schedule, (*_, starts) in FORGETTING.items()
-        if pair in SOME or starts[2]
-    ],
+    # variants of a mechanism forget by the same rules: each in one place, by one schedule in which rows start late
+    [(pair, schedule) for pair in SOME for schedule in FORGETTING]
+    + list(zip(chosen([pair for pair in BOUNDED if pair not in SOME], "attention", 0), cycle(LATE), strict=False)),
     ids=lambda value: getattr(value, "label", value),
 )
 def test_decoding_while_forgetting_equals_one_forward(pair: Pair, schedule: str, monkeypatch):

@@ -80,12 +80,26 @@ def stack_outputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+_MASKS: dict[Any, Tensor] = {}
+
+
+def mask_of(mechanism: Any, keep: Tensor, is_causal: bool) -> Tensor:
+    """What the mechanism's definition shows: for equal settings the same in every host, and slow to write down."""
+    geometry = mechanism.geometry
+    key = (mechanism.config, geometry.layer, geometry.num_heads, is_causal, tuple(keep.flatten().tolist()))
+    if key not in _MASKS:
+        _MASKS[key] = PATTERNS[mechanism.config.mechanism](mechanism, keep, is_causal)
+    return _MASKS[key]
+
+
+# hosts of equal options beside one another; a relative copies the attention layers of BERT
 ORACLE_ROWS = [
     pytest.param(name, family, options, id=f"{name}-{family}-{number}")
     for name, case in CASES.items()
     if case.mask
-    for family in ("bert", "roberta", "gpt2", "t5")
     for number, options in enumerate((case.small, *case.variants))
+    for family in ("bert", "roberta", "gpt2", "t5")
+    if family != "roberta" or number == 0
 ]
 
 
@@ -99,10 +113,7 @@ def test_pattern_equals_masked_full_attention(name: str, family: str, options: d
     with he.patch_attention(model, name, side="both" if family == "t5" else None, **options):
         actual = stack_outputs(model, inputs)
         masks = [
-            [
-                additive(PATTERNS[name](layer.module.efficient, keep, stack.side == "decoder"), keep)
-                for layer in s.layers
-            ]
+            [additive(mask_of(layer.module.efficient, keep, stack.side == "decoder"), keep) for layer in s.layers]
             for s in family_of(model).stacks(model)
             for stack in (s,)
         ]

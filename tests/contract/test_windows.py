@@ -88,7 +88,7 @@ def test_decoding_far_beyond_the_window(model_type: str) -> None:
     model = tiny_model(model_type, positions=256)
     ids, mask = torch.randint(5, 99, (2, 20)), torch.ones(2, 20, dtype=torch.long)
     mask[0, :7] = 0
-    call: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=120, min_new_tokens=120, do_sample=False)
+    call: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=80, min_new_tokens=80, do_sample=False)
     source = model.generate(ids, **call)
     cases: list[tuple[str, dict[str, Any]]] = [
         ("local", dict(attention_window=300, layers=[1])),

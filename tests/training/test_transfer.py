@@ -48,7 +48,8 @@ def alone(pair: Pair, config: Any, layer: int, inputs: Inputs) -> tuple[Any, Ten
             Pair("hedgehog", family, None, dict(attention_window=6, sink_tokens=2), "sinks")
             for family in ("bert", "gpt2")
         ),
-    ]
+    ],
+    of="attention",
 )
 def test_layer_errors_against_models_with_one_converted_layer(pair: Pair):
     """Every layer sees the unconverted model's states, and only real tokens count; so do the controls."""
