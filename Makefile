@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # style needs ruff alone, and takes it from the full environment where there is one
 FORMATTER := $(VENV)/.formatter
 
-.PHONY: help demo test test-fast suite lint format typecheck coverage bench sweep docs clean
+.PHONY: help demo test test-fast suite lint format typecheck coverage bench sweep docs docs-site lint-and-site clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -14,8 +14,10 @@ help:  ## list these targets
 demo: $(INSTALLED)  ## convert a real checkpoint, prove it, and show what it is for
 	$(BIN)/python recipes/demo.py
 
-test: $(INSTALLED)  ## lint beside the whole suite, on the CPU, offline
-	$(MAKE) --jobs=2 lint suite
+test: $(INSTALLED)  ## lint and the documentation site beside the whole suite, on the CPU, offline
+	$(MAKE) --jobs=2 lint-and-site suite
+
+lint-and-site: lint docs-site
 
 FAST := layers repository
 FAST_FOLDERS := attention contract models ops patching patterns
@@ -55,10 +57,13 @@ sweep: $(INSTALLED)  ## every model type of the installed transformers, recorded
 docs: $(INSTALLED)  ## rewrite the generated tables of README.md, docs/ and the model cards
 	$(BIN)/python model_cards/generate.py
 
+docs-site: $(INSTALLED)  ## build the documentation into site/; a warning or a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[demo,test,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[demo,test,dev,docs]"
 	touch $@ $(FORMATTER)
 
 $(FORMATTER): constraints.txt
@@ -67,4 +72,4 @@ $(FORMATTER): constraints.txt
 	touch $@
 
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) build *.egg-info demo-output
+	rm -rf $(VENV) build *.egg-info demo-output site

@@ -22,6 +22,7 @@ from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.attention.base.registry import describe, get_mechanism, list_mechanisms
 from hf_efficient.cards.markdown import table
 from hf_efficient.cards.sizes import sizes_table
+from hf_efficient.cli.catalogue import cards
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "model_cards" / "results"
@@ -66,9 +67,11 @@ def support_table() -> str:
 
 
 def options_table(mechanism: str) -> str:
-    """Options of a mechanism with their defaults."""
-    rows = [[f"`{name}`", f"`{json.dumps(default)}`"] for name, default in describe(mechanism)["options"].items()]
-    return table(["option", "default"], rows)
+    """Options of a mechanism with their defaults and what its config class says of them."""
+    meanings = cards()[mechanism].meanings
+    options = describe(mechanism)["options"].items()
+    rows = [[f"`{name}`", f"`{json.dumps(default)}`", meanings.get(name, "")] for name, default in options]
+    return table(["option", "default", "meaning"], rows)
 
 
 def places_table(mechanism: str) -> str:

@@ -107,11 +107,12 @@ def _masked(batch: dict[str, Tensor], masking: SeededCollator, tokenizer: Any, n
 def head_loss(model: Any, teacher: Any, data: DistillationData) -> dict[str, float]:
     """{"loss", "source_loss"}: what the model's and the teacher's head lose on held-out text, in nats per predicted token.
 
-    Empty for models without such a head.
+    Empty for models without such a head, and where no token of the text can be predicted since the tokenizer knows none.
     """
-    if data.labels is None or "ForPreTraining" in _head(model):
-        return {}
     shift = int(_head(model).endswith(CAUSAL_HEADS))
+    predicted = any(bool((labels[:, shift:] != IGNORED).any()) for labels in data.labels or ())
+    if not predicted or "ForPreTraining" in _head(model):
+        return {}
     with eval_mode(model):
         return {"loss": _loss(model, data, shift), "source_loss": _loss(teacher, data, shift)}
 
