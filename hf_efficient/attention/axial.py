@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,6 +51,11 @@ class AxialAttentionConfig(PatternAttentionConfig):
             length, prefix = geometry.grid[1], geometry.prefix_tokens
         row, column = BlockWindow(block_size=length, start=prefix), Strided(stride=length)
         return with_prefix(two_part_pattern(self.form, row, column, geometry), prefix)
+
+    @classmethod
+    def of_size(cls, size: int, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        # below √n the far part would outgrow the near one
+        return cls(row_length=max(math.isqrt(length), size))
 
 
 @register_mechanism

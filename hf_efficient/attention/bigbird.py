@@ -18,7 +18,7 @@ from hf_efficient.attention.base import (
     SourceAttention,
     register_mechanism,
 )
-from hf_efficient.attention.base.mechanism import prepend
+from hf_efficient.attention.base.mechanism import GATE, prepend
 from hf_efficient.attention.base.pattern import PatternAttention, PatternAttentionConfig
 from hf_efficient.ops.context import AttentionContext, ExtraKeys
 from hf_efficient.ops.grouped_heads import expand_heads
@@ -28,8 +28,6 @@ from hf_efficient.patterns.pattern import Pattern
 from hf_efficient.patterns.random_blocks import BigBirdBlocks
 
 FORMS = ("itc", "etc")
-# all extra tokens together start with e⁻⁵ of the weight of one key of equal logit
-GATE = -5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +47,7 @@ class BigBirdAttentionConfig(PatternAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "bigbird"
+    shares: ClassVar[Mapping[str, float]] = {"block_size": 1 / 8}
     sizes: ClassVar[Mapping[str, str]] = {"num_random_blocks": "block_size"}
 
     block_size: int = 64

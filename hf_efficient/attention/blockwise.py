@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,6 +57,7 @@ class BlockwiseAttentionConfig(PatternAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "blockwise"
+    shares: ClassVar[Mapping[str, float]] = {"block_size": 1}
 
     block_size: int = 256
     shifts: tuple[int, ...] = (0, 0, 0, 0, 0, 1)
@@ -63,8 +65,7 @@ class BlockwiseAttentionConfig(PatternAttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("block_size")
-        if isinstance(self.shifts, list):
-            object.__setattr__(self, "shifts", tuple(self.shifts))
+        self._as_tuples("shifts")
         given = self.shifts if isinstance(self.shifts, tuple) else ()
         fits = bool(given) and all(type(s) is int and s >= 0 for s in given)
         self._require("shifts", fits, "integers ≥ 0, each for an equal share of the heads")

@@ -39,6 +39,7 @@ class ClusteredAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "clustered"
+    shares: ClassVar[Mapping[str, float]] = {"num_clusters": 1 / 2, "top_k": 1 / 2}
     sizes: ClassVar[Mapping[str, str]] = {"num_clusters": "", "top_k": ""}
 
     num_clusters: int = 64
@@ -61,6 +62,9 @@ class ClusteredAttentionConfig(EfficientAttentionConfig):
     def steps(self) -> int:
         """Of k-means."""
         return 3 if self.iterations is None else self.iterations
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        return self.num_clusters + min(self.top_k, length)
 
 
 @register_mechanism

@@ -43,9 +43,7 @@ class CombinedAttentionConfig(PatternAttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("patterns", "heads"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._as_tuples("patterns", "heads")
         fits = isinstance(self.patterns, tuple) and len(self.patterns) > 1
         self._require("patterns", fits, "two or more mechanisms that are patterns")
         parts = [_part(given, number) for number, given in enumerate(self.patterns, 1)]

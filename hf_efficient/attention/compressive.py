@@ -13,7 +13,6 @@ from hf_efficient.attention.base import AttentionGeometry, EfficientAttentionCon
 from hf_efficient.attention.base.segment import CHUNK, Far, SegmentAttention, SegmentAttentionConfig, pieces
 from hf_efficient.cache.segments import SegmentLayer
 from hf_efficient.ops import compression as ops
-from hf_efficient.ops.compression import DILATION, CompressedMemory, Span
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.padding import shift_rows
 from hf_efficient.ops.pooled_keys import log_count
@@ -46,9 +45,8 @@ class CompressiveAttentionConfig(SegmentAttentionConfig):
         fits = self.segment_length % self.unit == 0
         self._require("segment_length", fits, f"a multiple of {self.unit}, so that segments make whole pooled keys")
         if self.compression == "most_used":
-            fits = self.memory_length >= self.segment_length
             rule = "at least segment_length, so that a whole segment has seen what leaves the memory"
-            self._require("memory_length", fits, rule)
+            self._require("memory_length", self.memory_length >= self.segment_length, rule)
         weight = self.reconstruction_weight
         learns = self.compression in ("conv", "dilated")
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and weight >= 0
@@ -58,7 +56,11 @@ class CompressiveAttentionConfig(SegmentAttentionConfig):
     @property
     def unit(self) -> int:
         """Tokens that are compressed together."""
-        return self.compression_rate * (DILATION if self.compression == "dilated" else 1)
+        return self.compression_rate * (ops.DILATION if self.compression == "dilated" else 1)
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        sizes = self.segment_length, self.memory_length, self.compression_rate, self.compressed_memory_length
+        return super().keys_per_query(geometry, length) + ops.compressed_keys_shown(length, *sizes)
 
 
 @register_mechanism
@@ -139,7 +141,7 @@ class CompressiveAttention(SegmentAttention):
     def _needs_queries(self) -> bool:
         return self.config.compression == "most_used" or self._learns
 
-    def _compress(self, span: Span, scaling: float) -> CompressedMemory:
+    def _compress(self, span: ops.Span, scaling: float) -> ops.CompressedMemory:
         """Pooled keys of the blocks of `span`, through which backward meets the reconstruction loss where there is one."""
         config = self.config
         key, value = (x.detach() if config.stop_gradient else x for x in (span.key, span.value))
@@ -157,9 +159,9 @@ class CompressiveAttention(SegmentAttention):
             keys = ops.with_loss(keys, loss, config.reconstruction_weight)
         number = torch.arange(keys.shape[2], device=key.device) + span.first[:, None] * self._per_block
         tokens = index + (span.first * config.segment_length - config.memory_length)[:, None, None, None]
-        return CompressedMemory(keys, values, real, tokens, number)
+        return ops.CompressedMemory(keys, values, real, tokens, number)
 
-    def _far(self, memory: CompressedMemory, rows: Tensor, context: AttentionContext) -> Far:
+    def _far(self, memory: ops.CompressedMemory, rows: Tensor, context: AttentionContext) -> Far:
         """The pooled keys as queries at (B or 1, N) `rows` see them."""
         limit = (rows // self.config.segment_length * self._per_block)[:, None, :, None]
         number = memory.number[:, None, None]
@@ -196,7 +198,7 @@ class CompressiveAttention(SegmentAttention):
             keys, values = (torch.cat(pieces(part, low, per_block, last), dim=2) for part in parts)
             here = slice(low, last * per_block)
             token_mask, tokens = memory.token_mask[:, :, here], memory.tokens[:, :, here]
-            seen = CompressedMemory(keys, values, token_mask, tokens, memory.number[:, here])
+            seen = ops.CompressedMemory(keys, values, token_mask, tokens, memory.number[:, here])
             return self._far(seen, u * size + torch.arange(count, device=key.device)[None], context)
 
         return far_of
@@ -218,7 +220,7 @@ class CompressiveAttention(SegmentAttention):
             memory = before.followed_by(memory)
         return lambda rows: self._far(self._in_reach(memory, rows), rows, context)
 
-    def _in_reach(self, memory: CompressedMemory, rows: Tensor) -> CompressedMemory:
+    def _in_reach(self, memory: ops.CompressedMemory, rows: Tensor) -> ops.CompressedMemory:
         """What a whole chunk of queries at (B or 1, N) `rows` may see; of fewer queries all are looked at."""
         size, most = self.config.segment_length, self.config.compressed_memory_length
         reach = memory.token_mask.any(-1).any(1) & (memory.number < rows[:, -1:] // size * self._per_block)
@@ -242,7 +244,7 @@ class CompressiveAttention(SegmentAttention):
         known = torch.arange(token_mask.shape[1], device=token_mask.device) >= unknown
         return ops.cut(query, 2, -unknown, token_mask.shape[1]), token_mask & known
 
-    def _append(self, layer: SegmentLayer, memory: CompressedMemory, dropped: Tensor) -> None:
+    def _append(self, layer: SegmentLayer, memory: ops.CompressedMemory, dropped: Tensor) -> None:
         """Keep what the cache forgot, (B, L) bool `dropped` real tokens: always whole blocks."""
         gone = dropped.unflatten(1, (-1, self.config.segment_length)).any(-1).repeat_interleave(self._per_block, dim=1)
         layer.append(memory.expanded(gone.shape[0]), gone[..., None], self.config.compressed_memory_length)

@@ -34,6 +34,9 @@ class CosformerAttentionConfig(EfficientAttentionConfig):
         if self.max_length is not None:
             self._require_positive("max_length")
 
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        return 2 * geometry.head_dim
+
 
 @register_mechanism
 class CosformerAttention(KernelAttention):

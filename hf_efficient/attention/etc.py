@@ -19,7 +19,8 @@ from hf_efficient.attention.base import (
     SourceAttention,
     register_mechanism,
 )
-from hf_efficient.attention.base.mechanism import prepend
+from hf_efficient.attention.base.keys_shown import window_keys
+from hf_efficient.attention.base.mechanism import GATE, prepend
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.relative_window import labelled_window_attention
 from hf_efficient.ops.block_sparse.windows import extra_attention
@@ -37,8 +38,6 @@ SHARING: dict[str, dict[str, str]] = {
     | {"key_global_to_long": "key", "value_global_to_long": "value"}
     | {"key_long_to_global": "key", "value_long_to_global": "value"},
 }
-# all global tokens together start with e⁻⁵ of the weight of one key of equal logit
-GATE = -5.0
 LONG_TO_GLOBAL, GLOBAL_TO_LONG, GLOBAL_TO_GLOBAL = range(3)
 
 
@@ -56,6 +55,7 @@ class EtcAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "etc"
+    shares: ClassVar[Mapping[str, float]] = {"attention_window": 3 / 4, "num_global_tokens": 1 / 8}
 
     attention_window: int = 512
     num_global_tokens: int = 64
@@ -76,6 +76,9 @@ class EtcAttentionConfig(EfficientAttentionConfig):
     def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
         return () if options.get("num_global_tokens", cls.num_global_tokens) else ("sharing",)
 
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        return window_keys(self.attention_window, geometry, length, self.num_global_tokens)
+
 
 @register_mechanism
 class EtcAttention(EfficientAttention):
@@ -89,8 +92,7 @@ class EtcAttention(EfficientAttention):
         global i:  y_i = Σ softmax_j(logit_ij) v_j     over all global tokens and all real tokens
 
     b is the host's relative bias, between tokens only and at their true offsets. q, k, v come from the host's projections,
-    or by `sharing` from copies of them. The host's own window narrows W, not what global tokens see. In the last layer
-    global queries are left out: nothing reads their result.
+    or by `sharing` from copies of them. The host's own window narrows W alone. The last layer has no global queries.
 
     Start: β of long-global = -5 - log g, so that the model starts close to the window alone and learns how far to open;
     other β, and all a, 0. Hosts with a relative bias add its value at the far left to β of long-global, at the far right
@@ -185,8 +187,7 @@ class EtcAttention(EfficientAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext | None) -> Tensor:
         if context is None:
             return prepend(self.global_tokens, query)
-        g, clip = self.config.num_global_tokens, self.config.relative_labels
-        token_mask = context.key_padding_mask
+        g, clip, token_mask = self.config.num_global_tokens, self.config.relative_labels, context.key_padding_mask
         q, k, v = (x[:, :, g:] for x in (query, key, value))
         extra = self._global_columns(q, key, value, context) if g else None
         call = replace(context, key_padding_mask=None if token_mask is None else token_mask[:, g:], extra=extra)
@@ -223,9 +224,8 @@ class EtcAttention(EfficientAttention):
         if self.config.sharing == "none":
             assert context.hidden_states is not None
             key, value = (self._heads(f"{x}_long_to_global", context.hidden_states[:, :g]) for x in ("key", "value"))
-        visible = real_tokens(context.key_padding_mask, key)[:, :g]
         logits = self._kind_logits(LONG_TO_GLOBAL, query, context)
-        return ExtraKeys(key, value, visible[:, None], logits)
+        return ExtraKeys(key, value, real_tokens(context.key_padding_mask, key)[:, None, :g], logits)
 
     def _global_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         """(B, H, g, D): what the global tokens see."""

@@ -49,8 +49,7 @@ class FunnelAttentionConfig(EfficientAttentionConfig):
         self._require_positive("pool_size")
         fits = self.separate_cls is None or (self.pool_size > 1 and isinstance(self.separate_cls, bool))
         self._require("separate_cls", fits, "true or false; None with pool_size=1")
-        if isinstance(self.blocks, list):
-            object.__setattr__(self, "blocks", tuple(self.blocks))
+        self._as_tuples("blocks")
         if self.blocks is not None:
             given = self.blocks if isinstance(self.blocks, tuple) else ()
             fits = all(type(count) is int and count >= (block > 0) for block, count in enumerate(given))
@@ -78,6 +77,10 @@ class FunnelAttentionConfig(EfficientAttentionConfig):
                 return Pooling(*(PoolingWindow(size, self.separate_cls is not False) for size in sizes))
             start += count
         return Pooling(PoolingWindow(1), PoolingWindow(1))
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        queries, keys = self.pooling(geometry.layer, geometry.num_layers)
+        return queries.number(length) * keys.number(length) / length
 
 
 @register_mechanism

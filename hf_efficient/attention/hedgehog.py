@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +25,9 @@ class HedgehogAttentionConfig(HybridAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "hedgehog"
+    shares: ClassVar[Mapping[str, float]] = {"attention_window": 1 / 2, "feature_dim": 1 / 4}
+
+    features_per_row: ClassVar[int] = 2
 
     attention_window: int = 64
 

@@ -96,6 +96,7 @@ class ImageLocalAttentionConfig(PatternAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "image_local"
+    shares: ClassVar[Mapping[str, float]] = {"block_size": 1 / 2, "memory_size": 1 / 4}
     stored_defaults: ClassVar[Mapping[str, Any]] = {"grid": None}
 
     block_size: int | tuple[int, ...] = 256

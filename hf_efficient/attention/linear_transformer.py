@@ -19,6 +19,9 @@ class LinearTransformerAttentionConfig(EfficientAttentionConfig):
 
     mechanism: ClassVar[str] = "linear_transformer"
 
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        return geometry.head_dim
+
 
 @register_mechanism
 class LinearTransformerAttention(KernelAttention):

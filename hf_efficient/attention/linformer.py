@@ -55,6 +55,7 @@ class LinformerAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "linformer"
+    shares: ClassVar[Mapping[str, float]] = {"rank": 1}
     sizes: ClassVar[Mapping[str, str]] = {"rank": ""}
     rank: int | tuple[int, ...] = 256
     head_ranks: tuple[int, ...] | None = None
@@ -65,9 +66,7 @@ class LinformerAttentionConfig(EfficientAttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "head_ranks"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._as_tuples("rank", "head_ranks")
         self._require("rank", _are_counts(self.rank), "integers ≥ 1, one for all layers or one per layer")
         self._require_positive(*(() if self.max_length is None else ("max_length",)))
         self._require("projection", self.projection in PROJECTIONS, f"one of {', '.join(PROJECTIONS)}")
@@ -89,6 +88,10 @@ class LinformerAttentionConfig(EfficientAttentionConfig):
     @classmethod
     def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
         return () if options.get("projection", cls.projection) in LEARNED else ("sharing",)
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        ranks = self.head_ranks or (self.rank_of(geometry.layer),)
+        return sum(ranks) / len(ranks)
 
 
 @register_mechanism
@@ -126,17 +129,14 @@ class LinformerAttention(EfficientAttention):
 
     def __init__(self, config: LinformerAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)
-        max_length = config.max_length or geometry.max_positions
-        assert max_length is not None  # unsupported() refuses
-        self.max_length = max_length
+        self.max_length = max_length = config.max_length or geometry.max_positions or 0
         self.rank = config.rank_of(geometry.layer)
         if config.projection in LEARNED:
-            heads = geometry.num_heads if config.sharing == "none" else 1
-            kernel = (max_length // self.rank, geometry.head_dim)
-            shape = (heads, *((self.rank, max_length) if config.projection == "linear" else kernel))
-            self.key_projection = nn.Parameter(torch.empty(shape))
+            heads, is_matrix = geometry.num_heads if config.sharing == "none" else 1, config.projection == "linear"
+            shape = (self.rank, max_length) if is_matrix else (max_length // self.rank, geometry.head_dim)
+            self.key_projection = nn.Parameter(torch.empty(heads, *shape))
             if config.sharing not in ("kv", "layerwise"):
-                self.value_projection = nn.Parameter(torch.empty(shape))
+                self.value_projection = nn.Parameter(torch.empty(heads, *shape))
 
     def shared_parameters(self) -> tuple[str, ...]:
         return ("key_projection",) if self.config.sharing == "layerwise" else ()

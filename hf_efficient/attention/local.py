@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ class LocalAttentionConfig(PatternAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "local"
+    shares: ClassVar[Mapping[str, float]] = {"attention_window": 1}
 
     attention_window: int = 512
     dilation: int = 1

@@ -53,6 +53,7 @@ class LongformerAttentionConfig(PatternAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "longformer"
+    shares: ClassVar[Mapping[str, float]] = {"attention_window": 1}
 
     attention_window: int | tuple[int, ...] = 512
     dilation: int | tuple[int, ...] = 1
@@ -61,9 +62,7 @@ class LongformerAttentionConfig(PatternAttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("attention_window", "dilation", "global_tokens"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._as_tuples("attention_window", "dilation", "global_tokens")
         windows = self.attention_window if isinstance(self.attention_window, tuple) else (self.attention_window,)
         self._require(
             "attention_window",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,11 +18,12 @@ from hf_efficient.attention.base import (
     SourceAttention,
     register_mechanism,
 )
+from hf_efficient.attention.base.keys_shown import window_keys
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.context import AttentionContext, ExtraKeys
 from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.padding import real_length, real_tokens
-from hf_efficient.ops.relative_bias import RelativeBias
+from hf_efficient.ops.relative_bias import RelativeBias, block_bias
 from hf_efficient.ops.rotary import Rotation
 from hf_efficient.patterns.kinds import Window
 
@@ -43,6 +45,7 @@ class LongT5AttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "longt5"
+    shares: ClassVar[Mapping[str, float]] = {"attention_window": 1}
 
     attention_window: int = 512
     global_block_size: int = 16
@@ -55,6 +58,9 @@ class LongT5AttentionConfig(EfficientAttentionConfig):
         self._require("attention_window", self.attention_window % 2 == 0, "even (half of it lies on each side)")
         self._require("pooling", self.pooling in POOLING, f"one of {', '.join(POOLING)}")
         self._require("log_count", isinstance(self.log_count, bool), "true or false")
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        return window_keys(self.attention_window, geometry, length) + length // self.global_block_size
 
 
 class _Blocks(NamedTuple):
@@ -137,7 +143,7 @@ class LongT5Attention(EfficientAttention):
         origins = {"slot_weight": "ones: a slot is the pooled block itself"}
         if self.slot_bias is not None:
             if source.relative_bias is not None:
-                self.slot_bias.copy_(_block_bias(source.relative_bias, self.config.global_block_size))
+                self.slot_bias.copy_(block_bias(source.relative_bias, self.config.global_block_size))
             origins["slot_bias"] = "means of the relative bias between tokens of blocks at each offset"
         return origins
 
@@ -229,22 +235,3 @@ class LongT5Attention(EfficientAttention):
 def _before(seen: Tensor, position: Tensor) -> Tensor:
     """Real tokens before `position` (B or 1, K), from the prefix counts (B, n + 1)."""
     return seen.gather(1, position.expand(seen.shape[0], -1))
-
-
-def _block_bias(bias: RelativeBias, g: int) -> Tensor:
-    """(buckets, H): for each bucket of block offsets, the mean bias between the tokens of two blocks of g at such an offset.
-
-    A bucket that no offset falls into gets the mean of the table.
-    """
-    num_buckets, heads = bias.table.shape
-    device = bias.table.device
-    # block offsets beyond this lie in the two saturated buckets, as token offsets beyond it have a constant bias
-    reach = bias.saturation + 1
-    offsets = torch.arange(-reach, reach + 1, device=device)
-    within = torch.arange(1 - g, g, device=device)
-    share = (g - within.abs()).to(torch.float32) / g**2  # how many of the g² pairs are this far from the mean offset
-    means = (bias.at(offsets[:, None] * g + within).float() @ share).T  # (offsets, H)
-    ids = bias.bucket(offsets)
-    total = torch.zeros(num_buckets, heads, device=device).index_add(0, ids, means)
-    count = torch.zeros(num_buckets, device=device).index_add(0, ids, torch.ones_like(ids, dtype=torch.float32))
-    return torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], bias.table.float().mean(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from hf_efficient.attention.base import (
     MechanismFacts,
     register_mechanism,
 )
+from hf_efficient.attention.base.keys_shown import keys_shown
 from hf_efficient.cache.pooled import CompressedLayer
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.compression import CompressedMemory, mean_bias
@@ -49,6 +51,20 @@ class MemoryCompressedAttentionConfig(EfficientAttentionConfig):
         self._require_positive("compression_rate", "block_size")
         fits = self.block_size % self.compression_rate == 0
         self._require("block_size", fits, f"a multiple of compression_rate={self.compression_rate}")
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        rate, keys = self.compression_rate, keys_shown(BlockWindow(block_size=self.block_size), geometry, length)
+        for start in range(0, length, self.block_size):
+            tokens = min(self.block_size, length - start)
+            others = start // rate if geometry.is_causal else -(-length // rate) - -(-tokens // rate)
+            keys += tokens * others / length
+        return keys
+
+    @classmethod
+    def of_size(cls, size: int, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        size = max(size, 2 * math.isqrt(length))  # below, more pooled keys would cost more than smaller blocks save
+        rate = max(1, 2 * length // size)
+        return cls(compression_rate=rate, block_size=rate * max(1, size // 2 // rate))
 
 
 @register_mechanism

@@ -41,6 +41,7 @@ class NystromformerAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "nystromformer"
+    shares: ClassVar[Mapping[str, float]] = {"num_landmarks": 1}
     sizes: ClassVar[Mapping[str, str]] = {"num_landmarks": ""}
 
     num_landmarks: int = 64
@@ -70,6 +71,9 @@ class NystromformerAttentionConfig(EfficientAttentionConfig):
     @classmethod
     def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
         return ("pinv_iterations",) if options.get("num_landmarks") == 1 else ()
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        return min(self.num_landmarks, length)
 
 
 @register_mechanism

@@ -34,6 +34,7 @@ class PerformerAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "performer"
+    shares: ClassVar[Mapping[str, float]] = {"num_features": 1}
 
     stored_defaults: ClassVar[Mapping[str, Any]] = {"num_features": None}
 
@@ -49,6 +50,9 @@ class PerformerAttentionConfig(EfficientAttentionConfig):
         self._require("num_features", fits, 'an integer ≥ 1, "auto" or None')
         self._require("kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}")
         self._require_at_least(0, "redraw_interval", "seed")
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        return _num_features(self.num_features, geometry.head_dim)
 
 
 @register_mechanism

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +38,7 @@ class RandomFeatureAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "random_feature"
+    shares: ClassVar[Mapping[str, float]] = {"num_features": 1}
 
     num_features: int | None = None
     gate: bool = False
@@ -48,6 +50,9 @@ class RandomFeatureAttentionConfig(EfficientAttentionConfig):
             self._require_positive("num_features")
         self._require("gate", isinstance(self.gate, bool), "true or false")
         self._require_at_least(0, "seed")
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        return self.num_features or 2 * geometry.head_dim
 
 
 @register_mechanism

@@ -16,9 +16,10 @@ from hf_efficient.attention.base import (
     EfficientAttention,
     EfficientAttentionConfig,
     MechanismFacts,
-    attention_config,
     register_mechanism,
 )
+from hf_efficient.attention.base.keys_shown import all_keys, newest_keys, window_keys
+from hf_efficient.attention.base.registry import window_only
 from hf_efficient.cache.buckets import BucketLayer, labels_of_all
 from hf_efficient.ops.bucket_attention import bucket_attention, paired_attention
 from hf_efficient.ops.choice import first_largest, rounding
@@ -70,6 +71,19 @@ class ReformerAttentionConfig(EfficientAttentionConfig):
     @classmethod
     def without_effect(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
         return ("num_hashes", "seed") if options.get("num_buckets") == 1 else ()
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        seen = newest_keys(self.bucket_size * (self.num_chunks_before + 1), geometry, length)
+        rounds = self.num_hashes or (4 if self.num_buckets > 1 else 1)
+        near = window_keys(self.attention_window, geometry, length)
+        return min(rounds * seen + near, all_keys(geometry, length))
+
+    @classmethod
+    def of_size(cls, size: int, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        width = max(1, size // 8)
+        # a bucket holds about as many tokens as a query sees of it
+        buckets = max(2, length // (2 * width) // 2 * 2)
+        return cls(num_buckets=buckets, bucket_size=width, num_hashes=2, attention_window=4 * width)
 
 
 @register_mechanism
@@ -141,11 +155,7 @@ class ReformerAttention(EfficientAttention):
 
     @classmethod
     def control_config(cls, config: Any) -> EfficientAttentionConfig | None:
-        if not config.attention_window:
-            return None
-        return attention_config(
-            "local", attention_window=config.attention_window, layers=config.layers, side=config.side
-        )
+        return window_only(config)
 
     def cache_layer(self) -> BucketLayer | None:
         return BucketLayer() if self.geometry.is_causal else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,9 +17,10 @@ from hf_efficient.attention.base import (
     EfficientAttention,
     EfficientAttentionConfig,
     MechanismFacts,
-    attention_config,
     register_mechanism,
 )
+from hf_efficient.attention.base.keys_shown import all_keys, newest_keys, window_keys
+from hf_efficient.attention.base.registry import window_only
 from hf_efficient.cache.buckets import BucketLayer, labels_of_all
 from hf_efficient.ops.bucket_attention import bucket_attention
 from hf_efficient.ops.cluster_attention import (
@@ -26,6 +28,7 @@ from hf_efficient.ops.cluster_attention import (
     cluster_attention,
     cluster_sums,
     coverage,
+    moved_centroids,
     nearest,
     spherical_kmeans,
     wide,
@@ -50,6 +53,7 @@ class RoutingTransformerAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "routing_transformer"
+    shares: ClassVar[Mapping[str, float]] = {"cluster_size": 1 / 2, "attention_window": 1 / 2}
 
     num_clusters: int | None = None
     cluster_size: int | None = None
@@ -59,11 +63,10 @@ class RoutingTransformerAttentionConfig(EfficientAttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = ("num_clusters", "cluster_size")
-        self._require_positive(*(name for name in sizes if getattr(self, name) is not None))
-        decay = self.ema_decay
+        self._require_positive(*(n for n in ("num_clusters", "cluster_size") if getattr(self, n) is not None))
         self._require_even("attention_window")
-        self._require("ema_decay", isinstance(decay, (int, float)) and 0 <= decay < 1, "a number from 0 to below 1")
+        fits = isinstance(self.ema_decay, (int, float)) and 0 <= self.ema_decay < 1
+        self._require("ema_decay", fits, "a number from 0 to below 1")
         self._require_at_least(0, "seed")
 
     def for_length(self, length: int | None) -> RoutingTransformerAttentionConfig:
@@ -72,6 +75,13 @@ class RoutingTransformerAttentionConfig(EfficientAttentionConfig):
         count = self.num_clusters or math.ceil(math.sqrt(length) / 2)
         size = self.cluster_size or math.ceil(1.5 * length / count)
         return dataclasses.replace(self, num_clusters=count, cluster_size=size)
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        sized, near = self.for_length(geometry.max_positions), window_keys(self.attention_window, geometry, length)
+        count, size = sized.num_clusters or 1, sized.cluster_size or length
+        is_whole = geometry.is_causal or size >= length
+        seen = newest_keys(size, geometry, length) if is_whole else count * size**2 / length
+        return min(seen + near, all_keys(geometry, length))
 
 
 @register_mechanism
@@ -108,12 +118,13 @@ class RoutingTransformerAttention(EfficientAttention):
         training="needs calibration; training restores long range",
     )
 
+    centroids: Tensor
+
     def __init__(self, config: RoutingTransformerAttentionConfig, geometry: AttentionGeometry):
         config = config.for_length(geometry.max_positions)
         super().__init__(config, geometry)
         assert config.num_clusters and config.cluster_size  # unsupported() refuses
         self.size, self.by_position = config.cluster_size, config.attention_window > 0
-        self.centroids: Tensor
         shape = (geometry.num_heads, config.num_clusters, geometry.head_dim)
         self.register_buffer("centroids", torch.empty(shape, dtype=torch.float32))
         # not a buffer: data-parallel training would overwrite it with that of the first process
@@ -142,10 +153,7 @@ class RoutingTransformerAttention(EfficientAttention):
 
     @classmethod
     def control_config(cls, config: Any) -> EfficientAttentionConfig | None:
-        if not config.attention_window:
-            return None
-        shared = dict(layers=config.layers, side=config.side)
-        return attention_config("local", attention_window=config.attention_window, **shared)
+        return window_only(config)
 
     def cache_layer(self) -> BucketLayer | None:
         return BucketLayer() if self.geometry.is_causal else None
@@ -159,8 +167,7 @@ class RoutingTransformerAttention(EfficientAttention):
         else:
             centroids = self.centroids
             if size >= query.shape[2]:
-                # one cluster takes everything
-                centroids, near = centroids[:, :1], 0
+                centroids, near = centroids[:, :1], 0  # one cluster takes everything
             members = (best_members(x, centroids, size, token_mask) for x in (query, key))
             out = cluster_attention(query, key, value, *members, near=near, context=context)
         if self.config.ema_decay and self.training and out.requires_grad:
@@ -173,8 +180,6 @@ class RoutingTransformerAttention(EfficientAttention):
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             routed = F.normalize(wide(query), dim=-1)
             return routed + F.normalize(wide(key), dim=-1) if self.geometry.is_causal else routed
-
-    # ---- centroids from data -------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def calibrate(self, query: Tensor, key: Tensor) -> dict[str, str]:
@@ -191,8 +196,7 @@ class RoutingTransformerAttention(EfficientAttention):
     @torch.no_grad()
     def occupancy(self, query: Tensor, key: Tensor) -> Tensor:
         """(H, k) share of T tokens, given as (H, T, D) heads, that are nearest to each centroid; 0 = it serves nobody."""
-        counts = cluster_sums(self._routed(query, key)[None], self.centroids, None)[..., -1]
-        return counts / query.shape[1]
+        return cluster_sums(self._routed(query, key)[None], self.centroids, None)[..., -1] / query.shape[1]
 
     def _count(self, query: Tensor, key: Tensor, token_mask: Tensor | None, out: Tensor) -> None:
         """Count the call when its gradient comes: once, although checkpointing may compute it twice."""
@@ -216,10 +220,7 @@ class RoutingTransformerAttention(EfficientAttention):
         out.register_hook(add)
 
     def after_optimizer_step(self, step: int) -> None:
-        """Move the centroids by all that went through a backward pass since the last step, in all processes together.
-
-        So accumulated steps and several processes give what one large batch would.
-        """
+        """Move the centroids by all that went through a backward pass since the last step, as one large batch would."""
         if self.config.ema_decay:
             sums = self.take_pending()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -245,6 +246,4 @@ class RoutingTransformerAttention(EfficientAttention):
                 f"routing_transformer: centroids in {self.centroids.dtype} can't follow ema_decay={self.config.ema_decay}: "
                 "train in float32, with autocast where half precision is wanted."
             )
-        total, count = sums[..., :-1], sums[..., -1:]
-        moved = torch.lerp(total / count.clamp(min=1), self.centroids, self.config.ema_decay)
-        self.centroids.copy_(torch.where(count > 0, F.normalize(moved, dim=-1), self.centroids))
+        self.centroids.copy_(moved_centroids(self.centroids, sums, self.config.ema_decay))

@@ -34,6 +34,7 @@ class SetTransformerAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "set_transformer"
+    shares: ClassVar[Mapping[str, float]] = {"num_inducing": 1}
     sizes: ClassVar[Mapping[str, str]] = {"num_inducing": ""}
 
     num_inducing: int = 64
@@ -45,6 +46,9 @@ class SetTransformerAttentionConfig(EfficientAttentionConfig):
         value = self.segment_bias
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
         self._require("segment_bias", fits and value < float("inf"), "a number ≥ 0")
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        return min(self.num_inducing, length)
 
 
 @register_mechanism

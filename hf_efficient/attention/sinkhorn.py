@@ -17,6 +17,7 @@ from hf_efficient.attention.base import (
     MechanismFacts,
     register_mechanism,
 )
+from hf_efficient.attention.base.keys_shown import all_keys, keys_shown
 from hf_efficient.cache.block_queries import BlockStartLayer
 from hf_efficient.ops.block_sorting import (
     best_blocks,
@@ -30,6 +31,7 @@ from hf_efficient.ops.block_sorting import (
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.decoding import rows_attention
 from hf_efficient.ops.padding import real_tokens, shift_rows
+from hf_efficient.patterns.kinds import BlockWindow
 
 SORTNETS = ("none", "bilinear")
 
@@ -49,6 +51,7 @@ class SinkhornAttentionConfig(EfficientAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "sinkhorn"
+    shares: ClassVar[Mapping[str, float]] = {"block_size": 1 / 4}
     sizes: ClassVar[Mapping[str, str]] = {"num_sorted_blocks": "block_size"}
 
     block_size: int = 64
@@ -80,6 +83,14 @@ class SinkhornAttentionConfig(EfficientAttentionConfig):
         self._require(
             "num_sorted_blocks", fits, "an integer ≥ 1 with sortnet, sortcut or iterations, which choose them"
         )
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        size, count = self.block_size, -(-length // self.block_size)
+        keys = keys_shown(BlockWindow(block_size=size, before=size), geometry, length)
+        for block in range(count):
+            others = max(0, block - 1) if geometry.is_causal else count - 1 - (block > 0)
+            keys += min(size, length - block * size) * min(self.num_sorted_blocks, others) * size / length
+        return min(keys, all_keys(geometry, length))
 
 
 @register_mechanism

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -65,6 +66,11 @@ class SparseTransformerAttentionConfig(PatternAttentionConfig):
         if self.head_policy != "merged":
             far = far | itself  # nobody may be left without a key
         return two_part_pattern(self.head_policy, BlockWindow(block_size=size), far, geometry)
+
+    @classmethod
+    def of_size(cls, size: int, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        # below √n the far part would outgrow the near one
+        return cls(stride=max(math.isqrt(length), size))
 
 
 @register_mechanism

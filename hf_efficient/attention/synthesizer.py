@@ -20,6 +20,7 @@ from hf_efficient.attention.base import (
     register_mechanism,
 )
 from hf_efficient.attention.base.kernel import normalised
+from hf_efficient.attention.base.keys_shown import all_keys
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.synthetic_logits import (
     SLIGHT,
@@ -82,6 +83,9 @@ class SynthesizerAttentionConfig(EfficientAttentionConfig):
         pure = options.get("variant", cls.variant) != "mixture"
         logits = options.get("variant") if pure else options.get("mixture_of") or "factorized_random"
         return ("mixture_of",) * pure + ("rank",) * (logits != "factorized_random")
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        return all_keys(geometry, length)
 
 
 @register_mechanism

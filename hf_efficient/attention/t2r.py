@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ class T2RAttentionConfig(HybridAttentionConfig):
     """
 
     mechanism: ClassVar[str] = "t2r"
+    shares: ClassVar[Mapping[str, float]] = {"feature_dim": 1}
 
 
 @register_mechanism

@@ -51,6 +51,10 @@ class MeanOfValues(EfficientAttention):
 class MeanOfValuesConfig(EfficientAttentionConfig):
     """Options of the control: none of its own."""
 
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        # as of one feature, which is the same for all keys
+        return 1.0
+
 
 MeanOfValues.Config = MeanOfValuesConfig
 MeanOfValuesConfig.attention_class = MeanOfValues

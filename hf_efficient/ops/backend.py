@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+
+if "torch.utils.flop_counter" in sys.modules:
+    importlib.import_module("hf_efficient.kernels.flops")
 
 logger = logging.getLogger(f"transformers.{__name__}")
 

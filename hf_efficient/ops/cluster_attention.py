@@ -91,6 +91,13 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def moved_centroids(centroids: Tensor, sums: Tensor, decay: float) -> Tensor:
+    """One step of a moving average of (H, k, D) unit centroids towards the means of (H, k, D + 1) `cluster_sums`."""
+    total, count = sums[..., :-1], sums[..., -1:]
+    moved = torch.lerp(total / count.clamp(min=1), centroids, decay)
+    return torch.where(count > 0, F.normalize(moved, dim=-1), centroids)
+
+
 def nearest(x: Tensor, centroids: Tensor) -> Tensor:
     """(B, H, N) index of the (H, k, D) centroid with the largest product with each of (B, H, N, D), of equal ones the
     first. No gradient."""

@@ -270,3 +270,13 @@ def mean_bias(bias: RelativeBias, memory: CompressedMemory, rows: Tensor) -> Ten
     offset = memory.tokens[:, :, None] - rows[:, None, :, None, None]
     weights = _mean_weights(memory.token_mask, bias)
     return (bias.per_head(offset, 1) * weights[:, :, None]).sum(-1)
+
+
+def compressed_keys_shown(length: int, segment: int, memory: int, rate: int, most: int) -> float:
+    """Pooled keys of `rate` tokens that a token sees, the mean over a row; segments see the `most` newest."""
+    shown = 0
+    for start in range(0, length, segment):
+        # pooled key g holds tokens from g rate - memory on: the first ones hold none
+        pooled = start // rate - max(0, -(-(memory - rate + 1) // rate))
+        shown += max(0, min(pooled, most)) * min(segment, length - start)
+    return shown / length

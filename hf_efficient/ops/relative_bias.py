@@ -145,3 +145,22 @@ def _mean_weights(token_mask: Tensor, bias: RelativeBias) -> Tensor:
     """(…, c) weights of the mean over the real tokens of a group, in fp32 at least."""
     kind = torch.promote_types(bias.table.dtype, torch.float32)
     return token_mask.to(kind) / token_mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def block_bias(bias: RelativeBias, g: int) -> Tensor:
+    """(buckets, H): for each bucket of block offsets, the mean bias between the tokens of two blocks of g at such an offset.
+
+    A bucket that no offset falls into gets the mean of the table.
+    """
+    num_buckets, heads = bias.table.shape
+    device = bias.table.device
+    # block offsets beyond this lie in the two saturated buckets, as token offsets beyond it have a constant bias
+    reach = bias.saturation + 1
+    offsets = torch.arange(-reach, reach + 1, device=device)
+    within = torch.arange(1 - g, g, device=device)
+    share = (g - within.abs()).to(torch.float32) / g**2  # how many of the g² pairs are this far from the mean offset
+    means = (bias.at(offsets[:, None] * g + within).float() @ share).T  # (offsets, H)
+    ids = bias.bucket(offsets)
+    total = torch.zeros(num_buckets, heads, device=device).index_add(0, ids, means)
+    count = torch.zeros(num_buckets, device=device).index_add(0, ids, torch.ones_like(ids, dtype=torch.float32))
+    return torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], bias.table.float().mean(0))

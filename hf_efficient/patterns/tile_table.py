@@ -19,6 +19,8 @@ from hf_efficient.patterns.pattern import Pattern
 # elements evaluated at a time while building, and tiles per work item of a kernel
 EVALUATION_BUDGET = 2**24
 WORK_CAP = 64
+# side of the tiles in which pairs are counted
+COUNTED = 64
 
 
 class TileList(NamedTuple):
@@ -49,6 +51,13 @@ class Tiles(NamedTuple):
     column: Tensor
     mask: Tensor
     masks: Tensor
+
+    @property
+    def pairs(self) -> int:
+        """Visible pairs."""
+        area = self.masks.shape[1] * self.masks.shape[2]
+        counts = torch.cat([self.masks.flatten(1).sum(1), torch.tensor([area])])
+        return int(counts[self.mask].sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +181,19 @@ def tile_table(
                 known[single] = _tiles_of(single, shape)
             heads.append(known[single])
         return _assemble(heads, shape, radius, cap, torch.device(device))
+
+
+@lru_cache(maxsize=4096)
+def visible_pairs(
+    pattern: Pattern, num_queries: int, num_keys: int, *, query_offset: int = 0, is_causal: bool = False
+) -> float:
+    """(query, key) pairs that `pattern` shows, the mean over its heads. O(tiles) time and memory; see `tile_table`."""
+    shape = _Shape(num_queries, num_keys, COUNTED, COUNTED, query_offset, is_causal)
+    heads = [pattern.head(head) for head in range(pattern.num_heads)]
+    with torch.inference_mode(False), torch.device("cpu"):
+        found = {single: _tiles_of(single, shape) for single in dict.fromkeys(heads)}
+    pairs = {single: tiles.pairs for single, tiles in found.items()}
+    return sum(pairs[single] for single in heads) / len(heads)
 
 
 def _tiles_of(pattern: Pattern, shape: _Shape) -> Tiles:

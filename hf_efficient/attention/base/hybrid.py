@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.attention.base.kernel import KernelAttention, drop_keys, normalised
+from hf_efficient.attention.base.keys_shown import keys_shown
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
-from hf_efficient.attention.base.registry import attention_config
+from hf_efficient.attention.base.registry import window_only
 from hf_efficient.cache.features import FeatureLayer
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.windows import window_sides
@@ -38,6 +39,8 @@ class HybridAttentionConfig(EfficientAttentionConfig):
         feature_dim: rows of the map of each head; `None` = the head's width D.
     """
 
+    features_per_row: ClassVar[int] = 1
+
     attention_window: int = 0
     sink_tokens: int = 0
     feature_dim: int | None = None
@@ -50,6 +53,14 @@ class HybridAttentionConfig(EfficientAttentionConfig):
         self._require("sink_tokens", fits, "an integer ≥ 0, and 0 without a window: give attention_window as well")
         if self.feature_dim is not None:
             self._require_positive("feature_dim")
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        features = self.features_per_row * (self.feature_dim or geometry.head_dim)
+        if not self.attention_window:
+            return features
+        left, right = window_sides(self.attention_window, geometry.is_causal)
+        exact = Window(left=left, right=right) | GlobalColumns(positions=tuple(range(self.sink_tokens)))
+        return features + keys_shown(exact, geometry, length)
 
 
 class HybridAttention(KernelAttention):
@@ -112,10 +123,7 @@ class HybridAttention(KernelAttention):
 
     @classmethod
     def control_config(cls, config: Any) -> EfficientAttentionConfig | None:
-        if not config.attention_window:
-            return None
-        shared = ("attention_window", "sink_tokens", "layers", "side")
-        return attention_config("local", **{name: getattr(config, name) for name in shared})
+        return window_only(config)
 
     def cache_layer(self) -> FeatureLayer | None:
         if not self.geometry.is_causal:

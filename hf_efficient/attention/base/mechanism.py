@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"transformers.{__name__}")
 SIDES = ("encoder", "decoder", "both")
+# all extra tokens together start with e⁻⁵ of the weight of one key of equal logit
+GATE = -5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class EfficientAttentionConfig:
     attention_class: ClassVar[type[EfficientAttention]]
     stored_defaults: ClassVar[Mapping[str, Any]] = {}
     """{option: what checkpoints saved before it existed compute}, where that is not its default."""
+    shares: ClassVar[Mapping[str, float]] = {}
+    """{option on which the cost depends: its share of the keys that a query is compared with}, see `of_size`."""
     sizes: ClassVar[Mapping[str, str]] = {}
     """{option whose default stands for a smaller share of longer inputs: the option that is its unit in tokens, "" = 1}."""
 
@@ -61,6 +65,12 @@ class EfficientAttentionConfig:
             object.__setattr__(self, "layers", layers)
         if self.side is not None:
             self._require("side", self.side in SIDES, f"one of {', '.join(SIDES)}, or None")
+
+    def _as_tuples(self, *names: str) -> None:
+        """Lists, which JSON has in their place, become tuples."""
+        for name in names:
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -105,6 +115,27 @@ class EfficientAttentionConfig:
     def import_only(self) -> str | None:
         """Why `convert` refuses these options, which imported checkpoints have; `None` = it takes them."""
         return None
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float | None:
+        """Keys, or what stands for them, that a query of such a layer is compared with; `None` = it is not known.
+
+        It is the number of multiply-adds for scores and values over `2 · length · heads · head_dim`, the mean over the
+        queries of a row of `length` tokens and over the heads: of patterns the visible keys (causal: those before the
+        query, too), of M features M, of pooled keys and landmarks their number, of choices by content the most that they
+        can show. What is done to find, pool or map keys is not in it. Padding counts as tokens.
+        """
+        return None
+
+    @classmethod
+    def of_size(cls, size: int, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        """Options for rows of `length` tokens with which `keys_per_query` grows with `size`, and is about as large.
+
+        Raises:
+            ValueError: there are no such options.
+        """
+        # what is no odd number suits every option
+        options: dict[str, Any] = {n: max(2, 4 * round(size * share / 4)) for n, share in cls.shares.items()}
+        return cls(**options)
 
     @classmethod
     def from_stored(cls, options: Mapping[str, Any]) -> EfficientAttentionConfig:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_efficient.attention.base.geometry import AttentionGeometry
+from hf_efficient.attention.base.keys_shown import keys_shown
 from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
 from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.cache.bounded import BoundedLayer
@@ -46,6 +47,10 @@ class PatternAttentionConfig(EfficientAttentionConfig):
     def beyond_pattern(self) -> str | None:
         """The option, as `name=value`, that does more than show keys, and that a combination of patterns lacks therefore."""
         return None
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        extra = self.attention_class.num_extra_tokens(self)
+        return keys_shown(self.visible_keys(geometry), geometry, length, extra)
 
     def reach(self, geometry: AttentionGeometry) -> int | None:
         is_plain = self.attention_class.forward is PatternAttention.forward

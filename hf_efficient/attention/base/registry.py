@@ -88,6 +88,14 @@ def attention_config(mechanism: str, **options: Any) -> EfficientAttentionConfig
     return get_mechanism(mechanism).Config.from_dict(options)
 
 
+def window_only(config: Any) -> EfficientAttentionConfig | None:
+    """The exact window of a mechanism, with its sinks, without all that it has beside it: what it must be better than."""
+    if not config.attention_window:
+        return None
+    shared = ("attention_window", "sink_tokens", "layers", "side")
+    return attention_config("local", **{name: getattr(config, name) for name in shared if hasattr(config, name)})
+
+
 ConfigLike = str | EfficientAttentionConfig | Mapping[str, Any] | Iterable[Any]
 
 

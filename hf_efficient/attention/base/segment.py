@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.attention.base.geometry import AttentionGeometry
+from hf_efficient.attention.base.keys_shown import keys_shown
 from hf_efficient.attention.base.mechanism import EfficientAttention, EfficientAttentionConfig
 from hf_efficient.cache.segments import SegmentLayer
 from hf_efficient.ops.context import AttentionContext
@@ -48,6 +49,17 @@ class SegmentAttentionConfig(EfficientAttentionConfig):
         super().__post_init__()
         self._require_positive("segment_length", "memory_length")
         self._require("stop_gradient", isinstance(self.stop_gradient, bool), "True or False")
+
+    def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
+        pattern = BlockWindow(block_size=self.segment_length, before=self.memory_length)
+        return keys_shown(pattern, geometry, length)
+
+    @classmethod
+    def of_size(cls, size: int, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
+        names = [f.name for f in dataclasses.fields(cls) if f.name.endswith("_length")]
+        # a token sees half of its segment, and all of each memory
+        options: dict[str, Any] = dict.fromkeys(names, max(4, 4 * round(size / (4 * len(names) - 2))))
+        return cls(**options)
 
 
 class SegmentAttention(EfficientAttention):
