@@ -3,30 +3,37 @@
     python -m hf_efficient.benchmarks.sweep --out sweep.json [--types llama,bart] [--again crash,silent] [--seconds 30]
 
 Each type is one tiny random model. Full attention by windows of at least twice its length must equal the eager source, a
-small window must differ, and undoing must give the source's tensors bit for bit. Types that the file has already are left
+small window must differ, and undoing must give the source's tensors bit for bit. The keywords are recorded that its layers
+hand to the attention function: each must be honoured, harmless, or refused by name. Types that the file has already are left
 alone, but for outcomes named by `--again`.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import re
 import signal
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_efficient.conversion.convert import convert
 from hf_efficient.families import GenericFamily, HostModel, families
 from hf_efficient.families.probe import probe_inputs, real_part, token_outputs
 from hf_efficient.models.in_place import revert
+from hf_efficient.patching.dispatch import efficient_attention_forward
+from hf_efficient.patching.keywords import HARMLESS, REFUSED
+from hf_efficient.patching.names import IMPLEMENTATION
 from hf_efficient.patching.temporary import patch_attention
 from hf_efficient.profiling.environment import versions
 from hf_efficient.profiling.json_files import read_json, write_json
@@ -36,6 +43,7 @@ TOLERANCE, TOLERANCE_FP64 = 1e-5, 1e-9
 LENGTH, WIDE, NARROW = 96, 2**14, 8
 OUTCOMES = ("exact", "refused", "own attention code", "composite", "no tiny model", "crash", "silent")
 FAULTS = ("crash", "silent")
+USUAL = {"query", "key", "value", "attention_mask", "dropout", "scaling"}
 REASONS = {
     "WINDOW": "own window of|windows of different|window of the config",
     "MASK": "custom mask function|which its model made itself",
@@ -82,18 +90,46 @@ def check(model_type: str) -> dict[str, Any]:
         return {"outcome": outcome, "parts": parts, "reason": _text(error)[:200]}
     own = model.config.model_type
     facts: dict[str, Any] = {"written": own in families()}
+    names: set[str] = set()
     try:
         stacks = HostModel.of(model).stacks
         sides = sorted({stack.side for stack in stacks})
         facts |= {"sides": sides, "layers": sum(len(stack.layers) for stack in stacks)}
-        return _compared(model, inputs, expected, "both" if len(sides) == 2 else sides[0]) | facts
+        with _keywords(names):
+            found = _compared(model, inputs, expected, "both" if len(sides) == 2 else sides[0])
+        return found | facts | {"keywords": sorted(names)}
     except Exception as error:
+        facts["keywords"] = sorted(names)
         text = _text(error)[-300:]
         if "does not go through AttentionInterface" in str(error):
             return {"outcome": "composite" if parts else "own attention code", "reason": text} | facts
         reason = reason_of(error)
         outcome = "crash" if reason is None else "refused"
         return {"outcome": outcome, "reason": reason or "", "error": text} | facts
+
+
+@contextmanager
+def _keywords(names: set[str]) -> Iterator[None]:
+    """Inside, the keywords that hosts give the attention function are added to `names`, but for those of every host."""
+
+    def recorded(module: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {name for name, value in kwargs.items() if value is not None and not name.startswith("efficient_")}
+        names.update(given - USUAL)
+        return efficient_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register(IMPLEMENTATION, recorded)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(IMPLEMENTATION, efficient_attention_forward)
+
+
+def unknown_keywords(types: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """{model type: keywords that reached the attention function and are neither honoured, nor harmless, nor refused}."""
+    honoured = inspect.signature(efficient_attention_forward).parameters
+    known = {*honoured, *HARMLESS, *REFUSED, "output_attentions"}
+    found = {name: [word for word in one.get("keywords", ()) if word not in known] for name, one in types.items()}
+    return {name: words for name, words in found.items() if words}
 
 
 def _text(error: Exception) -> str:
@@ -154,7 +190,7 @@ def timed(model_type: str, seconds: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run the types that are asked for and not yet recorded; the exit code is 1 if any is a fault."""
+    """Run the types that are asked for and not yet recorded; the exit code is 1 if any is a fault, or a keyword unknown."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--types", default="", help="comma-separated; default: all")
@@ -171,7 +207,9 @@ def main() -> int:
         print(f"{number}/{len(todo)} {name}: {recorded[name]['outcome']}", flush=True)
         write_json(options.out, {"types": dict(sorted(recorded.items())), "versions": versions()})
     print(Counter(one["outcome"] for one in recorded.values()))
-    return int(any(one["outcome"] in FAULTS for one in recorded.values()))
+    unknown = unknown_keywords(recorded)
+    print(f"unknown keywords: {unknown or 'none'}")
+    return int(bool(unknown) or any(one["outcome"] in FAULTS for one in recorded.values()))
 
 
 if __name__ == "__main__":

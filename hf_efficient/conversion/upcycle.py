@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from hf_efficient.conversion.saving import Report, Result
 from hf_efficient.experts.install import install_experts, mark_experts, unchanged_on_error
 from hf_efficient.experts.layer import ExpertsConfig, expert_layers
 from hf_efficient.families import HostModel
+from hf_efficient.families.probe import probe_inputs
 from hf_efficient.families.readable import require_model
 from hf_efficient.models.in_place import (
     change_class,
@@ -189,17 +191,23 @@ def _install(host: HostModel, config: ExpertsConfig) -> tuple[float, float]:
 
 
 def _outputs(host: HostModel) -> Tensor:
-    """Last hidden states of all stacks on 32 random tokens, as one vector."""
+    """Last hidden states of all stacks on 32 random tokens, or on noise of their kind, as one vector."""
     model = host.model
-    ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
     last: list[Tensor] = []
     with torch.no_grad(), eval_mode(model):
         for stack in host.stacks:
-            inputs: dict[str, Any] = {"input_ids": ids}
+            takes_ids = "input_ids" in inspect.signature(type(stack.module).forward).parameters
+            name = "input_ids" if takes_ids else stack.module.main_input_name
+            inputs: dict[str, Any] = {name: _tokens(model) if takes_ids else probe_inputs(stack.module)[name]}
             if last and stack.side == "decoder":
                 inputs["encoder_hidden_states"] = last[0]
             last.append(stack.module(**inputs).last_hidden_state)
     return torch.cat([states.float().flatten() for states in last])
+
+
+def _tokens(model: PreTrainedModel) -> Tensor:
+    ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)
 
 
 def _active_parameters(model: PreTrainedModel, config: ExpertsConfig) -> int:

@@ -23,11 +23,13 @@ from hf_efficient.families.registry import (
 )
 from hf_efficient.families.rotary import RotaryPositions
 from hf_efficient.families.sinusoids import EndlessSinusoids, SinusoidTable
+from hf_efficient.families.sound import SOUND
 from hf_efficient.families.stack import AttentionLayer, Stack
 
 __all__ = [
     "ORIGINS",
     "PREFIX",
+    "SOUND",
     "AttentionLayer",
     "EndlessSinusoids",
     "GenericFamily",

@@ -14,7 +14,7 @@ from hf_efficient.ops.graph import is_captured, leaves_torch
 from hf_efficient.ops.packing import PackedSequences, Steps, position_steps
 from hf_efficient.ops.rotary import side_by_side
 from hf_efficient.patching.caches import HostWindow, bounded_cache, prepare_layers
-from hf_efficient.patching.call_inputs import CallShape, checked_inputs, shape_of
+from hf_efficient.patching.call_inputs import CallShape, checked_inputs, refuse_marked_sound, shape_of
 from hf_efficient.patching.hooks import state_of
 from hf_efficient.patching.names import IMPLEMENTATION, LAYER, MODULE_NAME
 from hf_efficient.patching.pictures import pictures_of
@@ -80,6 +80,7 @@ def check_call(
     pictures = pictures_of(call, config, info.positions, info.parameters)
     shape = shape_of(call) if pictures is None else pictures.shape
     if shape is None:
+        refuse_marked_sound(call)
         return args, kwargs
     if pictures is not None:
         call |= pictures.keywords

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_efficient.families import SOUND
 from hf_efficient.ops.graph import is_captured, leaves_torch
 
 GLOBAL = "global_attention_mask"
@@ -37,6 +38,16 @@ def shape_of(call: dict[str, Any]) -> CallShape | None:
     else:
         return None
     return CallShape(prod(rows), new, 0 if cache is None else cache.get_seq_length())
+
+
+def refuse_marked_sound(call: dict[str, Any]) -> None:
+    """Raise ValueError for global tokens named in a mask beside samples or spectra, of which frames are still to be made."""
+    sound = next((name for name in SOUND if call.get(name) is not None), None)
+    if sound is not None and call.get(GLOBAL) is not None:
+        raise ValueError(
+            f"{GLOBAL} was given, but {sound} has no tokens that it could name: leave it out, and convert with a rule such "
+            "as global_tokens='first'."
+        )
 
 
 def checked_inputs(call: dict[str, Any], shape: CallShape, is_causal: bool, names: dict[str, str]) -> dict[str, Any]:

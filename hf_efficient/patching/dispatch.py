@@ -30,7 +30,7 @@ from hf_efficient.ops.pooling import PackedRows
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.patching.hooks import state_of
 from hf_efficient.patching.keywords import refuse_unknown, with_kept
-from hf_efficient.patching.mask_facts import MaskFacts, mask_facts
+from hf_efficient.patching.mask_facts import MaskFacts, mask_facts, padding_of
 from hf_efficient.patching.names import IMPLEMENTATION, LAYER, MODULE_NAME
 from hf_efficient.patching.packing import attend_packed_rows
 
@@ -134,6 +134,7 @@ def efficient_attention_forward(
     """
     _require_installed(module)
     mechanism = cast("EfficientAttention | None", module._modules[MODULE_NAME])
+    attention_mask = padding_of(attention_mask)
     geometry: AttentionGeometry | None = state_of(module, LAYER)  # cross-attention has none
     _require_known(module, geometry, s_aux, softcap, kwargs)
     if efficient_rows is None:

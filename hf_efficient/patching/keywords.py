@@ -30,6 +30,14 @@ HARMLESS = {
     "use_cache": "is for the stack",
 }
 """{keyword: why an attention layer may leave it alone}."""
+REFUSED = {
+    "block_indices": "it names the blocks of keys that each query sees, by their content",
+    "cu_seq_lens_k": "it tells packed sequences apart, which position_ids that start again do",
+    "cu_seq_lens_q": "it tells packed sequences apart, which position_ids that start again do",
+    "indices": "it names the keys that each query sees, by their content",
+    "sinks": "its sinks differ from token to token",
+}
+"""{keyword that some host passes: what it would mean}."""
 
 
 def refuse_unknown(module: Any, keywords: dict[str, Any]) -> None:
@@ -38,10 +46,11 @@ def refuse_unknown(module: Any, keywords: dict[str, Any]) -> None:
         if value is None or name in HARMLESS or (name == "output_attentions" and not value):
             continue
         text = f"a tensor of shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
+        meaning = f" ({REFUSED[name]})" if name in REFUSED else ""
         raise ValueError(
-            f"{type(module).__name__} got {name}={text}, which efficient attention does not honour: leave it out where it "
-            "comes from the call. Where the model itself passes it, this layer computes something else than softmax "
-            "attention with padding, and can't be converted."
+            f"{type(module).__name__} got {name}={text}, which efficient attention does not honour{meaning}: leave it out "
+            "where it comes from the call. Where the model itself passes it, this layer computes something else than "
+            "softmax attention with padding, and can't be converted."
         )
 
 

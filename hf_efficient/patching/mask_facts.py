@@ -9,7 +9,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers import masking_utils
+
+from hf_efficient.ops.graph import is_captured
+
+HIDES = -1e4
+"""At most this is added to the logits of keys that a host means to hide, if it makes its masks itself (MarkupLM)."""
 
 
 class MaskFacts(NamedTuple):
@@ -64,3 +70,16 @@ def mask_facts(function: Callable[..., Any]) -> MaskFacts:
         min((part.right for part in parts if part.right is not None), default=None),
         tuple(name for part in parts for name in part.unknown),
     )
+
+
+def padding_of(mask: Tensor | None) -> Tensor | None:
+    """A mask of keys alone that a host made itself, (B, 1, 1, S) numbers to be added to all logits, as (B, S) bool.
+
+    Any other mask is returned as it is, also one whose numbers do more than hide keys. Asks the device once.
+    """
+    if mask is None or not mask.is_floating_point() or is_captured():
+        return mask
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
+        return mask
+    keep = mask == 0
+    return keep[:, 0, 0] if bool((keep | (mask <= HIDES)).all()) else mask

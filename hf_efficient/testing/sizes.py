@@ -26,6 +26,7 @@ SIZES: tuple[tuple[Any, str], ...] = (
     (VOCABULARY, "vocab_size"),
     ("en_XX", "default_language"),
     ("layer_norm", "normalization_type"),  # MobileBERT's own norm only scales, so that random weights explode
+    ((16,) * 7, "conv_dim"),
     (2, "eos_token_id"),
     (64, "image_size"),
     (3, "num_channels"),
@@ -37,6 +38,7 @@ LEFT_OUT: tuple[tuple[str, ...], ...] = (
     (),
     ("head_dim",),
     ("mlp_ratio",),
+    ("conv_dim",),
     ("head_dim", "mlp_ratio", "num_key_value_heads"),
     tuple(name for name in SIZE_OF if "layers" not in name),
 )

@@ -113,7 +113,8 @@ def random_model(config: Any, seed: int = 0) -> Any:
         ValueError: there is none, or it has more than `LARGEST` parameters.
     """
     config_class = type(config)
-    autos = (getattr(transformers, f"AutoModel{head}") for head in ("ForSeq2SeqLM", "ForMaskedLM", "ForCausalLM", ""))
+    heads = ("ForSeq2SeqLM", "ForSpeechSeq2Seq", "ForMaskedLM", "ForCausalLM", "")
+    autos = (getattr(transformers, f"AutoModel{head}") for head in heads)
     found: Any = next(
         (auto._model_mapping.get(config_class, None) for auto in autos if config_class in auto._model_mapping), None
     )

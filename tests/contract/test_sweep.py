@@ -12,18 +12,18 @@ from hf_efficient.benchmarks import sweep
 from hf_efficient.families import families
 
 EXACT = """
-    albert bart beit bert bert-generation biogpt blenderbot camembert clip_vision_model
-    data2vec-text deit dinov2 dinov3_vit distilbert electra ernie esm gpt2 gpt_neox hubert llama m2m_100 marian mbart
-    mobilebert mpnet opt pegasus phi plbart qwen3 roberta siglip_vision_model smollm3 splinter t5 umt5 vit
+    albert bart beit bert bert-generation biogpt blenderbot camembert clip_text_model clip_vision_model
+    data2vec-text deit dinov2 dinov3_vit distilbert electra ernie esm gpt2 gpt_neox hubert layoutlm llama m2m_100 marian
+    markuplm mbart mobilebert mpnet opt pegasus phi plbart qwen3 roberta siglip_vision_model smollm3 splinter t5 umt5 vit
     vit_mae wav2vec2 whisper xlm-roberta xlm-roberta-xl xmod
 """.split()  # noqa: SIM905
 NOT_EXACT = {
     "bloom": "own attention code",
     "deberta-v2": "own attention code",
     "clip": "composite",
-    "clip_text_model": "CAUSALITY",
+    "pegasus_x": "CAUSALITY",
     "deepseek_v2": "MLA",
-    "layoutlm": "MASK",
+    "doge": "MASK",
     "llama4_text": "MASK",
     "mamba": "own attention code",
 }
@@ -56,11 +56,18 @@ def test_a_silent_difference_and_a_crash_are_seen(monkeypatch):
     assert sweep.timed("bert", 60)["outcome"] == "crash"
 
 
+def test_keywords_are_recorded_and_unknown_ones_seen():
+    found = sweep.timed("modernbert", 60)
+    assert "sliding_window" in found["keywords"] and not sweep.unknown_keywords({"modernbert": found})
+    assert sweep.unknown_keywords({"other": {"keywords": ["s_aux", "slopes"]}}) == {"other": ["slopes"]}
+
+
 def test_the_record_has_every_outcome_of_one_run_and_no_fault():
     recorded = json.loads((ROOT / "model_cards" / "results" / "model_types.json").read_text())
     types = recorded["types"]
     assert {one["outcome"] for one in types.values()} <= set(sweep.OUTCOMES) - set(sweep.FAULTS)
     assert all(one["outcome"] == "exact" for one in types.values() if one.get("written"))
+    assert not sweep.unknown_keywords(types) and "s_aux" in types["gpt_oss"]["keywords"]
     assert all(one["reason"] in sweep.REASONS for one in types.values() if one["outcome"] == "refused")
     assert sum(one["outcome"] == "exact" for one in types.values()) >= 130
     if recorded["versions"]["transformers"] == transformers.__version__:

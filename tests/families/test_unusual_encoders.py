@@ -12,6 +12,7 @@ import transformers
 
 import hf_efficient as he
 from hf_efficient.families.probe import probe_inputs
+from hf_efficient.patching.mask_facts import padding_of
 from hf_efficient.testing import assert_close, check, tiny_model
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -109,3 +110,15 @@ def test_values_from_other_states_than_keys_are_refused_where_they_would_be_proj
         he.convert(model, name, **options)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+def test_masks_over_keys_that_a_host_makes_itself():
+    """LayoutLM adds the smallest number that there is, MarkupLM -10,000; what does more than hide keys stays as it is."""
+    mask = torch.zeros(2, 1, 1, 5)
+    mask[1, 0, 0, 3:] = -10000.0
+    found = padding_of(mask)
+    assert found is not None and found.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+    mask[0, 0, 0, 1] = -1.0
+    assert padding_of(mask) is mask and padding_of(None) is None
+    of_pairs = torch.zeros(2, 1, 5, 5)
+    assert padding_of(of_pairs) is of_pairs

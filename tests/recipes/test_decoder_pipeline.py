@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from pretraining import arguments, dataset, recipe, result
 import hf_efficient as he
 from hf_efficient.conversion import load_converted, load_stock
 from hf_efficient.patching.exact import converted_layers, exact_attention
-from hf_efficient.testing import inputs_for
-from hf_efficient.training import AttentionTransfer
+from hf_efficient.testing import assert_close, inputs_for
+from hf_efficient.training import AttentionTransfer, trainable
 
 HYBRID = '{"mechanism": "local", "attention_window": 8, "layers": [1]}'
 # what the config brings: windows, in every other layer or in all, and capped logits
@@ -60,6 +61,29 @@ def test_transfer_trains_the_mechanism_against_the_same_layer(model_type: str):
     assert losses[-1] < 0.8 * losses[0]
     with torch.no_grad(), exact_attention(model):
         assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "mistral"])
+def test_transfer_where_the_config_brings_windows(model_type: str):
+    """Full attention, the teacher, is that of the host: with its own windows and capped logits."""
+    source = tiny_decoder(model_type, **HOSTS[model_type])
+    inputs = inputs_for(source, length=24)
+    with torch.no_grad():
+        expected = source(**inputs, output_hidden_states=True)
+        model = he.convert(copy.deepcopy(source), "local", attention_window=4).model
+        with exact_attention(model):
+            assert_close(model(**inputs).logits, expected.logits, 1e-5, where=inputs["attention_mask"])
+    trainable(model, "attention")
+    with AttentionTransfer(model, {"hidden_states": 1.0}):
+        optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        losses = []
+        for _ in range(12):
+            loss = model(**inputs).loss
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("model_type", HOSTS)
