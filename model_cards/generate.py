@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from exports import export_table
 from model_types import model_counts, model_types_table
 
 from hf_efficient.attention.base.geometry import AttentionGeometry
@@ -410,6 +411,7 @@ def part(name: str) -> str:
     makers: dict[str, Any] = {
         "attention": attention_table,
         "demo": demo_output,
+        "exports": lambda: export_table(record("export")),
         "first steps": first_steps,
         "fidelity": closeness_tables,
         "linear": linear_table,

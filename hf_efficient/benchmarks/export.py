@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_efficient.attention.base.registry import get_mechanism
 from hf_efficient.conversion.convert import convert
 from hf_efficient.exporting.export import export
 from hf_efficient.exporting.import_checkpoint import import_checkpoint
+from hf_efficient.models.in_place import revert
 from hf_efficient.patching.names import MODULE_NAME
 from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.testing.tiny import tiny_model
@@ -41,6 +42,21 @@ TINY: list[tuple[str, str, str, dict[str, Any], str]] = [
     ),
     ("MT5ForConditionalGeneration", "mt5", "longt5", BLOCKS, "longt5"),
     *(
+        ("BartForConditionalGeneration", "bart", mechanism, options, "led")
+        for mechanism, options in (("longformer", FIRST), ("local", dict(attention_window=16)))
+    ),
+    *(
+        (
+            f"Bert{head}",
+            "bert",
+            "bigbird",
+            dict(block_size=4, num_random_blocks=0, first_block_weight=1.0 + r),
+            "bigbird",
+        )
+        for head, r in (("ForMaskedLM", 1), ("ForTokenClassification", 3))
+    ),
+    ("BertForMaskedLM", "bert", "nystromformer", dict(num_landmarks=16, conv_kernel_size=7), "nystromformer"),
+    *(
         (name, kind, "local", dict(attention_window=16), "stock")
         for name, kind in (
             ("BertForMaskedLM", "bert"),
@@ -51,18 +67,20 @@ TINY: list[tuple[str, str, str, dict[str, Any], str]] = [
     ),
 ]
 LENGTHS, POSITIONS = (64, 201), 256
+OWN_LENGTHS = ("bigbird", "nystromformer")
+"""Targets that take no other lengths than their own."""
 REAL, REAL_INSTALL = "rxnfp", "pip install --no-deps rxnfp==0.1.0"
 REAL_LENGTHS = (512, 1500, 2048)
 REAL_OPTIONS: dict[str, Any] = dict(attention_window=64, global_tokens="first")
 
 
 def export_suite(progress: bool = True) -> dict[str, Any]:
-    """Every row of `TINY` with random parameters of the mechanism, exported and, where that is possible, imported again; and
-    rxnfp's masked language model (12 layers, 512 positions lengthened to 2048), where it is installed."""
+    """Every row of `TINY` with random parameters of the mechanism, exported and, where that is possible, imported again
+    and reverted; and rxnfp's masked language model (12 layers, 512 positions lengthened to 2048), where it is installed."""
     rows = [
         row
         for case in tqdm(TINY, desc="export", disable=not progress, file=sys.stderr)
-        for row in _rows(*_tiny(case), LENGTHS)
+        for row in _rows(*_tiny(case), None if case[-1] in OWN_LENGTHS else LENGTHS)
     ]
     settings: dict[str, Any] = {"lengths": LENGTHS, "dtype": "float32", "seed": 0}
     real = _real_checkpoint()
@@ -78,7 +96,7 @@ def export_suite(progress: bool = True) -> dict[str, Any]:
     }
 
 
-def _tiny(case: tuple[str, str, str, dict[str, Any], str]) -> tuple[Any, str]:
+def _tiny(case: tuple[str, str, str, dict[str, Any], str]) -> tuple[Any, dict[str, Tensor], str]:
     name, kind, mechanism, options, target = case
     torch.manual_seed(0)
     stock = getattr(transformers, name)(tiny_model(kind).config).eval()
@@ -86,20 +104,22 @@ def _tiny(case: tuple[str, str, str, dict[str, Any], str]) -> tuple[Any, str]:
         if parameter.dim() > 1:
             # T5 does not scale its logits
             nn.init.normal_(parameter, std=0.1 if parameter_name.endswith((".q.weight", ".k.weight")) else 0.25)
+    before = {parameter_name: tensor.clone() for parameter_name, tensor in stock.state_dict().items()}
     longer: dict[str, Any] = {} if "T5" in name else {"max_positions": POSITIONS}
     model = convert(stock, mechanism, **longer, **options).model
     if target != "stock":
         _randomise(model)
-    return model, target
+    return model, before, target
 
 
 def _real_rows(checkpoint: str) -> Iterator[dict[str, Any]]:
     options: dict[str, Any] = dict(max_positions=max(REAL_LENGTHS), model_class="BertForMaskedLM")
+    before = transformers.BertForMaskedLM.from_pretrained(checkpoint).state_dict()
     for target in ("longformer", "stock"):
         model = convert(checkpoint, "longformer", **options, **REAL_OPTIONS).model
         if target == "longformer":  # of what the stock class has no place for, nothing was trained
             _randomise(model)
-        yield from (row | {"checkpoint": REAL} for row in _rows(model, target, REAL_LENGTHS))
+        yield from (row | {"checkpoint": REAL} for row in _rows(model, before, target, REAL_LENGTHS))
 
 
 def _randomise(model: Any) -> None:
@@ -111,8 +131,14 @@ def _randomise(model: Any) -> None:
             nn.init.normal_(parameter, mean=1.0 if name.endswith("slot_weight") else 0.0, std=scale)
 
 
-def _rows(model: Any, target: str, lengths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """The figures of one export as its report has them, of the folder loaded by transformers, and of the way back."""
+def _rows(
+    model: Any, before: dict[str, Tensor], target: str, lengths: tuple[int, ...] | None
+) -> Iterator[dict[str, Any]]:
+    """The figures of one export as its report has them, of the folder loaded by transformers, and of the way back.
+
+    Args:
+        before: the tensors of the original, which a revert is to give back.
+    """
     with tempfile.TemporaryDirectory() as folder:
         result = export(model, target, lengths)
         path = result.save(Path(folder) / "exported")
@@ -120,16 +146,19 @@ def _rows(model: Any, target: str, lengths: tuple[int, ...]) -> Iterator[dict[st
             path, output_loading_info=True
         )
         keys = {name: len(info[f"{name}_keys"]) for name in ("missing", "unexpected")}
-        back = None
+        back: dict[str, Any] = {"import_error": None, "unlike_original": None}
         if target != "stock":
-            checks = import_checkpoint(loaded, lengths).report.history[-1]["checks"]
-            back = max(row["error"] for row in checks)
+            imported = import_checkpoint(loaded, lengths)
+            back["import_error"] = max(row["error"] for row in imported.report.history[-1]["checks"])
+            reverted = revert(imported.model).state_dict()
+            unlike = [name for name, tensor in before.items() if not tensor.equal(reverted.pop(name, tensor[:0]))]
+            back["unlike_original"] = len(unlike) + len(reverted)
     group = model.config.efficient_attention[0]
     usual = get_mechanism(group["mechanism"]).Config().to_dict()
     options = {k: v for k, v in group.items() if k == "mechanism" or (v != usual[k] and k != "side")}
     described: dict[str, Any] = {"target": target, "model_class": result.report.model_class.removeprefix("Efficient")}
     described |= {"result_class": result.report.result_class, "attention": options}
-    yield from (described | row | keys | {"import_error": back} for row in result.report.checks)
+    yield from (described | row | keys | back for row in result.report.checks)
 
 
 def _real_checkpoint() -> str | None:
@@ -152,11 +181,22 @@ def export_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
         "same argmax",
         "missing, unexpected",
         "imported again",
+        "unlike the original",
     ]
     rows = []
     for row in document["rows"]:
         name = row["model_class"] + (f" ({row['checkpoint']})" if "checkpoint" in row else "")
         figures = [row["length"], row["padded"], row["error"], row["argmax_agreement"]]
         keys = f"{row['missing']}, {row['unexpected']}"
-        rows.append([row["target"], name, json.dumps(row["attention"]), *figures, keys, row["import_error"]])
+        rows.append(
+            [
+                row["target"],
+                name,
+                json.dumps(row["attention"]),
+                *figures,
+                keys,
+                row["import_error"],
+                row["unlike_original"],
+            ]
+        )
     return head, rows

@@ -6,12 +6,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from hf_efficient.models.config import is_hub_id, names_of
 from hf_efficient.models.provenance import Provenance
 
 README = "README.md"
+AUTOMATIC = "This model card has been automatically generated."
 TEXT = """---
 {metadata}
 ---
@@ -31,14 +32,15 @@ This card has no figures; `hf-efficient card` puts one in its place with all tha
 
 
 def write_first_card(folder: Path, model: Any, source: str | None = None, title: str | None = None) -> None:
-    """Write the card of an Efficient model into the folder that it is saved to; only a card like it is replaced.
+    """Write the card of an Efficient model into the folder that it is saved to; only a card like it is replaced, and the
+    one without content that `push_to_hub` makes.
 
     Args:
         source: checkpoint that it was made from; by default the one that its history begins with.
         title: of the folder, where that is known.
     """
     path = folder / README
-    if path.exists() and not is_first_card(path):
+    if path.exists() and not is_first_card(path) and not _is_empty(path):
         return
     steps = Provenance.of(model).history
     source = source or next((step["source"] for step in steps), None) or model.config._name_or_path
@@ -67,6 +69,15 @@ def is_first_card(path: Path) -> bool:
     """Whether a file is such a card, and as it was written: then nothing is lost with it."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     return bool(lines) and lines[-1] == _seal("".join(lines[:-1]))
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a card is transformers' template as it is; its metadata are tags."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if AUTOMATIC not in text:
+        return False
+    said = next(line for line in text.splitlines() if AUTOMATIC in line)
+    return bool(ModelCard(text).text == ModelCard.from_template(ModelCardData(), model_description=said).text)
 
 
 def _seal(text: str) -> str:

@@ -185,10 +185,11 @@ class EfficientModelMixin:
             Provenance.of(self).write(save_directory)
             write_first_card(Path(save_directory), self)
 
-    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        # save_pretrained(push_to_hub=True) uploads before it returns
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # save_pretrained(push_to_hub=True) uploads before it returns, and push_to_hub puts an empty card over ours
         Provenance.of(self).write(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+        write_first_card(Path(working_dir), self, title=repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 
 
 def _choose_weights(name: Any, config: Any, kwargs: dict[str, Any], location: dict[str, Any]) -> None:

@@ -15,5 +15,6 @@ def test_a_record_has_every_export_and_the_way_back(monkeypatch):
     for row in document["rows"]:
         assert row["error"] <= 1e-4 and row["missing"] == row["unexpected"] == 0 and row["argmax_agreement"] == 1.0
         assert (row["import_error"] is None) == (row["target"] == "stock")
+        assert row["unlike_original"] == (None if row["target"] == "stock" else 0)
     head, shown = export.export_rows(document)
     assert len(shown) == 12 and {len(row) for row in shown} == {len(head)}
