@@ -34,7 +34,8 @@ def export_table(data: dict[str, Any] | None) -> str:
         table(HEADINGS, body)
         + "\n\nTiny random models of two layers, trained (random) parameters of the mechanism, and a real BERT of 12 layers "
         "where one is named. Largest difference of a real token's output over the largest output, in single precision; "
-        f"where that is rounding alone, in double. {data['hardware']['cpu']}; {versions}; `hf-efficient bench export`."
+        f"where that is rounding alone, in double. `stock` is compared with full attention, `nystromformer` with "
+        f'`pinv_init="batch"`. {data["hardware"]["cpu"]}; {versions}; `hf-efficient bench export`.'
     )
 
 
