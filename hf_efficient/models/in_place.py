@@ -173,8 +173,8 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     Experts stay as they are. In a model with experts alone this undoes `upcycle`, as long as they are still equal.
 
     Raises:
-        ValueError: the model is not a converted one, was imported, carries adapters, or has experts alone and they were
-            trained apart.
+        ValueError: the model is not a converted one, was imported and never had full attention, carries adapters, or has
+            experts alone and they were trained apart.
     """
     refuse_adapters(model, "revert")
     if not is_efficient(type(model)):
