@@ -227,8 +227,10 @@ class LongformerAttention(PatternAttention):
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         """New queries over the keys that the cache kept."""
-        context, columns = with_key_positions(context, key), None
-        if (given := context.global_attention_mask) is not None and context.key_positions is not None:
+        columns, given = None, context.global_attention_mask
+        if given is not None or context.key_padding_mask is not None:
+            context = with_key_positions(context, key)
+        if given is not None and context.key_positions is not None:
             columns = kept_tokens(given, context.key_positions, context.query_offset + query.shape[2])
         pattern = self.pattern if given is None else self.neighbours
         return self.attend_kept(query, key, value, context, pattern, columns)

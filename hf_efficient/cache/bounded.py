@@ -31,10 +31,12 @@ class BoundedLayer(DynamicLayer):
     While it records (`activate_past_recording`), t are the tokens that were left at the last `crop`: a draft of any length
     can be taken back, and its keys are held in addition.
 
+    Without gradients new keys are written behind the old ones, into room that is made for `SLACK` tokens at a time.
+
     Attributes:
-        keys, values: (B, H, R, D), in order of their tokens, the newest last.
+        keys, values: (B, H, R, D), in order of their tokens, the newest last; `None` = none yet.
         positions: (B, R) index of each key among all tokens, -1 = spare entry, in front; `None` = nothing was dropped yet.
-        key_positions: the same for the keys that the last `update` returned.
+        key_positions: the same for the keys that the last `update` returned. has_spares: some of them may be -1.
         dropped: (B, R) bool, which of these keys it forgot; `None` = none.
         seen: tokens seen so far.
         row_start: (B,) index of each row's first real token, `seen` for a row without any yet.
@@ -48,10 +50,31 @@ class BoundedLayer(DynamicLayer):
         self.record_past = False
         self._forget()
 
+    # what is held lies in front of room for more, and whatever is set has none
+
     @property
-    def has_spares(self) -> bool:
-        """Some of `key_positions` may be -1."""
-        return True
+    def keys(self) -> Tensor | None:
+        return None if self._keys is None else self._keys[:, :, : self._held]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._keys, self._held = keys, 0 if keys is None else keys.shape[2]
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self._values is None else self._values[:, :, : self._held]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._values = values
+
+    @property
+    def positions(self) -> Tensor | None:
+        return None if self._positions is None else self._positions[:, : self._held]
+
+    @positions.setter
+    def positions(self, positions: Tensor | None) -> None:
+        self._positions = positions
 
     @property
     def has_forgotten(self) -> bool:
@@ -64,9 +87,11 @@ class BoundedLayer(DynamicLayer):
         return not self.pattern.shift_invariant
 
     def _forget(self) -> None:
-        self.positions: Tensor | None = None
+        # those of tokens to come are known: they follow
+        self.positions = None
         self.key_positions: Tensor | None = None
         self.dropped: Tensor | None = None
+        self.has_spares = self._spares = False
         self.seen = self.pruned_at = self._kept = self._settled = 0
         self._global_mask: Tensor | None = None
         self._is_prepared = False
@@ -92,16 +117,47 @@ class BoundedLayer(DynamicLayer):
                 "start with a new cache."
             )
         self._is_prepared = False
-        batch, _, new, _ = key_states.shape
-        keys, values = super().update(key_states, value_states)
-        if self.positions is not None:
-            index = torch.arange(self.seen, self.seen + new, device=keys.device)
-            self.positions = torch.cat([self.positions, index.expand(batch, -1)], dim=-1)
-        self.seen += new
-        self.key_positions, self.dropped = self.positions, None
-        if keys.shape[2] > self._kept + SLACK and not is_captured():
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._append(key_states, value_states)
+        keys, values, before = self.keys, self.values, self._positions
+        assert keys is not None and values is not None
+        if before is not None and (missing := self._held - before.shape[1]) > 0:
+            first = self.seen + key_states.shape[2] - missing
+            self._positions = torch.cat([before, self._following(first, missing + SLACK)], dim=-1)
+        self.seen += key_states.shape[2]
+        self.key_positions, self.has_spares, self.dropped = self.positions, self._spares, None
+        if self._held >= self._kept + SLACK and not is_captured():
             self._prune()
         return keys, values
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+
+    def _append(self, *states: Tensor) -> None:
+        """New keys and values behind those that are held."""
+        held, end = self._held, self._held + states[0].shape[2]
+        stores = [x for x in (self._keys, self._values) if x is not None]
+        # a graph may need the old ones as they were
+        if torch.is_grad_enabled() or is_captured() or (held and not all(map(_fits, stores, states))):
+            old = [x[:, :, :held] for x in stores] if held else [x[:, :, :0] for x in states]
+            self.keys, self.values = (torch.cat(parts, dim=2) for parts in zip(old, states, strict=True))
+            return
+        is_frozen = stores[0].is_inference() and not torch.is_inference_mode_enabled()
+        if end > stores[0].shape[2] or is_frozen or not held:
+            old, stores = stores, [x.new_empty(*x.shape[:2], end + max(0, SLACK - 1), x.shape[3]) for x in states]
+            for store, x in zip(stores, old if held else (), strict=False):
+                store[:, :, :held] = x[:, :, :held]
+            self._keys, self._values = stores
+        for store, new in zip(stores, states, strict=True):
+            store[:, :, held:end] = new
+        self._held = end
+
+    def _following(self, first: int, count: int) -> Tensor:
+        """(B, `count`) positions from `first` on."""
+        assert self._keys is not None
+        return torch.arange(first, first + count, device=self._keys.device).expand(self._keys.shape[0], -1)
 
     def _prune(self) -> None:
         following = (self._settled if self.record_past else self.seen) - SLACK
@@ -114,7 +170,7 @@ class BoundedLayer(DynamicLayer):
         assert keys is not None and values is not None and self.row_start is not None
         device, positions = keys.device, self.positions
         if positions is None:
-            positions = torch.arange(self.seen, device=device).expand(keys.shape[0], -1)
+            positions = self._following(0, self.seen)
         start = self.row_start.to(device)[:, None]
         keep = self.pattern.needed(positions - start, following - start)
         if not self.pattern.shift_invariant:
@@ -123,16 +179,17 @@ class BoundedLayer(DynamicLayer):
         if self._global_mask is not None:
             keep = keep | entries_at(positions, self._global_mask.to(device))
         keep = keep & (positions >= 0)
-        self._kept = int(keep.sum(-1).max())
+        fewest, self._kept = (int(x) for x in keep.sum(-1).aminmax())
         if self._kept == keep.shape[1]:
             return
         self.dropped = ~keep
         # stable: what stays keeps its order, behind the spare entries of rows that keep less
         order = keep.int().argsort(dim=-1, stable=True)[:, keep.shape[1] - self._kept :]
+        self._spares = fewest < self._kept
         self.positions = torch.where(keep, positions, -1).gather(1, order)
         order = order[:, None, :, None]
-        self.keys = keys.gather(2, order.expand(-1, keys.shape[1], -1, keys.shape[3]))
-        self.values = values.gather(2, order.expand(-1, values.shape[1], -1, values.shape[3]))
+        keys, values = (x.gather(2, order.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values))
+        self.keys, self.values = keys, values
         self.pruned_at = max(self.pruned_at, following)
 
     def get_seq_length(self) -> int:
@@ -161,10 +218,7 @@ class BoundedLayer(DynamicLayer):
         self._settled = length
         if tokens_to_remove == 0:
             return
-        assert self.keys is not None and self.values is not None
-        self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
-        if self.positions is not None:
-            self.positions = self.positions[:, :tokens_to_remove]
+        self._held += tokens_to_remove
         self.seen = length
 
     def reset(self) -> None:
@@ -190,3 +244,9 @@ class BoundedLayer(DynamicLayer):
             self.positions = rows(self.positions)
         if self.row_start is not None:
             self.row_start = rows(self.row_start)
+
+
+def _fits(store: Tensor, new: Tensor) -> bool:
+    """New entries can be written into a store: of one kind, and of no graph."""
+    same_kind = store.dtype == new.dtype and store.device == new.device and not store.requires_grad
+    return same_kind and store.shape[:2] == new.shape[:2] and store.shape[3] == new.shape[3]

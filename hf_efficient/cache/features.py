@@ -46,10 +46,6 @@ class FeatureLayer(RecurrentLayer):
         self.exact = exact
 
     @property
-    def has_spares(self) -> bool:
-        return self.positions is not None
-
-    @property
     def has_forgotten(self) -> bool:
         return self.state is not None
 

@@ -51,7 +51,7 @@ class SegmentLayer(CompressedLayer):
         assert self.keys is not None and self.row_start is not None
         if self.positions is None:
             self.positions = torch.arange(self.seen, device=self.keys.device).expand(self.keys.shape[0], -1)
-        self.positions = self.positions.masked_fill(rows[:, None], -1)
+        self.positions, self._spares = self.positions.masked_fill(rows[:, None], -1), True
         self.row_start = self.row_start.masked_fill(rows, self.seen)
         if self.state is not None:
             self.state = self.state._replace(token_mask=self.state.token_mask & ~rows[:, None, None, None])
@@ -76,13 +76,17 @@ class SegmentLayer(CompressedLayer):
         held = {"keys": self.keys, "values": self.values, "positions": self.positions, "queries": self.queries}
         held |= {} if self.state is None else dict(zip(_MEMORY_NAMES, self.state, strict=True))
         counts = torch.tensor([self.seen, self.pruned_at, self._kept])
-        return {name: x for name, x in held.items() if x is not None} | {"row_start": self.row_start, "counts": counts}
+        return {name: x.contiguous() for name, x in held.items() if x is not None} | {
+            "row_start": self.row_start,
+            "counts": counts,
+        }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Hold what `tensors` gave."""
         self.lazy_initialization(tensors["keys"], tensors["values"])
         self.keys, self.values, self.row_start = (tensors[name] for name in ("keys", "values", "row_start"))
         self.positions, self.queries = tensors.get("positions"), tensors.get("queries")
+        self._spares = self.positions is not None
         self.seen, self.pruned_at, self._kept = tensors["counts"].tolist()
         if _MEMORY_NAMES[0] in tensors:
             self.state = CompressedMemory(*(tensors[name] for name in _MEMORY_NAMES))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.ops.backend import require_torch, resolve
+from hf_efficient.ops.graph import is_captured
 from hf_efficient.ops.softmax import Partial, merge_attention
 
 CHUNK = 64
@@ -83,6 +84,8 @@ def linear_attention(
 
 def absorb(state: FeatureState | None, log_key: Tensor, value: Tensor) -> FeatureState:
     """The state after keys with log-features (B, H, S, M) and values (B, H, S, D) have joined it."""
+    if log_key.shape[-2] == 1 and state is not None and not torch.is_grad_enabled():
+        return _joined(state, log_key[..., 0, :], value)
     if log_key.shape[-2] == 1:  # all features have the mean of that key
         means = value.to(log_key.dtype).expand(*log_key.shape[:-2], log_key.shape[-1], -1)
         # features that it lacks have none, whatever its value
@@ -93,9 +96,20 @@ def absorb(state: FeatureState | None, log_key: Tensor, value: Tensor) -> Featur
     return FeatureState(*(new if state is None else merge_attention(state, new)))
 
 
+def _joined(state: FeatureState, levels: Tensor, value: Tensor) -> FeatureState:
+    """The state after one key with log-features (B, H, M) and value (B, H, 1, D), without gradients: `merge_attention`."""
+    total = torch.logaddexp(state.levels, levels)
+    share = (levels - total.clamp_min(torch.finfo(total.dtype).min)).exp()  # 0 where no key has the feature
+    return FeatureState(state.means.lerp(value.to(total.dtype), share[..., None]), total)
+
+
 def read(log_query: Tensor, state: FeatureState) -> Partial:
     """Output and log-sum-exp of queries with log-features (B, H, N, M) that see the keys in the state."""
-    return _softmax_mean(log_query + state.levels.unsqueeze(-2), state.means)
+    scores = log_query + state.levels.unsqueeze(-2)
+    if scores.shape[-2] == 1 and not (torch.is_grad_enabled() or is_captured()):  # fewest operations
+        weights: Tensor = torch.ops.aten._safe_softmax.default(scores, -1)
+        return weights @ state.means.to(weights.dtype), scores.logsumexp(-1)
+    return _softmax_mean(scores, state.means)
 
 
 def log_kernel(log_query: Tensor, log_key: Tensor) -> Tensor:

@@ -57,6 +57,12 @@ def window_means(key: Tensor, token_mask: Tensor | None, left: int, right: int, 
 
     By prefix sums, of what keys differ from their mean, which would cancel: O(S · D) time and memory.
     """
+    if num_queries == 1:
+        key = key[:, :, max(0, key.shape[2] - 1 - left) :]
+        if token_mask is None:
+            return key.mean(2, keepdim=True)
+        shown = token_mask[:, None, -key.shape[2] :, None].to(key.dtype)
+        return (key * shown).sum(2, keepdim=True) / shown.sum(2, keepdim=True).clamp(min=1)
     real = torch.ones_like(key[:1, :1, :, :1]) if token_mask is None else token_mask[:, None, :, None].to(key.dtype)
     centre = ((key * real).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)).detach()
     total = F.pad((key - centre) * real, (0, 0, 1, 0)).cumsum(2)

@@ -147,7 +147,8 @@ def pass_hidden_states(
 def _check_form(call: dict[str, Any], config: Any, info: StackInfo) -> None:
     """Refuse keywords that would change who sees whom, or ask for what does not exist."""
     # the masks follow the config of the stack, attention that of each layer: whoever wraps a model may have parted them
-    others = {c._attn_implementation for c in (config, *(m.config for m in info.attention))} - {IMPLEMENTATION}
+    configs = (config, *(c for m in info.attention if (c := m.config) is not config))
+    others = {c._attn_implementation for c in configs} - {IMPLEMENTATION}
     if others:
         raise RuntimeError(
             f"attn_implementation was changed to {others.pop()!r} while efficient attention is installed, "

@@ -51,7 +51,8 @@ def refuse_marked_sound(call: dict[str, Any]) -> None:
 
 
 def checked_inputs(call: dict[str, Any], shape: CallShape, is_causal: bool, names: dict[str, str]) -> dict[str, Any]:
-    """Those of a call's inputs that change: masks are (B, S) then, whatever form they had.
+    """Those of a call's inputs that change: masks are (B, S) then, whatever form they had; `None` = it hides nothing, where
+    that is the same to the host, which looks for packed rows in calls without a cache.
 
     A mask of (1, S) serves all rows, and one of (A, C, S) has the rows of a host that folds its A · C choices into rows.
 
@@ -68,7 +69,7 @@ def checked_inputs(call: dict[str, Any], shape: CallShape, is_causal: bool, name
         sizes["encoder_attention_mask"] = (encoder.shape[0], encoder.shape[1])
     else:
         del sizes["encoder_attention_mask"]
-    changes = {}
+    changes: dict[str, Any] = {}
     for name, (rows, columns) in sizes.items():
         if (given := call.get(name)) is None:
             continue
@@ -79,7 +80,9 @@ def checked_inputs(call: dict[str, Any], shape: CallShape, is_causal: bool, name
             "global_attention_mask decides by its values what is computed, which a traced or exported graph can't follow: "
             "convert with a rule, such as global_tokens='first', or run the model itself."
         )
-    _check_values({names.get(name, name): changes[name] for name in MASKS if name in changes})
+    hides_nothing = _check_values({names.get(name, name): changes[name] for name in MASKS if name in changes})
+    if shape.seen and names.get(MASKS[0], MASKS[0]) in hides_nothing:
+        changes[MASKS[0]] = None
     return {name: given for name, given in changes.items() if given is not call[name]}
 
 
@@ -112,21 +115,34 @@ def _other_shape(name: str, shape: tuple[int, ...], rows: int, columns: int, may
 # ---- values ------------------------------------------------------------------------------------------------------
 
 
-def _check_values(masks: dict[str, Tensor]) -> None:
-    """Refuse masks that do not consist of 0 and 1; of all of them the device is asked once."""
+def _check_values(masks: dict[str, Tensor]) -> set[str]:
+    """Refuse masks that do not consist of 0 and 1; of all of them the device is asked once.
+
+    Returns:
+        Those of which it is known that all their values are 1.
+    """
+    hides_nothing: set[str] = set()
     if leaves_torch():
-        return
+        return hides_nothing
+    for name, mask in list(masks.items()):
+        if mask.device.type == "cpu" and mask.dtype == torch.long and mask.numel() and not is_captured():
+            low, high = (int(x) for x in mask.aminmax())  # one pass over the tokens
+            if low < 0 or high > 1:
+                raise ValueError(_other_value(name, mask))
+            del masks[name]
+            hides_nothing |= {name} if low else set()
     wrong = {name: (mask != mask.bool()).any() for name, mask in masks.items() if mask.dtype != torch.bool}
     # all tokens hidden: what an additive mask says where it hides nothing
     wrong |= {name: wrong[name] | ~mask.any() for name, mask in masks.items() if _may_be_additive(name, mask)}
     if not wrong:
-        return
+        return hides_nothing
     if is_captured():
         for name, flag in wrong.items():
             torch._assert_async(~flag, f"{name} must hold 1 for tokens that count, and 0 for all others.")
     elif bool(torch.stack(list(wrong.values())).any()):
         name = next(name for name, flag in wrong.items() if flag)
         raise ValueError(_other_value(name, masks[name]))
+    return hides_nothing
 
 
 def _may_be_additive(name: str, mask: Tensor) -> bool:

@@ -141,31 +141,20 @@ def efficient_attention_forward(
         _require_agreement(module, geometry, attention_mask, is_causal)
     if mechanism is not None and not mechanism.grouped_heads:
         key, value = expand_heads(query, key, value)
-    context = AttentionContext(
-        is_causal=geometry is not None and geometry.is_causal,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        key_padding_mask=None
-        if attention_mask is None or not attention_mask.shape[-1]
-        else attention_mask.flatten(0, -2),
-        query_offset=key.shape[2] - query.shape[2],
-        dropout=dropout,
-        relative_bias=position_bias,
-        sinks=s_aux,
-        softcap=softcap,
-    )
     # cross-attention has the number of its layer, but a cache of its own
     own = None if geometry is None else efficient_cache
     layer: Any = None if own is None else own.layers[module.layer_idx]  # type: ignore[index]
+    keep = None if attention_mask is None or not attention_mask.shape[-1] else attention_mask.flatten(0, -2)
+    facts: dict[str, Any] = dict(key_padding_mask=keep, query_offset=key.shape[2] - query.shape[2])
     if isinstance(layer, BoundedLayer) and layer.key_positions is not None:
-        context = _with_key_positions(context, layer, query.shape[2])
+        facts = _facts_of_kept(layer, keep, query.shape[2])
     attend: Callable[..., Tensor]
     if mechanism is None:
         rows = attend = partial(exact_attention, window=None if geometry is None else geometry.sliding_window)
     else:
         # every packed sequence starts at the left edge of a row of its own
         rows, attend = partial(aligned_call, mechanism), mechanism
-        context = replace(
-            context,
+        facts |= dict(
             global_attention_mask=global_attention_mask,
             hidden_states=efficient_hidden_states,
             cos_sin=efficient_cos_sin,
@@ -175,6 +164,15 @@ def efficient_attention_forward(
             grid=efficient_grid,
             recurrent=layer if isinstance(layer, RecurrentLayer) else None,
         )
+    context = AttentionContext(
+        is_causal=geometry is not None and geometry.is_causal,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=dropout,
+        relative_bias=position_bias,
+        sinks=s_aux,
+        softcap=softcap,
+        **facts,
+    )
     if efficient_sequences is not None:
         return attend_packed_rows(attend, query, key, value, context, efficient_sequences).transpose(1, 2), None
     return rows(query, key, value, context).transpose(1, 2), None
@@ -228,16 +226,19 @@ def _require_agreement(
         )
 
 
-def _with_key_positions(context: AttentionContext, layer: BoundedLayer, n: int) -> AttentionContext:
-    """The context for keys that stand elsewhere than at 0 … S - 1."""
-    keep, positions = context.key_padding_mask, layer.key_positions
+def _facts_of_kept(layer: BoundedLayer, keep: Tensor | None, n: int) -> dict[str, Any]:
+    """What the context says of keys that stand elsewhere than at 0 … S - 1."""
+    positions = layer.key_positions
     assert positions is not None
-    there = positions >= 0 if layer.has_spares else None
-    return replace(
-        context,
+    there: Tensor | None = None
+    if keep is not None:
+        there = entries_at(positions, keep)
+    elif layer.has_spares:
+        there = positions >= 0
+    return dict(
+        key_padding_mask=there,
         key_positions=positions,
         query_offset=layer.seen - n,
-        key_padding_mask=there if keep is None else entries_at(positions, keep),
         row_start=None if keep is None else layer.row_start,
     )
 

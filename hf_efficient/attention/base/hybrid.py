@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_efficient.attention.base.geometry import AttentionGeometry
-from hf_efficient.attention.base.kernel import KernelAttention, drop_keys, normalised
+from hf_efficient.attention.base.kernel import KernelAttention, drop_keys, normalised, without_autocast
 from hf_efficient.attention.base.keys_shown import keys_shown
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.attention.base.registry import window_only
@@ -135,7 +135,7 @@ class HybridAttention(KernelAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         if not self.config.attention_window:
             return super().forward(query, key, value, context)
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             near = self._near(query, key, value, context)
             scales = self._log_scales(query, key, near[1], context)
             exact = [near]
@@ -161,15 +161,6 @@ class HybridAttention(KernelAttention):
         return (index >= 0) & (index < self.config.sink_tokens)
 
     def _near(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Partial:
-        window = key.shape[2] <= self.pattern.left + 1 and context.relative_bias is None
-        if context.is_causal and query.shape[2] == 1 and window:  # it sees all of them
-            keep = context.key_padding_mask
-            mask = None if keep is None else additive_mask(keep, query.dtype)[:, None, None]
-            out, lse = attend(
-                query, key, value, mask, scaling=context.scaling, dropout=context.dropout, return_lse=True
-            )
-            assert lse is not None
-            return out, lse
         return block_sparse_attention(query, key, value, self.pattern, context, return_lse=True)
 
     def _at_sinks(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Partial:

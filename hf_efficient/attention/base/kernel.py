@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from hf_efficient.attention.base.mechanism import EfficientAttention
 from hf_efficient.cache.features import FeatureLayer
 from hf_efficient.ops.affine_features import AffineFeatures, affine_attention, has_fused_form
 from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.graph import is_captured
 from hf_efficient.ops.linear_attention import linear_attention, log_kernel, read
 from hf_efficient.ops.linear_beyond_window import far_past
 from hf_efficient.ops.softmax import Partial
@@ -66,7 +68,7 @@ class KernelAttention(EfficientAttention):
         return FeatureLayer(Window(left=0, right=0)) if self.geometry.is_causal else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             dropped = drop_keys(value, context)
             if context.is_causal:
                 out, _ = self._past(query, key, dropped, context, 0)
@@ -112,6 +114,14 @@ class KernelAttention(EfficientAttention):
         with torch.autocast(query.device.type, enabled=False):
             log_query, log_key = self.log_features_of(query, key, context)
             return normalised(log_kernel(log_query, log_key), context)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, nothing on the device of `x` is cast."""
+    device = x.device.type
+    if is_captured() or torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def scaled(x: Tensor, context: AttentionContext) -> Tensor:

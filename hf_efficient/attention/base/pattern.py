@@ -16,7 +16,7 @@ from hf_efficient.cache.bounded import BoundedLayer
 from hf_efficient.ops.backend import IMPLEMENTATIONS, require_torch
 from hf_efficient.ops.block_sparse.attention import DECODING, block_sparse_attention
 from hf_efficient.ops.context import AttentionContext
-from hf_efficient.ops.decoding import rows_attention
+from hf_efficient.ops.decoding import pattern_attention
 from hf_efficient.ops.softmax import with_sinks
 from hf_efficient.patterns.kinds import GlobalColumns, GlobalRows, Window
 from hf_efficient.patterns.pattern import Pattern, parts_of
@@ -164,16 +164,16 @@ class PatternAttention(EfficientAttention):
         pattern: Pattern,
         columns: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention of `pattern` and `columns` over the keys that a `BoundedLayer` kept: see `rows_attention`.
+        """Causal attention of `pattern` and `columns` over the keys that a `BoundedLayer` kept: see `pattern_attention`.
 
         Raises:
             ValueError: an explicit implementation that does not decode.
         """
         require_torch(self.config.implementation, DECODING)
-        call = dataclasses.replace(context, return_lse=context.sinks is not None)
+        call = context if context.sinks is None else dataclasses.replace(context, return_lse=True)
         window = self.geometry.sliding_window
         options: dict[str, Any] = dict(columns=columns, reach=None if window is None else window[0])
-        return with_sinks(*rows_attention(query, key, value, pattern.visible_per_head, call, **options), context.sinks)
+        return with_sinks(*pattern_attention(query, key, value, pattern, call, **options), context.sinks)
 
     def cache_layer(self) -> BoundedLayer | None:
         if not (self.geometry.is_causal and self.pattern.is_bounded):

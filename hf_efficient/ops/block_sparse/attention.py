@@ -18,7 +18,7 @@ from hf_efficient.ops.block_sparse.decompose import Backend
 from hf_efficient.ops.block_sparse.torch_backend import torch_attention
 from hf_efficient.ops.block_sparse.windows import window_attention
 from hf_efficient.ops.context import AttentionCall
-from hf_efficient.ops.decoding import rows_attention
+from hf_efficient.ops.decoding import last_token_attention, pattern_attention
 from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.softmax import Partial, Result, additive_mask, attend
 from hf_efficient.patterns.kinds import Window
@@ -80,7 +80,8 @@ def block_sparse_attention(
     Raises:
         ValueError: shapes, devices, dtypes or options that do not fit together, or that `implementation` can't take.
     """
-    call = dataclasses.replace(call, return_lse=return_lse)
+    if call.return_lse != return_lse:
+        call = dataclasses.replace(call, return_lse=return_lse)
     if pattern.num_heads == 1:
         # one pattern for each of one head
         pattern = pattern.head(0)
@@ -100,11 +101,13 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, call: A
         raise ValueError("decoding (fewer queries than keys) takes no segments, positions or extra keys.")
     if not call.is_causal:
         raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys: only a causal pattern can decode.")
+    if isinstance(pattern, Window) and query.shape[2] == 1:
+        return last_token_attention(query, key, value, pattern, call)
     if isinstance(pattern, Window):
         # what the cache forgot lies to the left of all windows, so the queries end a gapless run of tokens
         call = dataclasses.replace(call, query_offset=key.shape[2] - query.shape[2])
         return window_attention(query, key, value, pattern, call)
-    return rows_attention(query, key, value, pattern.visible_per_head, call)
+    return pattern_attention(query, key, value, pattern, call)
 
 
 def _backend(name: str) -> Backend:
