@@ -390,6 +390,30 @@ def linear_table() -> str:
     return table(header, body) + f"\n\n{what} {_source(data)}"
 
 
+def graphs_table() -> str:
+    """Graphs in onnxruntime: the largest error of each mechanism, and times over length."""
+    data = record("onnx")
+    if data is None:
+        return "not measured"
+    body = []
+    for name in dict.fromkeys(row["mechanism"] for row in data["rows"]):
+        rows = [row for row in data["rows"] if row["mechanism"] == name]
+        worst = (max(row["error"] for row in rows if row["padding"] == side) for side in ("right", "left"))
+        lengths = ", ".join(str(length) for length in dict.fromkeys(row["length"] for row in rows))
+        body.append([f"`{name}`", lengths, *(f"{error:.1e}" for error in worst), f"{rows[0]['bytes'] / 1e3:.0f}"])
+    text = table(["mechanism", "tokens", "error, padded right", "padded left", "file, kB"], body)
+    if data["speed"]:
+        lengths_of_speed = list(dict.fromkeys(row["tokens"] for row in data["speed"]))
+        found = {(row["model"], row["tokens"]): row for row in data["speed"]}
+        body = [
+            [name, *(_spread(found.get((name, length))) for length in lengths_of_speed)]
+            for name in dict.fromkeys(row["model"] for row in data["speed"])
+        ]
+        heads = [f"{length} tokens" for length in lengths_of_speed]
+        text += "\n\n" + table(["time ÷ the stock model's graph (min–max)", *heads], body)
+    return f"{text}\n\nOf texts in batches of 1, 2 and 5, all but the first row padded. {_source(data)}"
+
+
 def demo_output() -> str:
     """What `make demo` printed when it was recorded."""
     path = RESULTS / "demo.txt"
@@ -413,6 +437,7 @@ def part(name: str) -> str:
         "demo": demo_output,
         "exports": lambda: export_table(record("export")),
         "first steps": first_steps,
+        "graphs": graphs_table,
         "fidelity": closeness_tables,
         "linear": linear_table,
         "memory": cost_tables,

@@ -204,12 +204,14 @@ class BigBirdAttention(PatternAttention):
         real = real_tokens(context.key_padding_mask, key)
         block = torch.arange(key.shape[2], device=key.device) // size
         is_between = (block > 0) & (block < ((real_length(real) - 1) // size)[:, None])
-        first_key, first_value = expand_heads(query, key[:, :, :size], value[:, :, :size])
+        first = torch.arange(size, device=key.device)
+        at = first.clamp(max=key.shape[2] - 1)  # no slice, which would fix the length of a graph
+        first_key, first_value = expand_heads(query, key[:, :, at], value[:, :, at])
         bias = torch.full((1, 1, 1, 1), math.log(weight - 1.0), dtype=query.dtype, device=key.device)
         if context.relative_bias is not None:
-            offsets = _offsets(range(query.shape[2]), range(first_key.shape[2]), key)
+            offsets = at - torch.arange(query.shape[2], device=key.device)[:, None]
             bias = bias + context.relative_bias.at(offsets)[None]
-        keep = is_between[..., None] & real[:, None, :size]
+        keep = is_between[..., None] & (real[:, at] & (first < key.shape[2]))[:, None]
         return dataclasses.replace(context, extra=ExtraKeys(first_key, first_value, keep, bias))
 
     def _global_rows(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:

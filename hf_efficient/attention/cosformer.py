@@ -60,6 +60,7 @@ class CosformerAttention(KernelAttention):
 
     Config = CosformerAttentionConfig
     config: CosformerAttentionConfig
+    traceable = True
     facts = MechanismFacts(
         title="cosFormer",
         paper="arXiv 2202.08791",

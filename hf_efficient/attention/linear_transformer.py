@@ -42,6 +42,7 @@ class LinearTransformerAttention(KernelAttention):
     Config = LinearTransformerAttentionConfig
     config: LinearTransformerAttentionConfig
     transfer_learning_rate: ClassVar[float] = 1e-2
+    traceable = True
     facts = MechanismFacts(
         title="Linear Transformer",
         paper="arXiv 2006.16236",

@@ -125,7 +125,7 @@ class LinformerAttention(EfficientAttention):
         training="needed: without it much of the model is lost",
     )
     causal_refusal = "every pooled key has later tokens in it; use local, longformer, bigbird or performer"
-    left_aligned = True
+    left_aligned = traceable = True
 
     def __init__(self, config: LinformerAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)

@@ -28,6 +28,7 @@ from hf_efficient.ops.global_tokens import (
     global_rows,
     kept_tokens,
     up_to_separator,
+    with_rows,
     without_tokens,
 )
 from hf_efficient.patterns.kinds import GlobalColumns, GlobalRows, Window
@@ -218,11 +219,7 @@ class LongformerAttention(PatternAttention):
         call = dataclasses.replace(context, key_padding_mask=token_mask, extra=extra)
         out = self.attend(query, key, value, call, self.listed if is_listed else self.neighbours)
         if tokens is not None and self.has_global_rows:
-            rows = self._global_rows(tokens.positions, context).to(out.dtype)
-            target = tokens.positions[:, None, :, None].expand(rows.shape)
-            if not is_listed:  # spare entries of a row with fewer global tokens write back what is there
-                rows = torch.where(tokens.exists[:, None, :, None], rows, out.gather(2, target))
-            out = out.scatter(2, target, rows)
+            out = with_rows(out, self._global_rows(tokens.positions, context), tokens, may_be_spare=not is_listed)
         return self.with_unused_parameters(out)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:

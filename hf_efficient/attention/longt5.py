@@ -21,6 +21,7 @@ from hf_efficient.attention.base import (
 from hf_efficient.attention.base.keys_shown import window_keys
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.context import AttentionContext, ExtraKeys
+from hf_efficient.ops.graph import is_tracing
 from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.padding import real_length, real_tokens
 from hf_efficient.ops.relative_bias import RelativeBias, block_bias
@@ -117,7 +118,7 @@ class LongT5Attention(EfficientAttention):
         training="works without training; training improves the pooled keys",
     )
     causal_refusal = "pooled keys have later tokens in them; use local or longformer, or convert only the encoder"
-    left_aligned = True
+    left_aligned = traceable = True
     needs_hidden_states = True
     needs_project = True
 
@@ -160,7 +161,8 @@ class LongT5Attention(EfficientAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         window = Window(left=self.config.attention_window // 2, right=self.config.attention_window // 2)
-        pooled = self._global_keys(query, context) if query.shape[2] >= self.config.global_block_size else None
+        has_blocks = is_tracing() or query.shape[2] >= self.config.global_block_size
+        pooled = self._global_keys(query, context) if has_blocks else None
         out = block_sparse_attention(query, key, value, window, replace(context, extra=pooled))
         return out if pooled is not None else self.with_unused_parameters(out)
 
@@ -183,8 +185,8 @@ class LongT5Attention(EfficientAttention):
         if self.slot_bias is not None:
             assert context.relative_bias is not None
             table = RelativeBias(self.slot_bias, context.relative_bias.bucket, context.relative_bias.saturation)
-            block = torch.arange(size.shape[1], device=query.device)
-            side = table.at(block - blocks.block[..., None]).transpose(0, 1)  # (B, H, N, G)
+            offset = torch.arange(size.shape[1], device=query.device) - blocks.block[..., None]
+            side = table.at(offset).transpose(0, 1)  # (B, H, N, G)
             bias = side if bias is None else side + bias
         return ExtraKeys(key, value, visible, bias)
 
@@ -193,7 +195,7 @@ class LongT5Attention(EfficientAttention):
         real = real_tokens(key_padding_mask, query)
         length = real_length(real)[:, None]
         count = length // g
-        block, token = (torch.arange(stop, device=query.device)[None] for stop in (n // g, n))
+        block, token = (torch.arange(stop, device=query.device)[None] for stop in (n // g + int(is_tracing()), n))
         is_last = block == count - 1
         seen = F.pad(real.cumsum(-1), (1, 0))
         return _Blocks(
@@ -201,7 +203,7 @@ class LongT5Attention(EfficientAttention):
             block=torch.minimum(token // g, count - 1),
             seen=seen,
             start=(block * g).expand_as(is_last),
-            end=torch.where(is_last, length, (block + 1) * g),
+            end=torch.where(is_last, length, (block + 1) * g).clamp(max=n),
             is_last=is_last,
             exists=block < count,
         )
@@ -209,8 +211,9 @@ class LongT5Attention(EfficientAttention):
     def _pooled(self, hidden: Tensor, blocks: _Blocks, size: Tensor) -> Tensor:
         """(B, G, hidden_size) pooled blocks of (B, n, hidden_size) states."""
         g, count = self.config.global_block_size, size.shape[1]
-        hidden = F.pad(hidden.masked_fill(~blocks.real[..., None], 0.0), (0, 0, 0, (count + 1) * g - hidden.shape[1]))
-        sums = hidden.unflatten(1, (count + 1, g)).sum(2)
+        hidden = hidden.masked_fill(~blocks.real[..., None], 0.0)
+        at = torch.arange(count + 1, device=hidden.device)[:, None] * g + torch.arange(g, device=hidden.device)
+        sums = (hidden[:, at.clamp(max=hidden.shape[1] - 1)] * (at < hidden.shape[1])[..., None]).sum(2)
         # what is left over of a row is all that its next block holds
         total = sums[:, :-1] + sums[:, 1:] * blocks.is_last[..., None]
         if self.config.pooling == "mean":

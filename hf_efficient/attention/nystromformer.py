@@ -19,6 +19,7 @@ from hf_efficient.attention.base import (
     register_mechanism,
 )
 from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.graph import is_tracing
 from hf_efficient.ops.padding import real_length, real_tokens
 from hf_efficient.ops.pooled_keys import groups_of_rows
 from hf_efficient.ops.softmax import additive_mask, masked_attention
@@ -97,6 +98,7 @@ class NystromformerAttention(EfficientAttention):
 
     Config = NystromformerAttentionConfig
     config: NystromformerAttentionConfig
+    traceable = True
     facts = MechanismFacts(
         title="Nyströmformer",
         paper="arXiv 2102.03902",
@@ -132,7 +134,11 @@ class NystromformerAttention(EfficientAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         n, count, token_mask = key.shape[2], self.config.num_landmarks, context.key_padding_mask
-        if n <= count:
+        if is_tracing():  # both forms for every length
+            short = self._short(query, key, value, real_tokens(token_mask, key), context)
+            is_short = (real_length(real_tokens(token_mask, key)) <= count)[:, None, None, None]
+            out = torch.where(is_short, short, self._nystrom(query, key, value, context))
+        elif n <= count:
             out = self._full(query, key, value, token_mask, context)
         else:
             out = self._nystrom(query, key, value, context)
@@ -149,6 +155,16 @@ class NystromformerAttention(EfficientAttention):
     ) -> Tensor:
         mask = None if token_mask is None else additive_mask(token_mask, query.dtype)[:, None, None]
         return masked_attention(query, key, value, attn_mask=mask, dropout_p=context.dropout, scale=context.scaling)
+
+    def _short(
+        self, query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor, context: AttentionContext
+    ) -> Tensor:
+        """`_full` of rows of at most L tokens, for any number of entries; in longer rows anything."""
+        n, first = key.shape[2], torch.arange(self.config.num_landmarks, device=key.device)
+        at = first.clamp(max=n - 1)
+        q, k, v = (x.index_select(2, at) for x in (query, key, value))
+        out = self._full(q, k, v, token_mask.index_select(1, at) & (first < n), context)
+        return out.index_select(2, torch.arange(n, device=key.device).clamp(max=self.config.num_landmarks - 1))
 
     def _nystrom(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)

@@ -78,6 +78,7 @@ class PerformerAttention(KernelAttention):
 
     Config = PerformerAttentionConfig
     config: PerformerAttentionConfig
+    traceable = True
     facts = MechanismFacts(
         title="Performer (FAVOR+)",
         paper="arXiv 2009.14794",

@@ -78,6 +78,7 @@ class RandomFeatureAttention(KernelAttention):
     Config = RandomFeatureAttentionConfig
     config: RandomFeatureAttentionConfig
     transfer_learning_rate: ClassVar[float] = 1e-2
+    traceable = True
     facts = MechanismFacts(
         title="Random feature attention (RFA)",
         paper="arXiv 2103.02143",

@@ -72,6 +72,7 @@ class SetTransformerAttention(EfficientAttention):
 
     Config = SetTransformerAttentionConfig
     config: SetTransformerAttentionConfig
+    traceable = True
     facts = MechanismFacts(
         title="Set Transformer (ISAB)",
         paper="arXiv 1810.00825",

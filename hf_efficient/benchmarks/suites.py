@@ -15,6 +15,7 @@ from hf_efficient.benchmarks.encoder import encoder_rows, encoder_suite
 from hf_efficient.benchmarks.export import export_rows, export_suite
 from hf_efficient.benchmarks.fidelity import fidelity_rows, fidelity_suite
 from hf_efficient.benchmarks.gpu import gpu_rows, gpu_suite
+from hf_efficient.benchmarks.graphs import graphs_rows, graphs_suite
 from hf_efficient.benchmarks.linear import linear_rows, linear_suite
 from hf_efficient.benchmarks.models import memory_rows, memory_suite
 from hf_efficient.benchmarks.recovery import recovery_rows, recovery_suite
@@ -39,6 +40,7 @@ SUITES = {
     "export": Suite(export_suite, export_rows),
     "fidelity": Suite(fidelity_suite, fidelity_rows),
     "gpu": Suite(gpu_suite, gpu_rows),
+    "graphs": Suite(graphs_suite, graphs_rows),
     "linear": Suite(linear_suite, linear_rows),
     "recovery": Suite(recovery_suite, recovery_rows),
 }

@@ -25,10 +25,11 @@ from hf_efficient.cli.common import (
 from hf_efficient.cli.options import parse_lengths
 
 Lengths = Annotated[
-    str | None, typer.Option(help="Tokens to compare at, as 64,512,1500.", show_default="three up to 2048")
+    str | None,
+    typer.Option(help="Tokens to compare at, as 64,512,1500.", show_default="three up to 2048, of graphs five"),
 ]
 Tolerance = Annotated[
-    float | None, typer.Option(help="Largest relative error of an output.", show_default="1e-5, for T5 1e-4")
+    float | None, typer.Option(help="Largest relative error of an output.", show_default="1e-5, for T5 and onnx 1e-4")
 ]
 
 
@@ -38,8 +39,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="stock (the class that was converted, with full attention), longformer, led, longt5, "
-            "bigbird or nystromformer (transformers' own long classes)."
+            help="stock (the class that was converted, with full attention), longformer, led, longt5, bigbird or "
+            "nystromformer (transformers' own long classes), onnx or program (one graph for any length, as it is)."
         ),
     ],
     lengths: Lengths = None,
@@ -52,7 +53,7 @@ def export(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a converted checkpoint as a class of transformers to OUT, after a comparison of both."""
+    """Write a converted checkpoint as a class of transformers, or as a graph, to OUT, after a comparison of both."""
     with running():
         require_source(source)
         chosen = parse_lengths(lengths)

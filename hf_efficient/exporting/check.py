@@ -61,10 +61,10 @@ def chosen_lengths(lengths: Sequence[int] | None, source: Converted, shapes: Sha
     return sorted(set(lengths))
 
 
-def largest_error(given: float | None, target: Target) -> float:
-    """The tolerance that is asked for, or that of the target; raises ValueError for what is none."""
+def largest_error(given: float | None, usual: float) -> float:
+    """The tolerance that is asked for, or the usual one; raises ValueError for what is none."""
     if given is None:
-        return target.tolerance
+        return usual
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not given >= 0:
         raise ValueError(f"tolerance={given!r} is not possible; give a relative error such as 1e-5.")
     return float(given)
@@ -78,7 +78,7 @@ def checked(
     Raises:
         ValueError: an error beyond the tolerance.
     """
-    limit = largest_error(tolerance, target)
+    limit = largest_error(tolerance, target.tolerance)
     rows = compare(source, result, target, lengths)
     if tolerance is None and any(not row["error"] <= limit for row in rows):
         rows = compare(source, result, target, lengths, torch.float64)
@@ -121,9 +121,9 @@ def compare(
                     expected = ours(**passed, **(given if call.is_given else {}))
                 row: Row = {"length": length, "padded": is_padded, "global_tokens": marks is not None}
                 row["dtype"] = str(dtype).removeprefix("torch.")
-                row |= _figures(actual, expected, inputs, "error", "argmax_agreement")
+                row |= figures(actual, expected, inputs, "error", "argmax_agreement")
                 if target.has_distance:
-                    row |= _figures(actual, ours(**passed), inputs, "distance", "distance_agreement")
+                    row |= figures(actual, ours(**passed), inputs, "distance", "distance_agreement")
                 rows.append(row)
     return rows
 
@@ -154,7 +154,7 @@ def _inputs(source: Converted, model: Any, length: int | None, is_padded: bool, 
     config, place = model.config, model.device
     generator = torch.Generator().manual_seed(length)
     padding = getattr(config, "pad_token_id", None) or 0
-    ordinary = _ordinary_tokens(config, call.separator_token_id)
+    ordinary = ordinary_tokens(config, call.separator_token_id)
     ids = ordinary[torch.randint(len(ordinary), (2, length), generator=generator)]
     mask = torch.ones_like(ids)
     if is_padded:
@@ -174,7 +174,7 @@ def _inputs(source: Converted, model: Any, length: int | None, is_padded: bool, 
     return inputs
 
 
-def _ordinary_tokens(config: Any, *others: int | None) -> Tensor:
+def ordinary_tokens(config: Any, *others: int | None) -> Tensor:
     """Ids of the vocabulary without those that mean something to a model."""
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
     special = [getattr(config, name, None) for name in names] + list(others)
@@ -194,7 +194,7 @@ def _put_separators(row: Tensor, real: int, separator: int) -> None:
     row[[real // 3, real // 3 + 1, real - 1]] = separator
 
 
-def _figures(actual: Any, expected: Any, inputs: dict[str, Tensor], error: str, agreement: str) -> Row:
+def figures(actual: Any, expected: Any, inputs: dict[str, Tensor], error: str, agreement: str) -> Row:
     """The largest relative difference of all outputs, and the share of equal decisions by logits."""
     worst, agreeing = 0.0, []
     for name, ours in _tensors(expected).items():

@@ -13,11 +13,15 @@ from hf_efficient.conversion.loading import load_as_it_is, open_source
 from hf_efficient.conversion.sentence_transformers import MODULES
 from hf_efficient.exporting.bigbird import BigBirdTarget
 from hf_efficient.exporting.check import checked, chosen_lengths, largest_error
+from hf_efficient.exporting.graph import GraphTarget
+from hf_efficient.exporting.graph_export import exported_graph
 from hf_efficient.exporting.led import LEDTarget
 from hf_efficient.exporting.longformer import LongformerTarget
 from hf_efficient.exporting.longt5 import LongT5Target
 from hf_efficient.exporting.nystromformer import NystromformerTarget
+from hf_efficient.exporting.onnx import OnnxTarget
 from hf_efficient.exporting.origin import origin_of
+from hf_efficient.exporting.program import ProgramTarget
 from hf_efficient.exporting.report import ExportReport, ExportResult
 from hf_efficient.exporting.stock import StockTarget
 from hf_efficient.exporting.target import ClassTarget, Converted, Target, TensorReport
@@ -30,7 +34,16 @@ from hf_efficient.profiling.json_files import read_json
 
 TARGETS: dict[str, Any] = {
     target.name: target
-    for target in (StockTarget, LongformerTarget, LEDTarget, LongT5Target, BigBirdTarget, NystromformerTarget)
+    for target in (
+        StockTarget,
+        LongformerTarget,
+        LEDTarget,
+        LongT5Target,
+        BigBirdTarget,
+        NystromformerTarget,
+        OnnxTarget,
+        ProgramTarget,
+    )
 }
 logger = logging.getLogger(f"transformers.{__name__}")
 
@@ -46,7 +59,7 @@ def export(
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> ExportResult:
-    """A converted model as a class of transformers, for those who do not have this package.
+    """A converted model as a class of transformers, or as a graph, for those who do not have this package.
 
     The source is left as it is. Source and result are run on the same random tokens at each length, without padding and with
     padding on the right; cost: a few passes of both models at each length, in single precision at least.
@@ -57,9 +70,12 @@ def export(
             `"longformer"`, from BERT, RoBERTa and their relatives with `longformer` or `local`; `"led"`, from BART with one
             of these in the encoder; `"longt5"`, from T5 and mT5 with `local` or `longt5(pooling="rms", log_count=False)` in
             the encoder; `"bigbird"`, from BERT with `bigbird(num_random_blocks=0, first_block_weight=1 + r)`;
-            `"nystromformer"`, from BERT with `nystromformer`, which there scales its pseudo-inverse in another way.
-        lengths: in tokens; by default three up to the number of positions, and up to 2048.
-        tolerance: largest relative error of an output, by default 1e-5, for T5 1e-4.
+            `"nystromformer"`, from BERT with `nystromformer`, which there scales its pseudo-inverse in another way;
+            `"onnx"` and `"program"` (`torch.export`), one graph for any number of texts of any length, as it is, from
+            encoders and, without a cache, decoders. Graphs are compared at five lengths, with padding on either side, for
+            one, two and five texts; `onnx` needs the packages of `hf-efficient[onnx]`.
+        lengths: in tokens; by default three up to the number of positions, and up to 2048; of graphs five, up to 4096.
+        tolerance: largest relative error of an output, by default 1e-5, for T5 and `onnx` 1e-4.
         accept_loss: for `"stock"`: drop parameters of the attention that were trained.
         tokenizer: for a loaded model, or to use another than the source's.
         revision, subfolder: of the Hub repository.
@@ -70,10 +86,10 @@ def export(
 
     Raises:
         ValueError: no such target; a model that it can't express, with the setting that it could; a result that is further
-            from its source than the tolerance. OSError: the source can't be found.
+            from its source than the tolerance. OSError: the source can't be found. ImportError: a package is missing.
     """
     target = _target(to, accept_loss)
-    largest_error(tolerance, target)
+    largest_error(tolerance, target.tolerance)
     require_model(source, "export")
     opened = open_source(source, tokenizer, load_as_it_is, revision=revision, subfolder=subfolder)
     if not is_efficient(type(opened.model)) or not opened.model.config.efficient_attention:
@@ -88,6 +104,8 @@ def export(
         raise ValueError(
             f"{opened.name} can't be exported to {to!r}:\n" + "\n".join(f"- {reason}." for reason in reasons)
         )
+    if isinstance(target, GraphTarget):
+        return exported_graph(target, converted, opened, lengths, largest_error(tolerance, target.tolerance))
     chosen = chosen_lengths(lengths, converted, target.shapes(converted))
     model, tensors = target.build(converted)
     if isinstance(target, ClassTarget):
@@ -107,7 +125,7 @@ def export(
         tensors=tensors,
         dropped=_dropped(opened.model, tensors),
         checks=checked(converted, model, target, chosen, tolerance),
-        tolerance=largest_error(tolerance, target),
+        tolerance=largest_error(tolerance, target.tolerance),
         history=Provenance.of(opened.model).history,
     )
     for caution in report.cautions:
@@ -115,14 +133,15 @@ def export(
     return ExportResult(model, opened.tokenizer, report, opened.folder)
 
 
-def _target(to: str, accept_loss: bool) -> Target:
+def _target(to: str, accept_loss: bool) -> Target | GraphTarget:
     if to not in TARGETS:
         raise ValueError(f"to={to!r} is not possible; it must be one of {', '.join(TARGETS)}.")
     if accept_loss and to != StockTarget.name:
         raise ValueError(
             f"accept_loss is for to='stock', which drops what was trained; {to!r} keeps all weights: leave it out."
         )
-    return StockTarget(accept_loss) if to == StockTarget.name else TARGETS[to]()
+    found: Target | GraphTarget = StockTarget(accept_loss) if to == StockTarget.name else TARGETS[to]()
+    return found
 
 
 def _dropped(model: PreTrainedModel, tensors: TensorReport) -> list[str]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.ops.backend import require_torch
-from hf_efficient.ops.graph import leaves_torch
+from hf_efficient.ops.graph import is_tracing
 from hf_efficient.ops.linear_attention import BOTH_DIRECTIONS
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -39,7 +39,7 @@ class AffineFeatures(NamedTuple):
 
 def has_fused_form(query: Tensor) -> bool:
     """Whether `affine_attention` can take heads of this kind: on the CPU, in PyTorch's own graphs."""
-    return query.device.type == "cpu" and not leaves_torch()
+    return query.device.type == "cpu" and not is_tracing()
 
 
 def affine_attention(query: AffineFeatures, key: AffineFeatures, value: Tensor, token_mask: Tensor | None) -> Tensor:

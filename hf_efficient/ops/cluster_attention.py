@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention
 from hf_efficient.ops.block_sparse.windows import window_sides
 from hf_efficient.ops.choice import first_largest, indices, largest, rounding
-from hf_efficient.ops.graph import leaves_torch
+from hf_efficient.ops.graph import is_tracing
 from hf_efficient.ops.query_clusters import rows_at
 from hf_efficient.ops.softmax import additive_mask, attend
 from hf_efficient.patterns.kinds import Window
@@ -256,7 +256,7 @@ def _spread(found: Tensor, weights: Tensor, queries: Members) -> Tensor:
     """(B, H, N, D) sum of the clusters' results (B, H, k, w, D), each weighed by (B, H, k, N) weights."""
     own = weights.gather(-1, queries.tokens)[..., None]
     entries = own * found.to(own.dtype)
-    sums = _sum if leaves_torch() else _Sum.apply
+    sums = _sum if is_tracing() else _Sum.apply
     return sums(entries, queries.tokens, weights.shape[-1]).to(entries.dtype)
 
 
@@ -272,7 +272,7 @@ def _sum(entries: Tensor, index: Tensor, length: int) -> Tensor:
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
     # a graph for other runtimes has no gradient, and can't hold functions of Python
-    return rows_at(x, index) if leaves_torch() else _At.apply(x, index)
+    return rows_at(x, index) if is_tracing() else _At.apply(x, index)
 
 
 class _At(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_efficient.ops.context import AttentionCall, AttentionContext, ExtraKeys
 from hf_efficient.ops.decoding import entries_at
-from hf_efficient.ops.graph import is_captured, leaves_torch
+from hf_efficient.ops.graph import is_captured, is_tracing
 from hf_efficient.ops.padding import first_real_token, real_tokens
 from hf_efficient.ops.plain import is_plain_linear
 from hf_efficient.ops.rotary import Rotation
@@ -18,7 +18,8 @@ from hf_efficient.ops.softmax import masked_attention
 
 
 class GlobalTokens(NamedTuple):
-    """`positions` (B, G), distinct in each row, and `exists` (B, G): rows with fewer tokens have spare entries."""
+    """`positions` (B, G) and `exists` (B, G): rows with fewer tokens have spare entries. Positions are distinct in each
+    row; in graphs for other runtimes only those that exist are."""
 
     positions: Tensor
     exists: Tensor
@@ -49,7 +50,7 @@ def up_to_separator(
 
 def masked_tokens(mask: Tensor) -> GlobalTokens | None:
     """The True positions of a (B, N) mask, in order; `None` if there are none. Reads the mask's values."""
-    if leaves_torch():
+    if is_tracing():
         raise ValueError(
             "which tokens are global is decided by the values of this call, which a traced or exported graph can't follow: "
             "convert with a rule that names positions, such as global_tokens='first', or run the model itself."
@@ -65,14 +66,16 @@ def masked_tokens(mask: Tensor) -> GlobalTokens | None:
 def listed_tokens(positions: list[int], key: Tensor, key_padding_mask: Tensor | None) -> GlobalTokens | None:
     """Positions counted from each row's first real token, for (B, H, S, D) keys; static count, so it compiles full-graph."""
     batch, length = key.shape[0], key.shape[2]
-    positions = [position for position in positions if position < length]
+    if not is_tracing():  # in a graph their number can't depend on the length
+        positions = [position for position in positions if position < length]
     if not positions:
         return None
     start = torch.zeros(batch, dtype=torch.long, device=key.device)
     if key_padding_mask is not None:
         start = first_real_token(key_padding_mask)
     index = start[:, None] + torch.tensor(positions, device=key.device)
-    exists, index = index < length, index % length
+    exists = index < length
+    index = index.clamp(max=length - 1) if is_tracing() else index % length
     return GlobalTokens(index, exists if key_padding_mask is None else exists & key_padding_mask.gather(-1, index))
 
 
@@ -93,7 +96,25 @@ def chosen_tokens(
 def without_tokens(key_padding_mask: Tensor | None, tokens: GlobalTokens, key: Tensor) -> Tensor:
     """The (B, S) token mask without the global tokens."""
     mask = real_tokens(key_padding_mask, key).expand(key.shape[0], -1)
+    if is_tracing():  # where spare entries may repeat a token
+        same = tokens.positions[..., None] == torch.arange(key.shape[2], device=key.device)
+        return mask & ~(same & tokens.exists[..., None]).any(1)
     return mask.scatter(1, tokens.positions, mask.gather(1, tokens.positions) & ~tokens.exists)
+
+
+def with_rows(out: Tensor, rows: Tensor, tokens: GlobalTokens, may_be_spare: bool) -> Tensor:
+    """(B, H, N, D) `out` with the (B, H, G, D) `rows` at the global tokens; `may_be_spare`: some of these may not exist."""
+    rows = rows.to(out.dtype)
+    if is_tracing():
+        # what does not exist goes to a spare row, which is cut off
+        index = torch.where(tokens.exists, tokens.positions, out.shape[2])
+        target = index[:, None, :, None].expand(-1, *rows.shape[1:2], -1, rows.shape[3])
+        every = torch.arange(out.shape[2], device=out.device)
+        return F.pad(out, (0, 0, 0, 1)).scatter(2, target, rows).index_select(2, every)
+    target = tokens.positions[:, None, :, None].expand(rows.shape)
+    if may_be_spare:  # spare entries write back what is there
+        rows = torch.where(tokens.exists[:, None, :, None], rows, out.gather(2, target))
+    return out.scatter(2, target, rows)
 
 
 def global_columns(

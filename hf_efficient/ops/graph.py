@@ -10,10 +10,13 @@ def is_captured() -> bool:
 
     Nothing may be decided by the values of tensors then: a tracer would keep the decision without a word.
     """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or is_tracing()
 
 
-def leaves_torch() -> bool:
-    """A graph is being made that other runtimes may run: nothing in it can look at values and stop, and what PyTorch's
-    operators promise beyond their formula does not hold there."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+def is_tracing() -> bool:
+    """A graph is being made that other runtimes may run, at other lengths: by all of these but `torch.compile`.
+
+    Nothing in it can look at values and stop, nothing may be kept that belongs to the example's length, and what PyTorch's
+    operators promise beyond their formula does not hold there.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()

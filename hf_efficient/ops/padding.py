@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_efficient.ops.graph import is_tracing
+
 
 def real_tokens(key_padding_mask: Tensor | None, key: Tensor) -> Tensor:
     """(B or 1, S) bool: which of (B, H, S, D) keys are real, where `None` = all."""
@@ -34,9 +36,13 @@ def shift_rows(tensor: Tensor, shift: Tensor, dim: int, skip: int = 0) -> Tensor
     Static shapes and no look at values, so it compiles full-graph. O(elements) time and memory.
     """
     n = tensor.shape[dim] - skip
-    index = (torch.arange(n, device=tensor.device)[None, :] + shift[:, None]) % n
+    index = torch.arange(n, device=tensor.device)[None, :] + shift[:, None]
+    if is_tracing():  # shifts are less than n there, and not all runtimes know remainders by an open length
+        index = torch.where(index < 0, index + n, torch.where(index < n, index, index - n))
+    else:
+        index = index % n
     if skip:
-        index = torch.cat([torch.arange(skip, device=index.device).expand(len(index), -1), index + skip], dim=1)
+        index = torch.cat([torch.arange(skip, device=index.device).expand(index.shape[0], -1), index + skip], dim=1)
     shape = [1] * tensor.dim()
     shape[0], shape[dim] = index.shape
     return tensor.gather(dim, index.view(shape).expand_as(tensor))

@@ -69,5 +69,6 @@ def side_by_side(cos: Tensor, sin: Tensor, *, dim: int, interleaved: bool, rows:
 
 
 def _gather(cos_sin: Tensor, index: Tensor) -> Tensor:
-    rows = max(len(cos_sin), len(index))
+    # no length by `len` or `max`, which would fix that of a graph
+    rows = index.shape[0] if cos_sin.shape[0] == 1 else cos_sin.shape[0]
     return cos_sin.expand(rows, -1, -1).gather(1, index[..., None].expand(rows, -1, cos_sin.shape[-1]))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_efficient.kernels import cpu_attention
-from hf_efficient.ops.graph import is_captured, leaves_torch
+from hf_efficient.ops.graph import is_captured, is_tracing
 from hf_efficient.ops.grouped_heads import expand_heads
 
 Partial = tuple[Tensor, Tensor]
@@ -40,10 +40,10 @@ def masked_attention(
     """
     is_grouped = query.dim() == 4 and key.shape[1] != query.shape[1]
     # fast kernels of other devices take either a mask or grouped heads, and other runtimes know no grouped heads
-    if is_grouped and (leaves_torch() or (attn_mask is not None and query.device.type != "cpu")):
+    if is_grouped and (is_tracing() or (attn_mask is not None and query.device.type != "cpu")):
         key, value = expand_heads(query, key, value)
         is_grouped = False
-    if attn_mask is not None and leaves_torch():
+    if attn_mask is not None and is_tracing():
         visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask > float("-inf")
         lowest = torch.finfo(query.dtype).min / 2
         logits = torch.where(visible, 0.0 if attn_mask.dtype == torch.bool else attn_mask, lowest).to(query.dtype)
@@ -83,7 +83,7 @@ def attend(
         and query.dim() == 4
         and not dropout
         and not takes_gradient
-        and not leaves_torch()
+        and not is_tracing()
     ):
         return _fused(query, key, value, logits, scaling)
     options: dict[str, Any] = dict(scaling=scaling, dropout=dropout, return_lse=True, softcap=softcap)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_efficient.families import ModelFamily, Stack
-from hf_efficient.ops.graph import is_captured, leaves_torch
+from hf_efficient.ops.graph import is_captured, is_tracing
 from hf_efficient.ops.packing import PackedSequences, Steps, position_steps
 from hf_efficient.ops.rotary import side_by_side
 from hf_efficient.patching.caches import HostWindow, bounded_cache, prepare_layers
@@ -136,7 +136,7 @@ def pass_hidden_states(
                 "rotates what it projects itself: use local."
             )
         unrotated = hidden.shape[1] - angles[0].shape[-2]  # class and register tokens of pictures
-        sizes = dict(dim=rotary.dim, interleaved=rotary.interleaved, rows=len(hidden), unrotated=unrotated)
+        sizes = dict(dim=rotary.dim, interleaved=rotary.interleaved, rows=hidden.shape[0], unrotated=unrotated)
         given["efficient_cos_sin"] = side_by_side(*angles, **sizes)
     return args, kwargs | given
 
@@ -301,7 +301,7 @@ def _refuse_compiled(positions: Tensor, mask: Tensor | None, info: StackInfo, ha
     token_mask = None if mask is None else mask[:, -length:].bool()
     if token_mask is None or token_mask.shape[-1] == length:
         positions = positions if token_mask is None else positions.expand(token_mask.shape[0], -1)
-        if leaves_torch():
+        if is_tracing():
             return  # what runs the graph can't stop
         steps = position_steps(positions, token_mask, info.first_position)
         torch._assert_async(~steps.restart.any(), f"torch.compile: {advice}")
@@ -363,7 +363,7 @@ def _count_from_first_tokens(call: dict[str, Any], shape: CallShape, info: Stack
         call["position_ids"] = index.clamp(min=0)[:, shape.seen :]
     elif not is_captured():
         raise ValueError(ROTATED)
-    elif not leaves_torch():
+    elif not is_tracing():
         torch._assert_async(~start.any(), ROTATED)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.families import SOUND
-from hf_efficient.ops.graph import is_captured, leaves_torch
+from hf_efficient.ops.graph import is_captured, is_tracing
 
 GLOBAL = "global_attention_mask"
 MASKS = ("attention_mask", GLOBAL, "encoder_attention_mask")
@@ -74,8 +74,8 @@ def checked_inputs(call: dict[str, Any], shape: CallShape, is_causal: bool, name
         if (given := call.get(name)) is None:
             continue
         given = _as_rows(names.get(name, name), given, rows, columns, is_causal and name == GLOBAL)
-        changes[name] = given.expand(rows, -1) if name in MASKS and len(given) != rows else given
-    if GLOBAL in changes and leaves_torch():
+        changes[name] = given.expand(rows, -1) if name in MASKS and given.shape[0] != rows else given
+    if GLOBAL in changes and is_tracing():
         raise ValueError(
             "global_attention_mask decides by its values what is computed, which a traced or exported graph can't follow: "
             "convert with a rule, such as global_tokens='first', or run the model itself."
@@ -122,7 +122,7 @@ def _check_values(masks: dict[str, Tensor]) -> set[str]:
         Those of which it is known that all their values are 1.
     """
     hides_nothing: set[str] = set()
-    if leaves_torch():
+    if is_tracing():
         return hides_nothing
     for name, mask in list(masks.items()):
         if mask.device.type == "cpu" and mask.dtype == torch.long and mask.numel() and not is_captured():

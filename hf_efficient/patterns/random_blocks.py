@@ -62,7 +62,7 @@ class BigBirdBlocks(BlockList):
         within = torch.arange(self.block_size, device=length.device)
         # where the last block is the first one too, its rows are named once
         end = torch.where(last[:, None] > 0, last[:, None] * self.block_size + within, n)
-        index = torch.cat([within.expand(len(last), -1), end], dim=-1)
+        index = torch.cat([within.expand(last.shape[0], -1), end], dim=-1)
         return index.clamp(max=n - 1), index < n
 
     def blocks_of(self, rows: Tensor, last: Tensor | None, num_blocks: int) -> Tensor:
@@ -79,7 +79,9 @@ class BigBirdBlocks(BlockList):
         columns = torch.stack(fixed, -1)[:, None]
         if self.num_random_blocks == 0:
             return columns
-        random = torch.cat([self.random_blocks(part, last, num_blocks) for part in rows.split(PRIORITY_ROWS, -1)], 2)
+        # a graph with an open number of blocks has no loop over them
+        parts = rows.split(PRIORITY_ROWS, -1) if type(num_blocks) is int else (rows,)
+        random = torch.cat([self.random_blocks(part, last, num_blocks) for part in parts], 2)
         return torch.cat([columns.expand(-1, random.shape[1], -1, -1), random], dim=-1)
 
     def random_blocks(self, rows: Tensor, last: Tensor | None, num_blocks: int) -> Tensor:

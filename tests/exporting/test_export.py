@@ -160,7 +160,7 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str, str]] = [
     ("umt5", "local", {}, "longt5", "a relative bias of its own in every layer"),
     ("bert", "local", {}, "longt5", "bert is no T5"),
     ("bert", "etc", dict(num_global_tokens=4), "stock", "learned tokens in front of its input"),
-    ("bert", "local", {}, "onnx", "to='onnx' is not possible; it must be one of stock, longformer"),
+    ("bert", "local", {}, "tflite", "to='tflite' is not possible; it must be one of stock, longformer"),
 ]
 
 

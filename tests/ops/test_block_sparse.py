@@ -11,6 +11,7 @@ from pattern_cases import BY_LENGTH, HEADS, PATTERNS, WIDTH, dense
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_efficient.ops.block_sparse import attention, traceable
 from hf_efficient.ops.block_sparse import gather as blocks
 from hf_efficient.ops.block_sparse import torch_backend as torch_attention
 from hf_efficient.ops.block_sparse.attention import block_sparse_attention, reference_attention
@@ -99,9 +100,12 @@ def assert_same_results(actual: Any, expected: Any, label: str) -> None:
             assert a.abs().max() < 1e-9, f"gradient of {which}, {label}"
 
 
-@pytest.fixture(params=["pieces", "dense"])
+@pytest.fixture(params=["pieces", "dense", "graph"])
 def route(request, monkeypatch):
-    """One dense tile never, or wherever it can serve."""
+    """One dense tile never, or wherever it can serve; or the form of graphs for other runtimes, where there is one."""
+    if request.param == "graph":
+        monkeypatch.setattr(attention, "is_tracing", lambda: True)
+        monkeypatch.setattr(traceable, "_longest", lambda n: None)  # known lengths are mostly below one window
     monkeypatch.setattr(torch_attention, "DENSE_SHARE", 9.0 if request.param == "pieces" else -1.0)
 
 

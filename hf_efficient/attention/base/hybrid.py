@@ -78,6 +78,7 @@ class HybridAttention(KernelAttention):
 
     config: HybridAttentionConfig
     relative_bias_refusal = None
+    traceable = True
     transfer_learning_rate: ClassVar[float] = 1e-2
 
     def __init__(self, config: HybridAttentionConfig, geometry: AttentionGeometry):
@@ -116,6 +117,12 @@ class HybridAttention(KernelAttention):
                 "or use local"
             )
         return reasons
+
+    @classmethod
+    def graph_refusal(cls, config: Any, geometry: AttentionGeometry) -> str | None:
+        if config.attention_window and not geometry.is_causal:
+            return f"{config.mechanism} beyond a window has no form whose length stays open: use attention_window=0"
+        return super().graph_refusal(config, geometry)
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:

@@ -191,6 +191,8 @@ class EfficientAttention(nn.Module):
     needs_project: bool = False
     pooling: Pooling | None = None
     """The whole layer runs on means of neighbouring tokens, of windows with more than one: see `patching.downsampling`."""
+    traceable: ClassVar[bool] = False
+    """Encoders of it can be made into graphs whose length stays open: see `graph_refusal`."""
     transfer_learning_rate: ClassVar[float] = 1e-3
     global_tokens: Tensor
     """Of the first layer alone, where `num_extra_tokens`: (g, hidden_size), registered at installation."""
@@ -297,6 +299,14 @@ class EfficientAttention(nn.Module):
         if geometry.chunk_size_feed_forward and cls.num_extra_tokens(config):
             reasons.append(f"{cls.Config.mechanism} {geometry.chunking_refusal}")
         return reasons + cls._unhonoured(config, geometry)
+
+    @classmethod
+    def graph_refusal(cls, config: Any, geometry: AttentionGeometry) -> str | None:
+        """Why no graph for inputs of every length can be made of it (`torch.export`, ONNX); `None` = one can."""
+        if cls.traceable and not geometry.is_causal:
+            return None
+        kind = f"{'causal ' if geometry.is_causal else ''}{cls.Config.mechanism}"
+        return f"{kind} has no form whose length stays open"
 
     @classmethod
     def _unhonoured(cls, config: Any, geometry: AttentionGeometry) -> list[str]:

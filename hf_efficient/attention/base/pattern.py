@@ -15,6 +15,7 @@ from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.cache.bounded import BoundedLayer
 from hf_efficient.ops.backend import IMPLEMENTATIONS, require_torch
 from hf_efficient.ops.block_sparse.attention import DECODING, block_sparse_attention
+from hf_efficient.ops.block_sparse.traceable import is_traceable
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.decoding import pattern_attention
 from hf_efficient.ops.softmax import with_sinks
@@ -122,6 +123,16 @@ class PatternAttention(EfficientAttention):
                 "implementation='flex' gives no log-sum-exp, which sinks need: use 'auto', 'torch' or 'triton'"
             )
         return reasons
+
+    @classmethod
+    def graph_refusal(cls, config: Any, geometry: AttentionGeometry) -> str | None:
+        if config.implementation not in ("auto", "torch"):
+            return f"implementation={config.implementation!r} computes on this machine alone: convert with 'auto'"
+        pattern = config.visible_keys(geometry)
+        if geometry.sliding_window is not None:
+            left, right = geometry.sliding_window
+            pattern = pattern & Window(left=left, right=right)
+        return None if is_traceable(pattern) else super().graph_refusal(config, geometry)
 
     def __init__(self, config: PatternAttentionConfig, geometry: AttentionGeometry):
         super().__init__(config, geometry)

@@ -16,15 +16,18 @@ from torch import Tensor
 from hf_efficient.ops.backend import require_torch, resolve
 from hf_efficient.ops.block_sparse.decompose import Backend
 from hf_efficient.ops.block_sparse.torch_backend import torch_attention
+from hf_efficient.ops.block_sparse.traceable import is_traceable, traceable_attention
 from hf_efficient.ops.block_sparse.windows import window_attention
 from hf_efficient.ops.context import AttentionCall
 from hf_efficient.ops.decoding import last_token_attention, pattern_attention
+from hf_efficient.ops.graph import is_tracing
 from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.ops.softmax import Partial, Result, additive_mask, attend
 from hf_efficient.patterns.kinds import Window
 from hf_efficient.patterns.pattern import Pattern
 
 DECODING = "queries of new tokens against a cache are computed by PyTorch alone"
+GRAPHS = "graphs for other runtimes are made of PyTorch's operators alone"
 
 
 @overload
@@ -89,6 +92,9 @@ def block_sparse_attention(
     if query.shape[2] < key.shape[2] or call.key_positions is not None:
         require_torch(implementation, DECODING)
         out, lse = _decode(query, key, value, pattern, call)
+    elif is_tracing() and is_traceable(pattern) and not call.by_vectors:
+        require_torch(implementation, GRAPHS)
+        out, lse = traceable_attention(query, key, value, pattern, call)
     else:
         backend = resolve(implementation, query, key, value, dropout=call.dropout)
         out, lse = _backend(backend)(query, key, value, pattern, call)

@@ -93,7 +93,7 @@ def _with_rows(
             lse = query.new_full((batch, heads, n), float("-inf"), dtype=dense[1].dtype)  # type: ignore[union-attr]
     else:
         out, lse = torch_attention(query, key, value, rest, call)
-    return _written(out, lse, index, torch.ones_like(index, dtype=torch.bool), dense)
+    return written(out, lse, index, torch.ones_like(index, dtype=torch.bool), dense)
 
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, index: Tensor, call: AttentionCall) -> Result:
@@ -117,7 +117,7 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, index: Tensor, call: Attent
     return attend(rows, key, value, logits, return_lse=call.return_lse, **call.options)
 
 
-def _written(out: Tensor, lse: Tensor | None, index: Tensor, exists: Tensor, dense: Result) -> Result:
+def written(out: Tensor, lse: Tensor | None, index: Tensor, exists: Tensor, dense: Result) -> Result:
     """`out` with the rows `index` (B or 1, G) replaced where they exist; each row at most once."""
     n = out.shape[2]
     # rows that do not exist go to a spare row, which is cut off: a second writer would double a gradient
@@ -300,7 +300,7 @@ def _block_list(query: Tensor, key: Tensor, value: Tensor, pattern: BlockList, c
     if full is None:
         return out, lse
     index, exists = full
-    return _written(out, lse, index, exists, _rows(query, key, value, index, call))
+    return written(out, lse, index, exists, _rows(query, key, value, index, call))
 
 
 def _seen_blocks(columns: Tensor, full: tuple[Tensor, Tensor] | None, size: int) -> Tensor:

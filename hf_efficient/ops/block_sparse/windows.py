@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_efficient.kernels.cpu_band import strips, window_tile
 from hf_efficient.ops.context import AttentionCall, ExtraKeys
-from hf_efficient.ops.graph import leaves_torch
+from hf_efficient.ops.graph import is_tracing
 from hf_efficient.ops.relative_bias import RelativeBias
 from hf_efficient.ops.softmax import Partial, Result, additive_mask, attend, bool_all, merge_attention
 from hf_efficient.patterns.kinds import Window
@@ -71,7 +71,7 @@ def _shown(
 
 def _is_fused(query: Tensor, call: AttentionCall) -> bool:
     """PyTorch's kernel for the CPU can take the call."""
-    return query.device.type == "cpu" and not call.dropout and call.softcap is None and not leaves_torch()
+    return query.device.type == "cpu" and not call.dropout and call.softcap is None and not is_tracing()
 
 
 def _fused(
