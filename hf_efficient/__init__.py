@@ -17,6 +17,8 @@ from hf_efficient import models, patching  # noqa: F401  (importing them registe
 from hf_efficient._version import __version__  # noqa: F401
 
 _PUBLIC = {
+    "advice.advice": ("Advice",),
+    "advice.advise": ("advise",),
     "attention.base.geometry": ("AttentionGeometry",),
     "attention.base.mechanism": ("EfficientAttention", "EfficientAttentionConfig", "MechanismFacts"),
     "attention.base.registry": (

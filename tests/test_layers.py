@@ -30,11 +30,12 @@ LAYERS = {
     "exporting": "conversion models patching families attention.base ops profiling",
     "testing": "conversion models patching families attention.base",
     "training": "evaluation conversion models experts patching families attention.base cache ops profiling corpus",
+    "advice": "training evaluation conversion models experts patching families attention.base cache ops profiling corpus",
     "visualize": "attention.base patterns profiling",
-    "benchmarks": "training testing exporting evaluation conversion models experts patching families attention.base cache "
+    "benchmarks": "advice training testing exporting evaluation conversion models experts patching families attention.base cache "
     "ops patterns profiling corpus",
     "cards": "training conversion models experts attention.base profiling",
-    "cli": "cards benchmarks visualize training exporting evaluation conversion models attention.base profiling corpus "
+    "cli": "cards benchmarks visualize advice training exporting evaluation conversion models attention.base profiling corpus "
     "_version",
     "hf_efficient": "models patching attention.base _version",
 }

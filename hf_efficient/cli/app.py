@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hf_efficient.cli import common
+from hf_efficient.cli.advise import advise
 from hf_efficient.cli.bench import bench
 from hf_efficient.cli.convert import convert, revert
 from hf_efficient.cli.export import export, import_command
@@ -52,6 +53,7 @@ def options(
 # options of mechanisms that a command does not have are named by the command itself
 MECHANISM = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+app.command("advise")(advise)
 app.command("convert", cls=MechanismCommand, context_settings=MECHANISM)(convert)
 app.command("verify")(verify)
 app.command("revert")(revert)
