@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import by_length
 from exports import export_table
 from model_types import model_counts, model_types_table
 
@@ -115,6 +116,15 @@ def fidelity_table(mechanism: str) -> str:
     )
 
 
+def by_length_table(mechanism: str = "") -> str:
+    """Untrained fidelity on real checkpoints at several lengths, of one mechanism or of all."""
+    data = record("fidelity_by_length")
+    if data is None:
+        return "not measured"
+    found = by_length.card_table(data, mechanism) if mechanism else by_length.overview(data)
+    return "not measured" if found is None else f"{found}\n\n{by_length.remarks(data)} {_source(data)}"
+
+
 STAGES = {"converted": "untrained", "transferred": "attention transferred", "trained": "trained", "control": "control"}
 
 
@@ -196,7 +206,7 @@ def segments_table(mechanism: str) -> str:
 
 def closeness_tables(mechanism: str) -> str:
     """Untrained fidelity, and what training recovered where that was recorded."""
-    makers = (fidelity_table, recovery_table, perplexity_table, segments_table)
+    makers = (fidelity_table, by_length_table, recovery_table, perplexity_table, segments_table)
     return "\n\n".join(text for make in makers if (text := make(mechanism)) != "not measured") or "not measured"
 
 
@@ -439,6 +449,7 @@ def part(name: str) -> str:
         "first steps": first_steps,
         "graphs": graphs_table,
         "fidelity": closeness_tables,
+        "fidelity by length": by_length_table,
         "linear": linear_table,
         "memory": cost_tables,
         "model counts": lambda: model_counts(record("model_types")),

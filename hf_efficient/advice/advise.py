@@ -18,7 +18,14 @@ from hf_efficient.advice.losses import Passes
 from hf_efficient.advice.material import digest, longest, rows_of
 from hf_efficient.advice.record import Record, fingerprint
 from hf_efficient.advice.search import Search, conclude
-from hf_efficient.conversion.loading import Source, load_stock, open_source, refuse_converted, takes_pictures
+from hf_efficient.conversion.loading import (
+    Source,
+    load_stock,
+    open_source,
+    refuse_converted,
+    split_options,
+    takes_pictures,
+)
 from hf_efficient.conversion.sentence_transformers import module_folders
 from hf_efficient.families import HostModel
 from hf_efficient.families.readable import require_model
@@ -57,8 +64,8 @@ def advise(
     Args:
         source: Hub id or folder of a checkpoint, or a loaded stock model.
         length: tokens of a text; the model is lengthened to them for the while.
-        texts: texts, or batches of inputs such as `{"input_ids": …}`; at most 16 rows are used. `None` = the corpus; a causal
-            language model without a tokenizer writes its own.
+        texts: texts, or batches of inputs such as `{"input_ids": …}`; at most 16 rows are used. `None` = the corpus; a
+            causal language model without a tokenizer writes its own.
         budget: seconds; checked between passes. When they are over, the advice is from what is there, and `partial`.
         max_time: largest time ratio to full attention; 0.97 at most, and if it is `None`.
         target: share of the control's loss that must be removed, between 0 and 1.
@@ -80,7 +87,7 @@ def advise(
     _check(length, budget, max_time, target)
     start = time.monotonic()
     require_model(source, "advise on")
-    opened = open_source(source, tokenizer, load_stock, **loading)
+    opened = open_source(source, tokenizer, load_stock, **_loading(source, loading))
     refuse_converted(opened.name, opened.model.config)
     if takes_pictures(opened.model):
         raise ValueError(f"{type(opened.model).__name__} reads pictures, and advice is measured on texts: use verify.")
@@ -126,6 +133,20 @@ def _check(length: int, budget: float, max_time: float | None, target: float) ->
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _loading(source: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Options of a checkpoint; raises ValueError for others, and for those of a model that is loaded already."""
+    revision = given.pop("revision", None)
+    known, strange = split_options(given)
+    if strange:
+        raise ValueError(
+            f"advise has no option {', '.join(map(repr, strange))}; options of a mechanism go into candidates=."
+        )
+    known = {name: value for name, value in (known | {"revision": revision}).items() if value is not None}
+    if known and isinstance(source, PreTrainedModel):
+        raise ValueError(f"{', '.join(known)} say which checkpoint is loaded, and this model is: leave them out.")
+    return known
 
 
 def _settings(

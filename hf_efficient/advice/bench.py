@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -41,8 +42,8 @@ def lengthened(host: HostModel, count: int, positions: str | None) -> Iterator[s
     if made_for is None or count <= made_for:
         if positions is not None:
             raise ValueError(
-                f"positions={positions!r} says how to lengthen, and this model takes length={count} tokens already: leave it "
-                "out."
+                f"positions={positions!r} says how to lengthen, and this model takes length={count} tokens already: leave "
+                "it out."
             )
         yield None
         return
@@ -59,6 +60,18 @@ def lengthened(host: HostModel, count: int, positions: str | None) -> Iterator[s
         host.restore_positions(record)
         for module, weight in replaced:  # the very parameters that an optimiser may hold
             module.weight = weight
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Calibration says nothing of settings that are only tried."""
+    logger = logging.getLogger(f"transformers.{calibrate.__module__}")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class Bench:
@@ -130,7 +143,8 @@ class Bench:
         """Figures and seconds of the wanted texts, with the mechanism in the model; a first pass that is cold has none."""
         model, texts = self.passes.model, self.texts[part]
         if candidate is not None and candidate.is_calibrated:
-            calibrate(model, self.texts[CHOOSE][:1], self.length)
+            with _without_advice():
+                calibrate(model, self.texts[CHOOSE][:1], self.length)
         row.setdefault("keys_per_query", mean_keys_per_query(model, self.length))
         is_warm = not row[part]["seconds"]
         if is_warm:

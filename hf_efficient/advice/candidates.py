@@ -20,6 +20,8 @@ MOST = 30
 SHARES = (1 / 8, 1 / 4, 1 / 16, 1 / 2)
 """Keys per query ÷ those of full attention, in the order of their use."""
 SINKS = 4
+LARGEST_SHARE = 0.75
+"""Settings that compare a query with more of its keys save nothing, and are not sought."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ class Grid:
         for one in _forms(config):
             try:
                 plan(self.host, [one])
-                possible.append(Candidate((one,), keys))
+                seen = keys_per_query(one, self.geometry, self.length)
+                if seen is None or seen <= LARGEST_SHARE * self.keys:
+                    possible.append(Candidate((one,), keys))
             except ValueError as error:
                 self.refused.setdefault(mechanism, str(error).splitlines()[-1].removeprefix("- "))
         return possible

@@ -81,8 +81,15 @@ def _checked(batch: Batch, length: int) -> Batch:
         raise ValueError(
             f"input_ids of shape {tuple(batch['input_ids'].shape)} are not (rows, tokens) of at most length={length} tokens."
         )
-    batch.pop("labels", None)
-    return batch
+    count = len(batch["input_ids"])
+    odd = [
+        name
+        for name, value in batch.items()
+        if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != count
+    ]
+    if odd:
+        raise ValueError(f"{', '.join(odd)} of a batch must be tensors of {count} rows, as input_ids: leave them out.")
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _single(batch: Batch, size: int) -> list[Batch]:
@@ -152,6 +159,6 @@ def _warn_of_short(rows: Sequence[Batch], length: int) -> None:
     full = sum(size == length for size in sizes)
     if full < FEWEST:
         logger.warning(
-            f"{full} of {len(rows)} texts fill {length} tokens (their median is {statistics.median(sizes):.0f}): what is found "
-            "holds for texts like these; give longer or more texts for longer ones."
+            f"{full} of {len(rows)} texts fill {length} tokens (their median is {statistics.median(sizes):.0f}): what is "
+            "found holds for texts like these; give longer or more texts for longer ones."
         )

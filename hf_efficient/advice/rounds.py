@@ -28,6 +28,10 @@ class Score:
     def mean(self, count: int | None = None) -> float:
         return statistics.fmean(self.losses[:count])
 
+    def reaches(self, target: float, control: Score) -> bool:
+        """Whether at most (1 - target) of the control's loss is left, up to rounding."""
+        return self.mean() <= (1 - target + 1e-9) * control.mean()
+
 
 Scores = Mapping[str, Score]
 
@@ -103,8 +107,7 @@ def choose(scores: Scores, control: Score, target: float, max_time: float | None
     Args:
         target: share of the control's loss that it must remove. max_time: largest time ratio; 0.97 at most.
     """
-    allowed = within(scores, max_time)
-    good = [name for name in allowed if scores[name].mean() <= (1 - target) * control.mean()]
+    good = [name for name in within(scores, max_time) if scores[name].reaches(target, control)]
     return min(good, key=lambda name: (scores[name].ratio, scores[name].mean()), default=None)
 
 

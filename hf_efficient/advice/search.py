@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from hf_efficient.advice.advice import Advice
@@ -116,28 +117,30 @@ class Search:
     def find_hybrid(self) -> None:
         """The cheapest candidate of the front that misses the target, with as few exact layers as it takes."""
         scores, control = self.scores(self.alive, CHOOSE), self.control(CHOOSE)
-        limit = (1 - self.target) * control.mean()
-        allowed = within(scores, self.max_time)
-        missing = [name for name in front(scores) if scores[name].mean() > limit and name in allowed]
+        allowed = set(within(scores, self.max_time))
         missing = [
-            name for name in missing if len(self.known[name].configs) == 1 and not self.known[name].needs_training
+            name for name in front(scores) if name in allowed and not scores[name].reaches(self.target, control)
         ]
+        # of several groups of layers none is "the rest"; what must be trained is no better for exact layers beside it
+        known = self.known
+        missing = [name for name in missing if len(known[name].configs) == 1 and not known[name].needs_training]
         if not missing:
             return
         config = self.known[missing[0]].configs[0]
         layers = list(range(self.grid.num_layers)) if config.layers is None else list(config.layers)
 
-        def loss(converted: frozenset[int]) -> float:
-            one = Candidate((dataclasses.replace(config, layers=tuple(sorted(converted))),))
-            count = min(ORDER_TEXTS, self.texts[CHOOSE])
-            found = score(self.bench.measure(one, CHOOSE, count), CHOOSE, self.loss)
-            return float("inf") if found is None else found.mean()
-
-        order = by_loss_alone(layers, loss)
-        exact = fewest_exact(order, lambda exact: loss(frozenset(layers) - exact) <= limit)
+        few, all_texts = min(ORDER_TEXTS, self.texts[CHOOSE]), self.texts[CHOOSE]
+        order = by_loss_alone(layers, lambda converted: self._hybrid(config, converted, few)[1].mean())
+        exact = fewest_exact(
+            order, lambda exact: self._hybrid(config, set(layers) - exact, all_texts)[1].reaches(self.target, control)
+        )
         if exact is not None:
-            rest = tuple(layer for layer in layers if layer not in exact)
-            self._add(Candidate((dataclasses.replace(config, layers=rest),)))
+            self._add(self._hybrid(config, set(layers) - exact, all_texts)[0])
+
+    def _hybrid(self, config: Any, converted: Collection[int], count: int) -> tuple[Candidate, Score]:
+        one = Candidate((dataclasses.replace(config, layers=tuple(sorted(converted))),))
+        found = score(self.bench.measure(one, CHOOSE, count), CHOOSE, self.loss)
+        return one, found or Score([math.inf], math.inf)
 
     def confirm(self) -> None:
         """The front, the choice and the control on the other half of the texts, each in turn with full attention."""
@@ -155,6 +158,8 @@ class Search:
             self.skipped.append("peak memory: no time was left")
             return
         names = list(self.scores(self.alive, CONFIRM))
+        if all("peak_mb" in self.bench.rows[name] for name in names):
+            return
         wanted = [None, *(self.known[name] for name in names)]
         found = peak_memory(self.bench.passes.model, wanted, self.bench.length)
         for name, peak in zip([CONTROL, *names], found, strict=True):
@@ -198,14 +203,14 @@ def _why_none(scores: Scores, tokens: int) -> str:
 def _in_words(search: Search, name: str, found: Score, control: Score, reached: bool) -> str:
     kept = 1 - found.mean() / control.mean()
     text = (
-        f"{name} takes {found.ratio:.2f} of the time of full attention at {search.bench.length} tokens and removes "
-        f"{kept:.1%} of the control's loss"
+        f"{name}: it takes {found.ratio:.2f} of the time of full attention at {search.bench.length} tokens and removes "
+        f"{kept:.1%} of the control's loss."
     )
     if reached:
-        return f"Convert to {text}."
+        return f"Convert to {text}"
     return (
-        f"Nothing that is fast enough reaches the target of {search.target:.0%} untrained. Nearest is {text}: convert and "
-        "train it, or keep full attention."
+        f"Nothing that is fast enough reaches the target of {search.target:.0%} untrained. Convert to the nearest and "
+        f"train it, or keep full attention. Nearest is {text}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from hf_efficient.attention.base.registry import attention_configs, get_mechanism
+from hf_efficient.benchmarks.fidelity_by_length import by_length_rows, fidelity_by_length
 from hf_efficient.conversion.calibrate import calibrate, calibration_batches
 from hf_efficient.conversion.loading import load_stock
 from hf_efficient.corpus import HUB_ID, minilm_checkpoint, offline_texts
@@ -58,8 +60,16 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 CALIBRATION_TEXTS = 16
 
 
-def fidelity_suite(texts: int = 16, length: int = 512, progress: bool = True) -> dict[str, Any]:
-    """all-MiniLM-L6-v2 with every layer replaced and nothing trained, on held-out text that fills its positions."""
+def fidelity_suite(
+    lengths: Sequence[int] | None = None, texts: int = 16, length: int = 512, progress: bool = True
+) -> dict[str, Any]:
+    """all-MiniLM-L6-v2 with every layer replaced and nothing trained, on held-out text that fills its positions.
+
+    Args:
+        lengths: instead, `fidelity_by_length`: several checkpoints, each at these lengths.
+    """
+    if lengths is not None:
+        return fidelity_by_length(lengths, progress=progress)
     folder = minilm_checkpoint()
     source, tokenizer = load_stock(str(folder))[0], AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     encoded = (tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in offline_texts("held-out"))
@@ -87,7 +97,9 @@ def fidelity_suite(texts: int = 16, length: int = 512, progress: bool = True) ->
 
 
 def fidelity_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Headings and rows for people, the control last."""
+    """Headings and rows for people, the control last; by length the control comes first."""
+    if "rows" in document:
+        return by_length_rows(document)
     results = document["results"]
     named = {(name, options): row for name, settings in results.items() for options, row in settings.items()}
     named[("control", "mean of values")] = document["control"]

@@ -11,7 +11,6 @@ from hf_efficient.cli.common import (
     CacheDir,
     Checkpoint,
     Dtype,
-    Json,
     ModelClass,
     Revision,
     Subfolder,
@@ -51,7 +50,8 @@ def advise(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Picture of time and loss to write, a PNG.")] = None,
     record: Annotated[
-        Path | None, typer.Option("--record", help="JSON file of all measurements; with one that is there, go on.")
+        Path | None,
+        typer.Option("--json", help="JSON file of all measurements to write; with one that is there, go on."),
     ] = None,
     seed: int = 0,
     revision: Revision = None,
@@ -60,7 +60,6 @@ def advise(
     dtype: Dtype = None,
     cache_dir: CacheDir = None,
     token: Token = None,
-    as_json: Json = False,
 ) -> None:
     """Measure which mechanism suits a checkpoint, on its own weights, and say which one and how to convert to it."""
     with running():
@@ -90,12 +89,10 @@ def advise(
         if out is not None:
             found.draw(out)
     title = found.text + (" (partial: the budget was used up)" if found.partial else "")
-    if as_json or found.front:
-        emit(found.to_dict(), as_json, title, *found.table())
-    else:
-        typer.echo(title)
-    if not as_json:
-        if found.floor is not None:
-            typer.echo(f"floor: no mechanism takes less than {found.floor:.2f} of the time of full attention")
-        for command in found.commands:
-            typer.echo(command)
+    typer.echo(title)
+    for command in found.commands:
+        typer.echo(f"    {command}")
+    if found.floor is not None:
+        typer.echo(f"floor: no mechanism takes less than {found.floor:.2f} of the time of full attention")
+    if found.front:
+        emit(None, False, "measured on texts that nothing was chosen by", *found.table())

@@ -24,7 +24,10 @@ def bench(
     ],
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Only these lengths in tokens, e.g. 512,4096; of encoder, decode and memory.")
+        str | None,
+        typer.Option(
+            help="Only these lengths in tokens, e.g. 512,4096; of encoder, decode and memory; of fidelity: by length."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
