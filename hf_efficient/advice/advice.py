@@ -56,7 +56,7 @@ class Advice:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with hardware and versions."""
         facts: dict[str, Any] = {"suite": "advise", "protocol": PROTOCOL}
-        return finite(facts | asdict(self) | {"hardware": hardware(), "versions": versions()})  # type: ignore[no-any-return]
+        return finite(facts | asdict(self) | {"hardware": hardware(), "versions": versions()})
 
     def __str__(self) -> str:
         lines = [self.text, *(f"    {command}" for command in self.commands)]

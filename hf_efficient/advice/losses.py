@@ -77,7 +77,7 @@ class Passes:
         """`LOSSES`, as far as the model has them, and `token_cosine` and the agreement of heads."""
         mask = real_tokens(batch, theirs.states)
         a, b = ours.states.float(), theirs.states.float()
-        pooled = F.cosine_similarity(*(mean_pool(x.double(), mask) for x in (a, b)), dim=-1)
+        pooled = F.cosine_similarity(mean_pool(a.double(), mask), mean_pool(b.double(), mask), dim=-1)
         figures = {
             "states": float((a - b)[mask].double().norm() / b[mask].double().norm()),
             "embedding": max(0.0, 1 - float(pooled.mean())),
