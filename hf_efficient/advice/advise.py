@@ -45,7 +45,7 @@ def advise(
     positions: str | None = None,
     untrained_only: bool = False,
     force: bool = False,
-    hybrid: bool = True,
+    hybrid: bool | str = True,
     memory: bool = True,
     ignored_tokens: Sequence[int] = (),
     record: str | Path | None = None,
@@ -74,7 +74,8 @@ def advise(
         positions: how positions are lengthened, as for `convert`; `None` = the usual way.
         untrained_only: leave out mechanisms that need training.
         force: measure even where attention takes less than 0.15 of the time.
-        hybrid: where the target is missed, look for the layers that must keep full attention.
+        hybrid: where the target is missed, look for the layers that must keep full attention, in the order of what each
+            loses when it alone is converted; `"greedy"` = each time the one that matters most, in more time.
         memory: also measure the peak memory of the best, in fresh processes.
         ignored_tokens: ids of the vocabulary that have no part in the loss, since the texts were kept from them.
         record: JSON file that every measurement goes to; with one that is there, what it holds is not measured again.
@@ -84,7 +85,7 @@ def advise(
         ValueError: an impossible setting, a model that can't be converted or lengthened, no texts, or another run's record.
         OSError: the source can't be found.
     """
-    _check(length, budget, max_time, target)
+    _check(length, budget, max_time, target, hybrid)
     start = time.monotonic()
     require_model(source, "advise on")
     opened = open_source(source, tokenizer, load_stock, **_loading(source, loading))
@@ -120,11 +121,12 @@ def advise(
     return found
 
 
-def _check(length: int, budget: float, max_time: float | None, target: float) -> None:
+def _check(length: int, budget: float, max_time: float | None, target: float, hybrid: Any) -> None:
     for name, value, fits, rule in (
         ("length", length, type(length) is int and length >= 2, "an integer ≥ 2"),
         ("budget", budget, _is_number(budget) and budget >= 0, "a number of seconds ≥ 0"),
         ("max_time", max_time, max_time is None or (_is_number(max_time) and max_time > 0), "a ratio > 0, or None"),
+        ("hybrid", hybrid, hybrid in (True, False, "greedy"), "True, False or 'greedy'"),
         ("target", target, _is_number(target) and 0 < target <= 1, "a share above 0, at most 1"),
     ):
         if not fits:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from hf_efficient.advice.advice import Advice
 from hf_efficient.advice.bench import CHOOSE, CONFIRM, CONTROL, Bench, OutOfTime, score
 from hf_efficient.advice.candidates import Candidate, Grid
-from hf_efficient.advice.hybrid import by_loss_alone, fewest_exact
+from hf_efficient.advice.hybrid import by_loss_alone, fewest_exact, greedy
 from hf_efficient.advice.losses import loss_of
 from hf_efficient.advice.memory import peak_memory
 from hf_efficient.advice.rounds import LARGEST_RATIO, Score, Scores, best_within, choose, front, run_rounds, within
@@ -42,7 +42,7 @@ class Search:
         self.skipped: list[str] = []
         self.partial = self.pays_nothing = self.confirmed = False
 
-    def run(self, candidates: Sequence[Candidate], *, force: bool, hybrid: bool, memory: bool) -> None:
+    def run(self, candidates: Sequence[Candidate], *, force: bool, hybrid: bool | str, memory: bool) -> None:
         """All steps. Raises OutOfTime."""
         self.measure_control()
         floor = self.control(CHOOSE).ratio
@@ -55,7 +55,7 @@ class Search:
         self.alive = alive
         self._if_time("refining the best", self.refine)
         if hybrid:
-            self._if_time("the hybrid", self.find_hybrid)
+            self._if_time("the hybrid", lambda: self.find_hybrid(greedy if hybrid == "greedy" else by_loss_alone))
         self.confirm()
         if memory:
             self.measure_memory()
@@ -114,7 +114,7 @@ class Search:
             for neighbour in self.grid.neighbours(self.known[name]):
                 self._add(neighbour)
 
-    def find_hybrid(self) -> None:
+    def find_hybrid(self, ordered: Callable[..., list[int]]) -> None:
         """The cheapest candidate of the front that misses the target, with as few exact layers as it takes."""
         scores, control = self.scores(self.alive, CHOOSE), self.control(CHOOSE)
         allowed = set(within(scores, self.max_time))
@@ -130,7 +130,7 @@ class Search:
         layers = list(range(self.grid.num_layers)) if config.layers is None else list(config.layers)
 
         few, all_texts = min(ORDER_TEXTS, self.texts[CHOOSE]), self.texts[CHOOSE]
-        order = by_loss_alone(layers, lambda converted: self._hybrid(config, converted, few)[1].mean())
+        order = ordered(layers, lambda converted: self._hybrid(config, converted, few)[1].mean())
         exact = fewest_exact(
             order, lambda exact: self._hybrid(config, set(layers) - exact, all_texts)[1].reaches(self.target, control)
         )

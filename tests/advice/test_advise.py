@@ -12,9 +12,10 @@ from tiny import tiny_tokenizer, words
 
 import hf_efficient as he
 from hf_efficient.advice import losses, search
-from hf_efficient.advice.bench import CHOOSE, Bench
+from hf_efficient.advice.bench import CHOOSE, CONFIRM, Bench
 from hf_efficient.advice.candidates import Candidate
 from hf_efficient.attention.base.registry import attention_configs
+from hf_efficient.benchmarks.hybrids import hybrid_curves
 from hf_efficient.evaluation.cost import mean_keys_per_query
 from hf_efficient.testing import tiny_model
 
@@ -150,7 +151,8 @@ def test_keep_full_attention_where_nothing_pays():
     assert found.attention is None and found.commands == [] and found.text.startswith("Keep full attention")
 
 
-def test_hybrid_and_memory(costs_keys, monkeypatch):
+@pytest.mark.parametrize("rule", [True, "greedy"])
+def test_hybrid_and_memory(costs_keys, monkeypatch, rule):
     monkeypatch.setattr(
         search, "peak_memory", lambda model, candidates, length: [float(i) for i in range(len(candidates))]
     )
@@ -158,7 +160,7 @@ def test_hybrid_and_memory(costs_keys, monkeypatch):
     alone = he.advise(model, N, rows(), candidates=[WINDOW], **FEW)
     share = alone.front[0]["loss_share"]
     # what one window in three layers misses, a window in fewer layers reaches
-    found = he.advise(model, N, rows(), candidates=[WINDOW], target=1 - 0.9 * share, force=True)
+    found = he.advise(model, N, rows(), candidates=[WINDOW], target=1 - 0.9 * share, force=True, hybrid=rule)
     assert found.reaches_target and found.attention is not None, found
     layers = found.attention[0]["layers"]
     assert 0 < len(layers) < 3 and found.front[-1]["peak_mb"] is not None
@@ -174,6 +176,7 @@ def test_hybrid_and_memory(costs_keys, monkeypatch):
         (dict(length=1), "length=1 is not possible"),
         (dict(budget=-1), "budget=-1"),
         (dict(target=0), "target=0"),
+        (dict(hybrid="all"), "hybrid='all'"),
         (dict(max_time=0), "max_time=0"),
         (dict(texts=None), "has no tokenizer: give texts="),
         (dict(texts=["some text"]), "no tokenizer for these texts"),
@@ -235,3 +238,15 @@ def test_the_command(costs_keys, tmp_path, monkeypatch):
     ).stdout
     assert "hf-efficient convert" in shown and "--max-positions 80" in shown and "keys per query" in shown
     assert json.loads((tmp_path / "a.json").read_text())["front"] and (tmp_path / "a.png").exists()
+
+
+def test_curves_of_hybrids_end_at_full_attention():
+    model = tiny_model("gpt2", layers=3, positions=N)
+    with torch.no_grad():
+        bench = Bench(losses.Passes(model), N, {CHOOSE: rows(2), CONFIRM: rows(3)[1:]}, {})
+        curves = hybrid_curves(bench, attention_configs("local", attention_window=4)[0], [0, 1, 2], False)
+    assert set(curves) == {"by loss alone", "greedy", "by layer error", "first layers", "last layers", "evenly spaced"}
+    all_converted = {curve["loss"][0] for curve in curves.values()}
+    assert len(all_converted) == 1 and all_converted.pop() > 1e-4
+    assert all(len(curve["loss"]) == 4 and curve["loss"][-1] == 0 for curve in curves.values())
+    assert all(sorted(curve["order"]) == [0, 1, 2] for rule, curve in curves.items() if rule != "evenly spaced")
