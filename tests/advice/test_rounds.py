@@ -20,7 +20,7 @@ from hf_efficient.advice.rounds import (
     survivors,
 )
 
-TARGETS = (0.98, 0.95, 0.9, 0.8, 0.7)
+TARGETS = (0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.2)
 RECORDED = sorted((ROOT / "tests/data").glob("advice-*.json"))
 
 
