@@ -104,7 +104,8 @@ class Advice:
             [row["loss_share_max"] - row["loss_share"] for row in self.front],
             [row["loss_share"] - row["loss_share_min"] for row in self.front],
         ]
-        axes.errorbar(times, shares, yerr=spread, marker="o", capsize=3)
+        if self.front:
+            axes.errorbar(times, shares, yerr=spread, marker="o", capsize=3)
         for row, x, y in zip(self.front, times, shares, strict=True):
             axes.annotate(row["name"], (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8)
         axes.axhline(1, color="0.5", linewidth=1, linestyle="--")
