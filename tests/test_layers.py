@@ -32,11 +32,11 @@ LAYERS = {
     "training": "evaluation conversion models experts patching families attention.base cache ops profiling corpus",
     "advice": "training evaluation conversion models experts patching families attention.base cache ops profiling corpus",
     "visualize": "attention.base patterns profiling",
-    "benchmarks": "advice training testing exporting evaluation conversion models experts patching families attention.base cache "
-    "ops patterns profiling corpus",
+    "benchmarks": "advice training testing exporting evaluation conversion models experts patching families attention.base "
+    "cache ops patterns profiling corpus",
     "cards": "training conversion models experts attention.base profiling",
-    "cli": "cards benchmarks visualize advice training exporting evaluation conversion models attention.base profiling corpus "
-    "_version",
+    "cli": "cards benchmarks visualize advice training exporting evaluation conversion models attention.base profiling "
+    "corpus _version",
     "hf_efficient": "models patching attention.base _version",
 }
 
