@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_efficient.advice.candidates import Candidate
 from hf_efficient.advice.losses import Outputs, Passes
 from hf_efficient.advice.rounds import Score
-from hf_efficient.conversion.calibrate import calibrate
+from hf_efficient.conversion.calibrate import calibrate, logger
 from hf_efficient.evaluation.controls import MeanOfValuesConfig
 from hf_efficient.evaluation.cost import mean_keys_per_query
 from hf_efficient.families import HostModel
@@ -65,7 +65,6 @@ def lengthened(host: HostModel, count: int, positions: str | None) -> Iterator[s
 @contextmanager
 def _without_advice() -> Iterator[None]:
     """Calibration says nothing of settings that are only tried."""
-    logger = logging.getLogger(f"transformers.{calibrate.__module__}")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
