@@ -80,6 +80,7 @@ class AxialAttention(PatternAttention):
     facts = MechanismFacts(
         title="Axial attention",
         paper="arXiv 1912.12180, §3",
+        kind="fixed pattern",
         time="n·(C + n/C)",
         memory="n·(C + n/C)",
         exact_when="form = union and row_length ≥ n; in pictures of one row or column alone",

@@ -126,6 +126,7 @@ class BigBirdAttention(PatternAttention):
     facts = MechanismFacts(
         title="BigBird",
         paper="arXiv 2007.14062",
+        kind="fixed pattern",
         time="n·β·(5 + r)",
         memory="n·β·(5 + r)",
         exact_when="block_size ≥ n / 4 (causal: with num_random_blocks ≥ 1)",

@@ -106,6 +106,7 @@ class BlockwiseAttention(PatternAttention):
     facts = MechanismFacts(
         title="Blockwise attention (BlockBERT)",
         paper="arXiv 1911.02972",
+        kind="fixed pattern",
         time="n·β",
         memory="n·β",
         exact_when="block_size ≥ n",

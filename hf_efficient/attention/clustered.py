@@ -96,6 +96,7 @@ class ClusteredAttention(EfficientAttention):
     facts = MechanismFacts(
         title="Clustered attention",
         paper="arXiv 2007.04825",
+        kind="learnable pattern",
         time="n·c·d + n·k·d",
         memory="n·(c + k)",
         exact_when="top_k ≥ n",

@@ -126,6 +126,7 @@ class CombinedAttention(PatternAttention):
     facts = MechanismFacts(
         title="Combined patterns",
         paper="arXiv 2007.14062, 1904.10509",
+        kind="fixed pattern",
         time="sum of the patterns",
         memory="sum of the patterns",
         exact_when="one pattern of a union is exact, or all patterns of heads are",

@@ -42,8 +42,7 @@ class CompressiveAttentionConfig(SegmentAttentionConfig):
         super().__post_init__()
         self._require_positive("compressed_memory_length", "compression_rate")
         self._require("compression", self.compression in COMPRESSIONS, f"one of {', '.join(COMPRESSIONS)}")
-        fits = self.segment_length % self.unit == 0
-        self._require("segment_length", fits, f"a multiple of {self.unit}, so that segments make whole pooled keys")
+        self._require("segment_length", self.segment_length % self.unit == 0, f"a multiple of {self.unit}")
         if self.compression == "most_used":
             rule = "at least segment_length, so that a whole segment has seen what leaves the memory"
             self._require("memory_length", self.memory_length >= self.segment_length, rule)
@@ -86,9 +85,9 @@ class CompressiveAttention(SegmentAttention):
     `Σ ‖attn(q, k, v) - attn(q, k̃, ṽ)‖² / Σ ‖attn(q, k, v)‖²` over blocks w and queries q of segment w, whose gradient
     reaches nothing else: every training step adds `reconstruction_weight` times it.
 
-    O(N (T + M + G)) time, O(N D) memory and the logits kept for gradients. While decoding, T + M keys and G pooled ones
-    are kept. Source: Rae et al. 2020 (arXiv 1911.05507), §3. Departures: compression after the projection, per head;
-    log-counts; the most used tokens are chosen by their last readers' weights, which need no sum over all steps.
+    O(N (T + M + G)) time, O(N D) memory and the logits kept for gradients; decoding keeps T + M + G keys.
+    Source: Rae et al. 2020 (arXiv 1911.05507), §3. Departures: compression after the projection, per head; log-counts; the
+    most used tokens are chosen by their last readers' weights.
     """
 
     Config = CompressiveAttentionConfig
@@ -96,6 +95,7 @@ class CompressiveAttention(SegmentAttention):
     facts = MechanismFacts(
         title="Compressive Transformer",
         paper="arXiv 1911.05507",
+        kind="recurrence",
         time="n·(T + M + G)",
         memory="n·(T + M + G)",
         exact_when="memory_length or segment_length ≥ n; compression_rate = 1 with enough pooled keys",

@@ -64,6 +64,7 @@ class CosformerAttention(KernelAttention):
     facts = MechanismFacts(
         title="cosFormer",
         paper="arXiv 2202.08791",
+        kind="kernel",
         time="n·d²",
         memory="n·d",
         exact_when="never; another kernel than the softmax",

@@ -94,13 +94,12 @@ class EtcAttention(EfficientAttention):
     b is the host's relative bias, between tokens only and at their true offsets. q, k, v come from the host's projections,
     or by `sharing` from copies of them. The host's own window narrows W alone. The last layer has no global queries.
 
-    Start: β of long-global = -5 - log g, so that the model starts close to the window alone and learns how far to open;
-    other β, and all a, 0. Hosts with a relative bias add its value at the far left to β of long-global, at the far right
-    to that of global-long, and the mean of both to global-global. Exact: attention_window ≥ 2n and num_global_tokens = 0.
+    Start: β of long-global = -5 - log g; other β, and all a, 0. Relative biases add their value at the far left to β of
+    long-global, at the far right to global-long, their mean to global-global. Exact: w ≥ 2n and num_global_tokens = 0.
 
     O(N (w + g) + g²) time and memory; other sharings project N tokens once or twice more. Source: Ainslie et al. 2020 (arXiv
-    2004.08483), §3; google-research `etcmodel/layers/attention.py`. Deviations: global tokens are learned, not made from
-    the structure of the input; β is not divided by √D; no contrastive loss; one output projection.
+    2004.08483), §3; google-research `etcmodel/layers/attention.py`. Deviations: global tokens are learned, not made from the
+    input's structure; β is not divided by √D; no contrastive loss; one output projection.
     """
 
     Config = EtcAttentionConfig
@@ -108,6 +107,7 @@ class EtcAttention(EfficientAttention):
     facts = MechanismFacts(
         title="ETC (Extended Transformer Construction)",
         paper="arXiv 2004.08483",
+        kind="memory",
         time="n·(w + g) + g²",
         memory="n·(w + g) + g²",
         exact_when="attention_window ≥ 2n and num_global_tokens = 0",

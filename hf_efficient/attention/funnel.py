@@ -116,6 +116,7 @@ class FunnelAttention(EfficientAttention):
     facts = MechanismFacts(
         title="Funnel-Transformer",
         paper="arXiv 2006.03236",
+        kind="downsampling",
         time="n²/p²ᵉ in block e",
         memory="n²/p²ᵉ in block e",
         exact_when="pool_size = 1",

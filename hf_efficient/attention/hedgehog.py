@@ -60,6 +60,7 @@ class HedgehogAttention(HybridAttention):
     facts = MechanismFacts(
         title="Hedgehog (LoLCATs)",
         paper="arXiv 2402.04347",
+        kind="kernel",
         time="n·(w + m)·d",
         memory="n·(w + m)",
         exact_when="attention_window ≥ 2n",

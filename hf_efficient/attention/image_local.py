@@ -182,6 +182,7 @@ class ImageLocalAttention(PatternAttention):
     facts = MechanismFacts(
         title="Blocked local attention (Image Transformer)",
         paper="arXiv 1802.05751, §3",
+        kind="fixed pattern",
         time="n·(lq + lm)",
         memory="n·(lq + lm)",
         exact_when="block_size ≥ n (in a grid: one block covers it)",

@@ -46,6 +46,7 @@ class LinearTransformerAttention(KernelAttention):
     facts = MechanismFacts(
         title="Linear Transformer",
         paper="arXiv 2006.16236",
+        kind="kernel",
         time="n·d²",
         memory="n·d",
         exact_when="never; another kernel than the softmax",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -119,6 +118,7 @@ class LinformerAttention(EfficientAttention):
     facts = MechanismFacts(
         title="Linformer",
         paper="arXiv 2006.04768",
+        kind="low rank",
         time="n·r",
         memory="n·r",
         exact_when="rank = max_length",
@@ -184,7 +184,7 @@ class LinformerAttention(EfficientAttention):
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
         length = max(length, geometry.max_positions or 0)
         projection = "conv" if config.projection == "conv" else "linear"
-        return dataclasses.replace(config, rank=length, head_ranks=None, max_length=length, projection=projection)
+        return replace(config, rank=length, head_ranks=None, max_length=length, projection=projection)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         n, token_mask = key.shape[2], real_tokens(context.key_padding_mask, key)

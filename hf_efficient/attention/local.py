@@ -62,6 +62,7 @@ class LocalAttention(PatternAttention):
     facts = MechanismFacts(
         title="Sliding-window attention",
         paper="arXiv 2004.05150, §3.1",
+        kind="fixed pattern",
         time="n·w",
         memory="n·w",
         exact_when="attention_window ≥ 2n",

@@ -118,8 +118,7 @@ class LongformerAttention(PatternAttention):
     qᵍ, kᵍ, vᵍ start as copies of the pretrained projections. Causal layers have global *columns* only: W(i) ∪ G over j ≤ i,
     and no new projections, since a global row would need keys that a cache no longer has. The host's own window binds all.
     Under rotary positions qᵍ and kᵍ turn as the host's q and k do, and encoders have global rows by a rule alone.
-    `global_attention_mask` (B, S) in the call overrides `global_tokens`; S counts the tokens in a cache too, and while
-    generating the mask may end earlier: later tokens are not global.
+    `global_attention_mask` (B, S) overrides `global_tokens`; S counts cached tokens too; those past its end are not global.
 
     O(N (w + |G|)) time and memory. Source: Beltagy et al. 2020 (arXiv 2004.05150), §3.1; projections as in transformers.
     """
@@ -129,6 +128,7 @@ class LongformerAttention(PatternAttention):
     facts = MechanismFacts(
         title="Longformer",
         paper="arXiv 2004.05150",
+        kind="fixed pattern",
         time="n·(w + g)",
         memory="n·(w + g)",
         exact_when="attention_window ≥ 2n and no global tokens, or all tokens global",

@@ -95,9 +95,8 @@ class LongT5Attention(EfficientAttention):
 
     W_k, W_v are the host's own projections with their biases. w (hidden_size) is learned per layer. a is a table over block
     offsets for hosts with a relative bias, one for the stack and bucketed as the host's; other hosts have none. Hosts with
-    rotary positions have k̃_t rotated by the mean position of the tokens of block t. u_it counts
-    the real tokens of block t outside W(i); a global key with u_it = 0 is not seen by i. Thus every token counts once, and
-    keys and values that are constant on blocks give exactly full attention.
+    rotary positions have k̃_t rotated by the mean position of the tokens of block t. u_it counts the real tokens of block t
+    outside W(i); u_it = 0 hides the key from i. Thus every token counts once; what is constant on blocks is exact.
 
     Start: w = 1; a(o) = the host's mean bias between tokens of blocks at offset o, averaged over each bucket. Exact where
     no global key is left: attention_window ≥ 2n, and with `log_count=False` also global_block_size > n.
@@ -112,6 +111,7 @@ class LongT5Attention(EfficientAttention):
     facts = MechanismFacts(
         title="LongT5 (transient global)",
         paper="arXiv 2112.07916",
+        kind="memory",
         time="n·(w + n/g)",
         memory="n·(w + n/g)",
         exact_when="attention_window ≥ 2n and global_block_size > n",

@@ -91,6 +91,7 @@ class MemoryCompressedAttention(EfficientAttention):
     facts = MechanismFacts(
         title="Memory-compressed attention",
         paper="arXiv 1801.10198",
+        kind="downsampling",
         time="n²/c + n·b",
         memory="n²/c + n·b",
         exact_when="compression_rate = 1 or block_size ≥ n",

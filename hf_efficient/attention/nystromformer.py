@@ -102,6 +102,7 @@ class NystromformerAttention(EfficientAttention):
     facts = MechanismFacts(
         title="Nyströmformer",
         paper="arXiv 2102.03902",
+        kind="low rank",
         time="n·l·d + l³",
         memory="n·l",
         exact_when="num_landmarks ≥ n",

@@ -82,6 +82,7 @@ class PerformerAttention(KernelAttention):
     facts = MechanismFacts(
         title="Performer (FAVOR+)",
         paper="arXiv 2009.14794",
+        kind="kernel",
         time="n·m·d",
         memory="n·m",
         exact_when="never; only in the limit of many features",

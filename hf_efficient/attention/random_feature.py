@@ -82,6 +82,7 @@ class RandomFeatureAttention(KernelAttention):
     facts = MechanismFacts(
         title="Random feature attention (RFA)",
         paper="arXiv 2103.02143",
+        kind="kernel",
         time="n·m·d",
         memory="n·m",
         exact_when="never; lengths of queries and keys are lost",

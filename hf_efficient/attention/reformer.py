@@ -119,6 +119,7 @@ class ReformerAttention(EfficientAttention):
     facts = MechanismFacts(
         title="Reformer (LSH attention)",
         paper="arXiv 2001.04451",
+        kind="learnable pattern",
         time="n·r·((p + 1)·w + log n)",
         memory="n·(p + 1)·w",
         exact_when="num_buckets = 1 and bucket_size ≥ 2n",

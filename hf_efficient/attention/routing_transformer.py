@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -74,7 +73,7 @@ class RoutingTransformerAttentionConfig(EfficientAttentionConfig):
             return self
         count = self.num_clusters or math.ceil(math.sqrt(length) / 2)
         size = self.cluster_size or math.ceil(1.5 * length / count)
-        return dataclasses.replace(self, num_clusters=count, cluster_size=size)
+        return replace(self, num_clusters=count, cluster_size=size)
 
     def keys_per_query(self, geometry: AttentionGeometry, length: int) -> float:
         sized, near = self.for_length(geometry.max_positions), window_keys(self.attention_window, geometry, length)
@@ -112,6 +111,7 @@ class RoutingTransformerAttention(EfficientAttention):
     facts = MechanismFacts(
         title="Routing Transformer",
         paper="arXiv 2003.05997",
+        kind="learnable pattern",
         time="n·k·d + n·w·d",
         memory="n·(w + k)",
         exact_when="num_clusters = 1 and cluster_size ≥ 2n",
@@ -149,7 +149,7 @@ class RoutingTransformerAttention(EfficientAttention):
 
     @classmethod
     def exact_config(cls, config: Any, geometry: AttentionGeometry, length: int) -> EfficientAttentionConfig:
-        return dataclasses.replace(config, num_clusters=1, cluster_size=2 * length)
+        return replace(config, num_clusters=1, cluster_size=2 * length)
 
     @classmethod
     def control_config(cls, config: Any) -> EfficientAttentionConfig | None:

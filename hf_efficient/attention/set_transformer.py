@@ -76,6 +76,7 @@ class SetTransformerAttention(EfficientAttention):
     facts = MechanismFacts(
         title="Set Transformer (ISAB)",
         paper="arXiv 1810.00825",
+        kind="memory",
         time="n·m",
         memory="n·m",
         exact_when="num_inducing ≥ n and segment_bias → ∞",

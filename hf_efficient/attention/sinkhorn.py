@@ -121,6 +121,7 @@ class SinkhornAttention(EfficientAttention):
     facts = MechanismFacts(
         title="Sparse Sinkhorn attention",
         paper="arXiv 2002.11296",
+        kind="learnable pattern",
         time="n·b·(c + 2)·d + (n / b)²·d",
         memory="n·b·(c + 2) + (n / b)²",
         exact_when="block_size ≥ n or num_sorted_blocks ≥ n / b - 1",

@@ -98,6 +98,7 @@ class SparseTransformerAttention(PatternAttention):
     facts = MechanismFacts(
         title="Sparse Transformer",
         paper="arXiv 1904.10509, §4",
+        kind="fixed pattern",
         time="n·(l + n/l); fixed: n·(l + c·n/l)",
         memory="n·(l + n/l)",
         exact_when="head_policy = merged and stride ≥ n",

@@ -119,6 +119,7 @@ class SynthesizerAttention(EfficientAttention):
     facts = MechanismFacts(
         title="Synthesizer",
         paper="arXiv 2005.00743",
+        kind="low rank",
         time="n²",
         memory="n²",
         exact_when="variant = mixture, at its start",

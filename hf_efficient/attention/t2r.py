@@ -54,6 +54,7 @@ class T2RAttention(HybridAttention):
     facts = MechanismFacts(
         title="T2R",
         paper="arXiv 2103.13076",
+        kind="kernel",
         time="n·(w + m)·d",
         memory="n·(w + m)",
         exact_when="attention_window ≥ 2n",

@@ -53,6 +53,7 @@ class TransformerXLAttention(SegmentAttention):
     facts = MechanismFacts(
         title="Transformer-XL (segments with a memory)",
         paper="arXiv 1901.02860",
+        kind="recurrence",
         time="n·(T + M)",
         memory="n·(T + M)",
         exact_when="memory_length ≥ n or segment_length ≥ n",

@@ -45,6 +45,11 @@ class Card:
         told: str = self.facts["training"]
         return "needs training" + told.removeprefix("needed") if told.startswith("needed") else told
 
+    @property
+    def in_short(self) -> str:
+        """The first words of `training`."""
+        return re.split(r"[;:,]| where | with | beside ", self.training)[0].replace("without training", "untrained")
+
 
 @cache
 def cards() -> dict[str, Card]:

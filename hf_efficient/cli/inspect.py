@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +22,7 @@ from hf_efficient.cli.common import (
     require_source,
     running,
 )
-from hf_efficient.cli.options import flag
+from hf_efficient.cli.options import as_text, flag
 
 
 def list_command(
@@ -40,25 +43,49 @@ def list_command(
 
                 get_mechanism(mechanism)  # names the ones that look like it
         card = cards[mechanism]
-        facts = card.facts
-        title = f"{mechanism}: {facts['title']}, {facts['paper']}; {card.training}"
-        options = [[flag(n), card.types[n], facts["options"][n], card.meanings.get(n)] for n in card.types]
-        emit(facts, as_json, title, ["option", "type", "default", "meaning"], options)
+        _say(card.facts, as_json, _one(card))
         return
-    rows = [
-        [
-            name,
-            f"{card.facts['title']}, {card.facts['paper']}",
-            f"{card.facts['time']}; {card.facts['memory']}",
-            card.facts["causal"],
-            card.facts["relative_bias"],
-            card.facts["exact_when"],
-            card.training,
-        ]
-        for name, card in cards.items()
-    ]
-    headings = ["mechanism", "paper", "time; memory", "causal", "T5 bias", "exact at n tokens when", "training"]
-    emit([card.facts for card in cards.values()], as_json, f"{len(cards)} mechanisms", headings, rows)
+    _say([card.facts for card in cards.values()], as_json, _all(cards))
+
+
+def _say(document: Any, as_json: bool, lines: Iterable[str]) -> None:
+    if as_json:
+        emit(document, as_json, "", [], [])
+        return
+    for line in lines:
+        typer.echo(line)
+
+
+def _all(cards: dict[str, catalogue.Card]) -> Iterator[str]:
+    """A line for each mechanism, by kind: how it starts, where it works, its time."""
+    yield f"{len(cards)} mechanisms; hf-efficient list NAME: all of one"
+    for kind in sorted({card.facts["kind"] for card in cards.values()}):
+        yield f"\n{kind}"
+        for name, card in cards.items():
+            if card.facts["kind"] == kind:
+                where = "causal too" if card.facts["causal"] else "encoders"
+                yield f"  {name:20}{card.in_short:20}{where:12}{card.facts['time'].split(';')[0]}"
+
+
+def _one(card: catalogue.Card) -> Iterator[str]:
+    """The facts of a mechanism, and a paragraph for each option."""
+    facts = card.facts
+    yield f"{facts['mechanism']}: {facts['title']}, {facts['paper']}"
+    says = {"kind": facts["kind"], "training": card.training, "exact when": facts["exact_when"]}
+    says |= {"time, n tokens": facts["time"], "memory": facts["memory"]}
+    says |= {"in decoders": "yes" if facts["causal"] else "no", "T5's bias": "yes" if facts["relative_bias"] else "no"}
+    for what, text in says.items():
+        yield from _wrapped(f"  {what:16}", text, 18)
+    yield "\noptions"
+    for name in card.types:
+        yield from _wrapped("  ", f"{flag(name)} {card.types[name]}, default {as_text(facts['options'][name])}", 6)
+        yield from _wrapped("      ", card.meanings.get(name, ""), 6)
+
+
+def _wrapped(first: str, text: str, indent: int) -> list[str]:
+    width = min(shutil.get_terminal_size().columns, 100)
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(first + text, width, subsequent_indent=" " * indent, **options)
 
 
 def inspect_command(

@@ -149,10 +149,14 @@ class EfficientAttentionConfig:
 
 
 class MechanismFacts(NamedTuple):
-    """What the catalogue says of a mechanism: everything `he.list_mechanisms` and the support table print."""
+    """What the catalogue says of a mechanism: everything `he.describe` and the support table print.
+
+    `kind` is its group in the survey of Tay et al. (arXiv 2009.06732, §3).
+    """
 
     title: str
     paper: str
+    kind: str
     time: str
     memory: str
     exact_when: str
