@@ -1,6 +1,6 @@
 """The `hf-efficient` program: `--help` and `--version` answer before torch and transformers are imported.
 
-`import hf_efficient` imports both, to register with transformers, and so would the import of any module in it. The program
+`import hf_efficient` imports transformers, to register with it, and so would the import of any module in it. The program
 therefore starts with a package whose `__init__` has yet to run.
 """
 

@@ -5,15 +5,17 @@
     result = he.convert("google-bert/bert-base-uncased", "longformer", attention_window=512, max_positions=4096)
     result.save("longformer-bert-base-4096")
 
-Importing registers one attention implementation and the Efficient model classes with transformers; nothing else.
+Importing registers one attention implementation and the types of Efficient configs with transformers; what they need is
+imported when one is asked for.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
-from hf_efficient import models, patching  # noqa: F401  (importing them registers with transformers)
+from hf_efficient import models  # registers with transformers
 from hf_efficient._version import __version__  # noqa: F401
 
 _PUBLIC = {
@@ -58,6 +60,8 @@ def __getattr__(name: str) -> Any:
             for cls in (mechanism, mechanism.Config):
                 if cls.__name__ == name:
                     return cls
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):  # he.patching
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

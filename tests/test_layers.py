@@ -13,6 +13,7 @@ from paths import ROOT
 # folder or root module: what it may import of ours, lowest first; ARCHITECTURE.md shows the same table
 LAYERS = {
     "_version": "",
+    "names": "",
     "corpus": "",
     "profiling": "_version",
     "patterns": "",
@@ -21,10 +22,10 @@ LAYERS = {
     "cache": "ops patterns",
     "attention.base": "cache ops patterns",
     "attention": "attention.base cache ops patterns",
-    "families": "attention.base ops",
-    "patching": "families attention.base cache ops patterns",
+    "families": "attention.base ops names",
+    "patching": "families attention.base cache ops patterns names",
     "experts": "patching families ops",
-    "models": "experts patching families attention.base profiling",
+    "models": "experts patching families attention.base profiling names",
     "conversion": "models experts patching families attention.base ops profiling corpus",
     "evaluation": "conversion models experts patching families attention.base ops profiling corpus",
     "exporting": "conversion models patching families attention.base ops profiling",
@@ -37,7 +38,7 @@ LAYERS = {
     "cards": "training conversion models experts attention.base profiling",
     "cli": "cards benchmarks visualize advice training exporting evaluation conversion models attention.base profiling "
     "corpus _version",
-    "hf_efficient": "models patching attention.base _version",
+    "hf_efficient": "models attention.base _version",
 }
 
 

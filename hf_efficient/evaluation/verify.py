@@ -28,7 +28,7 @@ from hf_efficient.evaluation.tensors import copied_tensors, fill, fresh_tensors
 from hf_efficient.evaluation.verdict import MOSTLY_UNKNOWN
 from hf_efficient.experts.layer import expert_layers
 from hf_efficient.families import HostModel, family_of
-from hf_efficient.models import EfficientModelMixin
+from hf_efficient.models.mixin import EfficientModelMixin
 from hf_efficient.models.provenance import Provenance
 from hf_efficient.patching.exact import eval_mode
 from hf_efficient.patching.temporary import patch_attention

@@ -13,9 +13,7 @@ from hf_efficient.families.positions import (
 )
 from hf_efficient.families.registry import (
     ORIGINS,
-    PREFIX,
     HostModel,
-    efficient_type,
     families,
     family_of,
     is_family,
@@ -25,6 +23,7 @@ from hf_efficient.families.rotary import RotaryPositions
 from hf_efficient.families.sinusoids import EndlessSinusoids, SinusoidTable
 from hf_efficient.families.sound import SOUND
 from hf_efficient.families.stack import AttentionLayer, Stack
+from hf_efficient.names import PREFIX, efficient_type
 
 __all__ = [
     "ORIGINS",

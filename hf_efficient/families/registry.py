@@ -21,14 +21,7 @@ from hf_efficient.families.base import ModelFamily
 from hf_efficient.families.generic import GenericFamily
 from hf_efficient.families.readable import require_plain, require_unaltered
 from hf_efficient.families.stack import Stack
-
-PREFIX = "efficient_"
-
-
-def efficient_type(model_type: str) -> str:
-    """`model_type` of converted checkpoints of a stock architecture."""
-    return PREFIX + model_type
-
+from hf_efficient.names import PREFIX
 
 _REGISTERED: dict[str, ModelFamily] = {}
 ORIGINS: dict[str, dict[str, str]] = {}

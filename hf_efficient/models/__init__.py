@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_efficient.models.adapter_targets import register_targets
-from hf_efficient.models.mixin import EfficientModelMixin
-from hf_efficient.models.registry import CONFIGS, MODELS, NAME, class_by_name, efficient_names, find_configs_by_type
+from hf_efficient.models.registration import register
 
-find_configs_by_type()
-register_targets()
+register()
 
 
 def __getattr__(name: str) -> Any:
+    from hf_efficient.models.registry import CONFIGS, MODELS, NAME, class_by_name, efficient_names
+
     if name == "__all__":
         return ["CONFIGS", "MODELS", "EfficientModelMixin", *efficient_names()]
+    if name in ("CONFIGS", "MODELS"):
+        return CONFIGS if name == "CONFIGS" else MODELS
+    if name == "EfficientModelMixin":
+        from hf_efficient.models.mixin import EfficientModelMixin
+
+        return EfficientModelMixin
     found = class_by_name(name) if name.startswith(NAME) else None
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return found
-
-
-_ = CONFIGS, MODELS, EfficientModelMixin

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
-from hf_efficient.families import PREFIX, families, is_family
+from hf_efficient.families import families, is_family
 
 NAME = "Efficient"
 # what transformers calls model classes, among the other names that its modeling files export
@@ -60,24 +60,6 @@ CONFIGS = _Configs()
 """Efficient config classes by stock `model_type`; lists the written families, and finds others too."""
 MODELS = _Models()
 """Efficient model classes by stock class; lists those of the written families, which imports all their modeling files."""
-
-
-class ConfigsByType(dict[str, Any]):
-    """What was registered with `AutoConfig`; the Efficient model types are found in it before they have been."""
-
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or (
-            isinstance(key, str) and key.startswith(PREFIX) and is_family(key.removeprefix(PREFIX))
-        )
-
-    def __missing__(self, key: str) -> Any:
-        return CONFIGS[key.removeprefix(PREFIX)]
-
-
-def find_configs_by_type() -> None:
-    """Have `AutoConfig` know every Efficient model type, without importing what it belongs to."""
-    if not isinstance(CONFIG_MAPPING._extra_content, ConfigsByType):
-        CONFIG_MAPPING._extra_content = ConfigsByType(CONFIG_MAPPING._extra_content)
 
 
 def heads(model_type: str) -> list[Any]:

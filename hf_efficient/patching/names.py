@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-IMPLEMENTATION = "hf_efficient"
+from hf_efficient.names import IMPLEMENTATION
+
+__all__ = ["IMPLEMENTATION", "KEPT", "LAYER", "MODULE_NAME"]
+
 MODULE_NAME = "efficient"
 LAYER = "layer"
 KEPT = "kept keywords"

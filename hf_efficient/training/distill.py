@@ -20,7 +20,7 @@ from hf_efficient.conversion.folders import OutputFolder
 from hf_efficient.conversion.sentence_transformers import copy_side_files
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.evaluation.fidelity import compare
-from hf_efficient.models import EfficientModelMixin
+from hf_efficient.models.mixin import EfficientModelMixin
 from hf_efficient.patching.exact import Teacher, converted_layers, eval_mode, mechanism_of, substituted
 from hf_efficient.profiling.json_files import json_text
 from hf_efficient.profiling.memory import peak_memory

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 
 import fresh
 import pytest
+from paths import ROOT
 
 import hf_efficient as he
 from hf_efficient.models.registry import CONFIGS, MODELS
@@ -34,6 +37,63 @@ def test_importing_and_listing_imports_no_modeling_file():
     new, listed = json.loads(done.stdout.splitlines()[-1])
     assert new == []
     assert set(listed) == set(he.__all__) and len(listed) == len(set(listed))
+
+
+# what loading models, attention and training need, each of them slow to import
+LATER = (
+    "torch._dynamo",
+    "torch._inductor",
+    "triton",
+    "transformers.modeling_utils",
+    "transformers.masking_utils",
+    "transformers.cache_utils",
+    "accelerate",
+    "peft",
+    "datasets",
+    "evaluate",
+    "matplotlib",
+    "sentence_transformers",
+    "hf_efficient.attention",
+    "hf_efficient.families",
+    "hf_efficient.ops",
+    "hf_efficient.patching",
+)
+IMPORT = f"""
+import sys
+from transformers import CONFIG_MAPPING
+theirs = set(sys.modules)
+import hf_efficient
+print([name for name in {LATER!r} if name in sys.modules and name not in theirs])
+print(sorted(name for name in set(sys.modules) - theirs if not name.startswith("hf_efficient")))
+"""
+# a stock model that asks for the registered function by its name, with padding
+NAMED = """
+import torch, transformers
+sizes = dict(vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+model = transformers.AutoModel.from_config(transformers.BertConfig(**sizes), attn_implementation="hf_efficient")
+assert model.config._attn_implementation == "hf_efficient"
+try:
+    model(torch.tensor([[1, 2]]), attention_mask=torch.tensor([[1, 0]]))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_importing_imports_neither_models_nor_attention_and_both_are_found_afterwards(tmp_path):
+    """In a process of its own, since that of the tests, and the server of fresh ones, have imported them all."""
+    saved = he.convert(tiny_model("bert"), "local", attention_window=8).save(tmp_path / "bert")
+    load = f"print(type(transformers.AutoModelForMaskedLM.from_pretrained({str(saved)!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", IMPORT + NAMED + load], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    late, others, refusal, name = done.stdout.splitlines()
+    assert (late, others, name) == ("[]", "[]", "EfficientBertForMaskedLM")
+    assert "no mechanism is installed in BertSelfAttention" in refusal
+
+
+def test_what_was_imported_before_is_told_at_once():
+    done = fresh.python("-c", "import transformers.modeling_utils, transformers.masking_utils, hf_efficient" + NAMED)
+    assert done.returncode == 0, done.stderr
+    assert "no mechanism is installed in BertSelfAttention" in done.stdout
 
 
 def test_what_is_listed_is_what_there_is():
