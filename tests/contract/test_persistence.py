@@ -80,59 +80,68 @@ def test_config_survives_json(pair: Pair):
         he.attention_config(pair.mechanism, no_such_option=1)
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 @each(MAIN)
-def test_copies_are_equal_and_apart(pair: Pair, way: str):
+def test_copies_are_equal_and_apart(pair: Pair):
     model = pair.model()
     fingerprint = _fingerprint(model)
     he.convert(model, pair.config)
     inputs = inputs_for(model)
     expected = logits(model, inputs)
-    twin = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
-    assert torch.equal(logits(twin, inputs), expected)
+    twins = {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
+    for way, twin in twins.items():
+        assert torch.equal(logits(twin, inputs), expected), way
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert torch.equal(logits(twin, inputs), expected), "the copy shares state with the original"
-    assert _fingerprint(he.revert(twin)) == fingerprint
+    for way, twin in twins.items():
+        assert torch.equal(logits(twin, inputs), expected), f"{way} shares state with the original"
+        assert _fingerprint(he.revert(twin)) == fingerprint, way
 
 
-@pytest.mark.parametrize("max_positions", [None, 2 * MAX_POSITIONS])
 @each(MAIN)
-def test_revert_is_exact(pair: Pair, max_positions: int | None):
+def test_revert_is_exact(pair: Pair):
+    """Twice, the second time after more positions."""
     model = pair.model()
     model.config.architectures = ["AsInItsCheckpoint"]
     inputs = inputs_for(model)
     before, fingerprint, expected = _snapshot(model), _fingerprint(model), logits(model, inputs)
-    he.convert(model, pair.config, max_positions=max_positions)
-    assert _fingerprint(model) != fingerprint
-    assert he.revert(model) is model
-    _assert_same_weights(model, before)
-    assert torch.equal(logits(model, inputs), expected)
-    after = _fingerprint(model)
-    assert {name: f for name, f in after.items() if f != fingerprint[name]} == {}
+    for max_positions in (None, 2 * MAX_POSITIONS):
+        he.convert(model, pair.config, max_positions=max_positions)
+        assert _fingerprint(model) != fingerprint
+        assert he.revert(model) is model
+        _assert_same_weights(model, before)
+        assert torch.equal(logits(model, inputs), expected)
+        after = _fingerprint(model)
+        assert {name: f for name, f in after.items() if f != fingerprint[name]} == {}
 
 
-@pytest.mark.parametrize("way", ["context", "handle", "exception"])
 @each(MAIN)
-def test_undoing_a_patch_is_exact(pair: Pair, way: str):
+def test_undoing_a_patch_is_exact(pair: Pair):
+    """By its handle, at the end of a block, and by what is raised inside one."""
     model = pair.model()
     inputs = inputs_for(model)
     before, fingerprint, expected = _snapshot(model), _fingerprint(model), logits(model, inputs)
-    if way == "handle":
+
+    def by_handle() -> torch.Tensor:
         handle = pair.patch(model)
         patched = logits(model, inputs)
         handle.undo()
         handle.undo()
-    elif way == "context":
+        return patched
+
+    def by_block() -> torch.Tensor:
         with pair.patch(model) as inside:
             assert inside is model
-            patched = logits(model, inputs)
-    else:
+            return logits(model, inputs)
+
+    def by_exception() -> torch.Tensor:
         with pytest.raises(KeyError, match="on purpose"), pair.patch(model):
             patched = logits(model, inputs)
             raise KeyError("on purpose")
-    assert not torch.equal(patched, expected)
-    _assert_same_weights(model, before)
-    assert _fingerprint(model) == fingerprint
-    assert torch.equal(logits(model, inputs), expected)
+        return patched
+
+    for way in (by_handle, by_block, by_exception):
+        assert not torch.equal(way(), expected), way.__name__
+        _assert_same_weights(model, before)
+        assert _fingerprint(model) == fingerprint, way.__name__
+        assert torch.equal(logits(model, inputs), expected), way.__name__
