@@ -104,7 +104,7 @@ def efficient_names() -> list[str]:
     names += [name for family in families().values() for name in family.model_classes]
     for name, module in exported.items():
         _, folder, file = [*module.split("."), "", ""][:3]
-        if folder in folders and file.startswith("modeling_") and MODEL_NAME.search(name):
+        if folder in folders and file == f"modeling_{folder}" and MODEL_NAME.search(name):
             names.append(name)
     return [NAME + name for name in dict.fromkeys(names)]
 
