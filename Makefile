@@ -50,6 +50,7 @@ bench: $(INSTALLED)  ## record time and memory under model_cards/results/
 	$(BIN)/hf-efficient bench decode --out model_cards/results/decode.json
 	$(BIN)/hf-efficient bench memory --out model_cards/results/memory.json
 	$(BIN)/hf-efficient bench fidelity --out model_cards/results/fidelity.json
+	$(BIN)/hf-efficient bench suite --quick --out model_cards/results/suite.json
 
 sweep: $(INSTALLED)  ## every model type of the installed transformers, recorded under model_cards/results/; goes on where it was
 	$(BIN)/python -m hf_efficient.benchmarks.sweep --out model_cards/results/model_types.json

@@ -19,6 +19,8 @@ from hf_efficient.benchmarks.graphs import graphs_rows, graphs_suite
 from hf_efficient.benchmarks.linear import linear_rows, linear_suite
 from hf_efficient.benchmarks.models import memory_rows, memory_suite
 from hf_efficient.benchmarks.recovery import recovery_rows, recovery_suite
+from hf_efficient.benchmarks.suite.run import suite_run
+from hf_efficient.benchmarks.suite.tables import draw_suite, suite_rows
 
 Document = dict[str, Any]
 
@@ -43,4 +45,5 @@ SUITES = {
     "graphs": Suite(graphs_suite, graphs_rows),
     "linear": Suite(linear_suite, linear_rows),
     "recovery": Suite(recovery_suite, recovery_rows),
+    "suite": Suite(suite_run, suite_rows, draw_suite),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,8 +18,8 @@ def bench(
         typer.Argument(
             help="attention, content or linear (attention alone: patterns, keys chosen by content, linear), encoder (time), "
             "decode (time per token), memory, fidelity and recovery (all-MiniLM-L6-v2, before and after transfer), export "
-            "(how far exported models are from their sources), graphs (the same in onnxruntime, and speed), "
-            "or gpu (its tests and times)."
+            "(how far exported models are from their sources), graphs (the same in onnxruntime, and speed), suite (recall, "
+            "by one protocol for all mechanisms), or gpu (its tests and times)."
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
@@ -29,6 +29,12 @@ def bench(
             help="Only these lengths in tokens, e.g. 512,4096; of encoder, decode and memory; of fidelity: by length."
         ),
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Of suite, and its default: minutes.")] = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Of suite: every mechanism and length, three seeds; hours. Goes on in --out."),
+    ] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", hidden=True)] = False,
     as_json: Json = False,
 ) -> None:
     """Measure: time and memory against full attention, or fidelity to it; takes minutes per run."""
@@ -41,7 +47,13 @@ def bench(
         chosen, given = SUITES[suite], parse_lengths(lengths)
         if given and "lengths" not in inspect.signature(chosen.run).parameters:
             raise ValueError(f"--lengths {lengths}: the suite {suite} has its own; leave it out.")
-        document = chosen.run(**({"lengths": given} if given else {}))
+        options: dict[str, Any] = {"lengths": given} if given else {}
+        runs = [name for name, wanted in {"quick": quick, "full": full, "smoke": smoke}.items() if wanted]
+        if len(runs) > 1 or (runs and suite != "suite"):
+            raise ValueError(f"--{' --'.join(runs)}: the suite {suite} has no such runs; of suite, give one.")
+        if suite == "suite":
+            options = {"run": runs[0] if runs else "quick", "record": out}
+        document = chosen.run(**options)
         if out is not None:
             write_json(out, document)
             if chosen.draw is not None:
