@@ -61,7 +61,7 @@ def test_the_advice_follows_the_data(costs_keys):
     )
     assert near.attention == [WINDOW] and near.reaches_target, near
     assert far.attention == [CONTENT], far
-    assert near.text.startswith("Convert to local attention_window=32: it takes 0.3") and near.floor == pytest.approx(
+    assert near.text.startswith("Convert to local attention_window=32: it takes 0.44") and near.floor == pytest.approx(
         1 / N
     )
     assert he.convert(model, near.attention).model.config.efficient_attention[0]["attention_window"] == 32
