@@ -96,7 +96,7 @@ def test_an_onnx_folder_is_the_model_at_any_length(mechanism, onnx_exports):
     config = transformers.AutoConfig.from_pretrained(folder)
     assert config.architectures == [result.report.model_class.removeprefix("Efficient")]
     assert "efficient" not in (folder / "config.json").read_text()
-    typed = mechanism != "local"  # RoBERTa has one type of tokens
+    typed = "token_type_ids" in report["inputs"]
     run = OnnxTarget().load(folder / "model.onnx")
 
     def called(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
