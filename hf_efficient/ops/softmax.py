@@ -46,7 +46,8 @@ def masked_attention(
     if attn_mask is not None and is_tracing():
         visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask > float("-inf")
         lowest = torch.finfo(query.dtype).min / 2
-        logits = torch.where(visible, 0.0 if attn_mask.dtype == torch.bool else attn_mask, lowest).to(query.dtype)
+        shown = query.new_zeros(()) if attn_mask.dtype == torch.bool else attn_mask.to(query.dtype)
+        logits = torch.where(visible, shown, lowest)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=logits, **options)
         return torch.where(visible.any(-1, keepdim=True), out, 0.0)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, enable_gqa=is_grouped, **options)

@@ -66,27 +66,21 @@ def test_a_program_is_the_model_at_any_length(host, mechanism, options):
     assert_same(lambda inputs: program(**inputs), module, 1e-6, sides)
 
 
-@pytest.fixture(scope="module")
-def onnx_exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """{mechanism: (converted model, result, folder)} of tiny models with several heads."""
-    rows: dict[str, tuple[str, dict[str, Any]]] = {
-        "local": ("RobertaForTokenClassification", dict(attention_window=16)),
-        "longformer": ("BertForSequenceClassification", dict(attention_window=16, global_tokens="first")),
-        "bigbird": ("BertForQuestionAnswering", dict(block_size=16)),
-    }
-    made = {}
-    for mechanism, (name, options) in rows.items():
-        model = trained(he.convert(with_head(name, layers=1), mechanism, max_positions=256, **options).model)
-        result = he.export(model, "onnx")
-        made[mechanism] = model, result, result.save(tmp_path_factory.mktemp(mechanism) / "exported")
-    return made
+# one of several heads for each
+ONNX: list[tuple[str, str, dict[str, Any]]] = [
+    ("RobertaForTokenClassification", "local", dict(attention_window=16)),
+    ("BertForSequenceClassification", "longformer", dict(attention_window=16, global_tokens="first")),
+    ("BertForQuestionAnswering", "bigbird", dict(block_size=16)),
+]
 
 
 @needs_onnx
-@pytest.mark.parametrize("mechanism", ["local", "longformer", "bigbird"])
+@pytest.mark.parametrize(("head", "mechanism", "options"), ONNX, ids=str)
 @torch.no_grad()
-def test_an_onnx_folder_is_the_model_at_any_length(mechanism, onnx_exports):
-    model, result, folder = onnx_exports[mechanism]
+def test_an_onnx_folder_is_the_model_at_any_length(head, mechanism, options, tmp_path):
+    model = trained(he.convert(with_head(head, layers=1), mechanism, max_positions=256, **options).model)
+    result = he.export(model, "onnx")
+    folder = result.save(tmp_path / "exported")
     report = json.loads((folder / "export_report.json").read_text())
     assert report["target"] == "onnx" and max(row["error"] for row in report["checks"]) <= 1e-4
     assert len({row["length"] for row in report["checks"]}) == 5
