@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from hf_efficient.cache import bounded
@@ -66,11 +65,10 @@ class FeatureLayer(RecurrentLayer):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.pending = self.seen - self._counted
         if self._counted and isinstance(self.pattern, Window):
-            positions = torch.arange(self._counted, self.seen, device=keys.device)
-            self.key_positions = positions.expand(keys.shape[0], -1)
+            self.key_positions = self._following(self._counted, self.pending)
             keys, values = keys[:, :, -self.pending :], values[:, :, -self.pending :]
         elif self._counted and self.positions is None:
-            self.key_positions = torch.arange(self.seen, device=keys.device).expand(keys.shape[0], -1)
+            self.key_positions = self._following(0, self.seen)
         return keys, values
 
     def fold(self, log_key: Tensor, value: Tensor, log_decay: Tensor | None = None) -> None:
@@ -85,10 +83,13 @@ class FeatureLayer(RecurrentLayer):
         # a crop must find a state of before these
         limit = (self._settled if self.record_past else self.seen) - bounded.SLACK - self.exact
         first = min(max(0, limit - self._counted), log_key.shape[2])
-        for part in (slice(0, first), slice(first, None)):
-            if not log_key[:, :, part].shape[2]:
+        for start, end in ((0, first), (first, log_key.shape[2])):
+            if start == end:
                 continue
-            self._absorb(log_key[:, :, part], value[:, :, part], None if log_decay is None else log_decay[..., part])
+            part = slice(start, end)
+            is_all = end - start == log_key.shape[2]
+            own = (log_key, value) if is_all else (log_key[:, :, part], value[:, :, part])
+            self._absorb(*own, None if log_decay is None else log_decay[..., part])
             if log_decay is not None:
                 log_key = log_key + log_decay[..., part].sum(-1)[..., None, None]
             self._keep_for_crop(limit)

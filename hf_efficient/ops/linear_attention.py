@@ -16,6 +16,8 @@ from hf_efficient.ops.softmax import Partial, merge_attention
 CHUNK = 64
 # chunks that are computed at once; without gradients this bounds what is held
 GROUP = 16
+# of rows without any entry above -inf it gives 0
+_SOFTMAX = torch.ops.aten._safe_softmax.default
 BOTH_DIRECTIONS = "linear attention in both directions at once is computed by PyTorch alone"
 
 
@@ -107,9 +109,16 @@ def read(log_query: Tensor, state: FeatureState) -> Partial:
     """Output and log-sum-exp of queries with log-features (B, H, N, M) that see the keys in the state."""
     scores = log_query + state.levels.unsqueeze(-2)
     if scores.shape[-2] == 1 and not (torch.is_grad_enabled() or is_captured()):  # fewest operations
-        weights: Tensor = torch.ops.aten._safe_softmax.default(scores, -1)
-        return weights @ state.means.to(weights.dtype), scores.logsumexp(-1)
+        return _SOFTMAX(scores, -1) @ state.means.to(scores.dtype), scores.logsumexp(-1)
     return _softmax_mean(scores, state.means)
+
+
+def read_mean(log_query: Tensor, state: FeatureState) -> Tensor:
+    """The output of `read` alone."""
+    if torch.is_grad_enabled() or is_captured():
+        return read(log_query, state)[0]
+    out: Tensor = _SOFTMAX(log_query + state.levels.unsqueeze(-2), -1) @ state.means.to(log_query.dtype)
+    return out
 
 
 def log_kernel(log_query: Tensor, log_key: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from hf_efficient.cache.features import FeatureLayer
 from hf_efficient.ops.affine_features import AffineFeatures, affine_attention, has_fused_form
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.graph import is_captured
-from hf_efficient.ops.linear_attention import linear_attention, log_kernel, read
+from hf_efficient.ops.linear_attention import linear_attention, log_kernel, read, read_mean
 from hf_efficient.ops.linear_beyond_window import far_past
 from hf_efficient.ops.softmax import Partial
 from hf_efficient.patterns.kinds import Window
@@ -70,11 +70,25 @@ class KernelAttention(EfficientAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         with without_autocast(query):
             dropped = drop_keys(value, context)
-            if context.is_causal:
+            layer = context.recurrent
+            if query.shape[2] == 1 and isinstance(layer, FeatureLayer):
+                out = self._newest(query, key, dropped, context, layer)
+            elif context.is_causal:
                 out, _ = self._past(query, key, dropped, context, 0)
             else:
                 out = self._both_directions(query, key, dropped, context)
         return out.to(query.dtype)
+
+    def _newest(
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: FeatureLayer
+    ) -> Tensor:
+        """Attention of one new token, which sees itself as all others: its key joins the state first."""
+        if first := key.shape[2] - layer.pending:
+            key, value, context = key[:, :, first:], value[:, :, first:], of_keys(context, first, key.shape[2])
+        log_query, log_key = self.log_features_of(query, key, context)
+        layer.fold(log_key, value, self.log_decay(key, context))
+        assert layer.state is not None
+        return read_mean(log_query, layer.state)
 
     def _past(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, beyond: int) -> Partial:
         """Attention of each query through features over the keys at least `beyond` tokens before it.
@@ -90,10 +104,6 @@ class KernelAttention(EfficientAttention):
         if layer is None:
             return far_past(log_query, log_key, value, beyond - exact)
         state, log_decay = layer.state, self.log_decay(key, context)
-        if n == 1 and beyond == 0:  # a token sees itself as all others
-            layer.fold(log_key, value, log_decay)
-            assert layer.state is not None
-            return read(log_query, layer.state)
         if n == 1 and last - first == 1 and state is not None:
             result = read(log_query, state)
         else:
