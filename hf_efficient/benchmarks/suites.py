@@ -19,6 +19,7 @@ from hf_efficient.benchmarks.graphs import graphs_rows, graphs_suite
 from hf_efficient.benchmarks.linear import linear_rows, linear_suite
 from hf_efficient.benchmarks.models import memory_rows, memory_suite
 from hf_efficient.benchmarks.recovery import recovery_rows, recovery_suite
+from hf_efficient.benchmarks.streaming import streaming_rows, streaming_suite
 from hf_efficient.benchmarks.suite.run import suite_run
 from hf_efficient.benchmarks.suite.tables import draw_suite, suite_rows
 
@@ -45,5 +46,6 @@ SUITES = {
     "graphs": Suite(graphs_suite, graphs_rows),
     "linear": Suite(linear_suite, linear_rows),
     "recovery": Suite(recovery_suite, recovery_rows),
+    "streaming": Suite(streaming_suite, streaming_rows),
     "suite": Suite(suite_run, suite_rows, draw_suite),
 }

@@ -18,8 +18,9 @@ def bench(
         typer.Argument(
             help="attention, content or linear (attention alone: patterns, keys chosen by content, linear), encoder (time), "
             "decode (time per token), memory, fidelity and recovery (all-MiniLM-L6-v2, before and after transfer), export "
-            "(how far exported models are from their sources), graphs (the same in onnxruntime, and speed), suite (recall, "
-            "by one protocol for all mechanisms), or gpu (its tests and times)."
+            "(how far exported models are from their sources), graphs (the same in onnxruntime, and speed), streaming "
+            "(conversion with weights on the disk), suite (recall, by one protocol for all mechanisms), or gpu (its tests "
+            "and times)."
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,

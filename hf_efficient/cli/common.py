@@ -34,6 +34,16 @@ Dtype = Annotated[str | None, typer.Option(help="Data type to load weights in.",
 CacheDir = Annotated[str | None, typer.Option(help="Folder of downloads.", show_default="the Hub's own")]
 Token = Annotated[str | None, typer.Option(help="Access token of the Hub.", show_default="the one that is stored")]
 Option = Annotated[list[str] | None, typer.Option(help="NAME=VALUE, for any option of the mechanism.")]
+Streaming = Annotated[
+    bool | None,
+    typer.Option(
+        "--streaming/--no-streaming",
+        help="Leave weights in their files and write them one by one, in the memory of one layer; the same command goes on "
+        "after an interruption. Or load them.",
+        show_default="by size",
+    ),
+]
+MaxShardSize = Annotated[str, typer.Option(help="Largest file of weights.")]
 Texts = Annotated[
     Path | None,
     typer.Option(

@@ -14,11 +14,13 @@ from hf_efficient.cli.common import (
     Converted,
     Dtype,
     Json,
+    MaxShardSize,
     ModelClass,
     Option,
     Out,
     Overwrite,
     Revision,
+    Streaming,
     Subfolder,
     Token,
     emit,
@@ -82,6 +84,8 @@ def convert(
         ),
     ] = None,
     option: Option = None,
+    streaming: Streaming = None,
+    max_shard_size: MaxShardSize = "50GB",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -102,10 +106,12 @@ def convert(
         places: dict[str, Any] = dict(max_positions=max_positions, positions=positions, revision=revision)
         places |= dict(exact_every=exact_every, rope=parse_rope(rope))
         places |= dict(subfolder=subfolder, model_class=model_class, dtype=dtype, cache_dir=cache_dir, token=token)
-        result = convert_checkpoint(source, configs, **places, calibration=_calibration_texts(calibration))
-        report = result.report
-        report.history[-1]["settings"]["calibration"] = calibration
-        result.write(target)
+        with target.beside() as folder:
+            places |= dict(streaming=streaming, offload_folder=folder)
+            result = convert_checkpoint(source, configs, **places, calibration=_calibration_texts(calibration))
+            report = result.report
+            report.history[-1]["settings"]["calibration"] = calibration
+            result.write(target, max_shard_size)
         verdict = quick_verdict(result.model, result.tokenizer, sample_texts())
         names = dict.fromkeys(config["mechanism"] for config in report.efficient_attention)
         training = {name: training_words(name) for name in names}
@@ -155,6 +161,8 @@ def _tensor_rows(report: ConversionReport) -> list[list[Any]]:
 def revert(
     converted: Converted,
     out: Out,
+    streaming: Streaming = None,
+    max_shard_size: MaxShardSize = "50GB",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -163,5 +171,5 @@ def revert(
         require_source(converted)
         from hf_efficient.conversion.revert import revert_checkpoint
 
-        document = revert_checkpoint(converted, out, overwrite)
+        document = revert_checkpoint(converted, out, overwrite, streaming, max_shard_size)
     emit(document, as_json, f"{converted} → {out}", ["what", "value"], [list(item) for item in document.items()])

@@ -26,6 +26,10 @@ def verify(
     speed: Annotated[
         str | None, typer.Option(help="Lengths at which to measure speed and memory, e.g. 512,1024.")
     ] = None,
+    sample_layers: Annotated[
+        int | None,
+        typer.Option(help="Check K layers alone, in the memory of one: weights stay on the disk.", show_default="all"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say if a checkpoint is whole and right (exit code 1 if a check fails), how close to its source, and if trained since.
@@ -52,6 +56,7 @@ def verify(
             subfolder=subfolder,
             max_length=max_length,
             speed_lengths=lengths,
+            sample_layers=sample_layers,
             progress=None if sys.stderr.isatty() else False,
         )
         document = report.to_dict() | {
@@ -63,6 +68,7 @@ def verify(
                 texts=texts,
                 max_length=max_length,
                 speed=speed,
+                sample_layers=sample_layers,
             )
         }
         if Path(converted).is_dir():

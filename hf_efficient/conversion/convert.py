@@ -23,6 +23,7 @@ from hf_efficient.conversion.loading import (
     split_options,
     takes_pictures,
 )
+from hf_efficient.conversion.offloading import chosen_streaming, new_folder, put_away_in
 from hf_efficient.conversion.saving import Report, Result
 from hf_efficient.conversion.sentence_transformers import max_seq_length
 from hf_efficient.corpus import TextUse
@@ -30,6 +31,7 @@ from hf_efficient.families import ORIGINS, HostModel
 from hf_efficient.families.positions import LongerInputs
 from hf_efficient.families.readable import require_model
 from hf_efficient.models.in_place import convert_in_place, revert, stock_class
+from hf_efficient.models.loading import LOCATION_KEYWORDS
 from hf_efficient.models.provenance import ABSENT, REPORT_NAME, Provenance, earlier_steps
 from hf_efficient.patching.install import resolve_side
 from hf_efficient.profiling.environment import versions
@@ -110,6 +112,8 @@ def convert(
     revision: str | None = None,
     calibration: Sequence[str] | Sequence[Mapping[str, Tensor]] | None = None,
     exact_every: int | None = None,
+    streaming: bool | None = None,
+    offload_folder: str | Path | None = None,
     **options: Any,
 ) -> ConversionResult:
     """Convert a pretrained checkpoint to efficient attention.
@@ -129,6 +133,9 @@ def convert(
         calibration: texts, or batches of inputs, from which mechanisms set constants such as centroids; see `calibrate`.
             Without it they start without data, and the report says so.
         exact_every: k ≥ 2: layers k - 1, 2k - 1, … keep full attention, all others are converted; instead of `layers`.
+        streaming: leave the weights of a safetensors checkpoint in their files, from which they come in one by one when they
+            are called or saved: memory for one layer is enough. `None` = where they take more than half the free memory.
+            Needs accelerate. offload_folder: where new tensors wait until they are saved; by default a temporary folder.
         options: of the mechanism; and for a checkpoint as in `from_pretrained`: `subfolder`, `token`, `dtype`, `cache_dir`,
             `force_download`, `local_files_only`, `proxies`. `model_class`, a stock class or its name, says which head
             the checkpoint has; by default its config does, or its tensors do.
@@ -143,10 +150,13 @@ def convert(
     require_model(source, "convert")
     loading, options = split_options(options)
     configs = requested_configs(attention, **options)
-    opened = open_source(source, tokenizer, load_stock, revision=revision, **loading)
+    folder = _folder_of_weights(source, streaming, offload_folder, calibration, loading | {"revision": revision})
+    opened = open_source(source, tokenizer, load_stock, revision=revision, offload_folder=folder, **loading)
     refuse_converted(opened.name, opened.model.config)
     earlier = earlier_steps(opened.model, opened.folder)
     host = HostModel.of(opened.model)
+    if folder is not None:
+        host = replace(host, put_away=put_away_in(folder))
     configs = _with_exact_layers(configs, host, exact_every)
     length = max_positions or host.max_positions or _length_of(opened.tokenizer)
     configs = [_where_it_matters(config.for_length(length), host) for config in configs]
@@ -181,6 +191,21 @@ def convert(
     provenance.history[-1]["calibration_batches"] = given
     provenance.reports[REPORT_NAME] = report
     return ConversionResult(opened.model, opened.tokenizer, report, opened.folder)
+
+
+def _folder_of_weights(
+    source: Any, streaming: bool | None, folder: str | Path | None, calibration: Any, loading: Mapping[str, Any]
+) -> Path | None:
+    """Where tensors wait that don't stay in memory; `None` = all of them do."""
+    location = {k: loading[k] for k in ("variant", *LOCATION_KEYWORDS) if loading.get(k) is not None}
+    if not chosen_streaming(source, streaming, **location):
+        return None
+    if calibration is not None:
+        raise ValueError(
+            "calibration runs the model on all texts at once, which needs its weights in memory: leave it out and start "
+            "without data, or load them with --no-streaming (streaming=False)."
+        )
+    return new_folder() if folder is None else Path(folder)
 
 
 def _report(

@@ -149,9 +149,19 @@ class OutputFolder:
             _sync_entry(self.path.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            for parent in made if not self.path.exists() else ():
-                if not any(parent.iterdir()):
-                    parent.rmdir()
+            _remove_empty(made)
+
+    @contextmanager
+    def beside(self) -> Iterator[Path]:
+        """A temporary folder on the same disk, for what is needed on the way."""
+        made = [folder for folder in self.path.parents if not folder.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".tmp", dir=self.path.parent)
+        try:
+            yield Path(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            _remove_empty(made)
 
     def _put_in_place(self, folder: Path) -> None:
         if self.seen is not None:
@@ -221,6 +231,12 @@ def atomic_folder(
     """`OutputFolder(path, overwrite, sources).written()`, where no work comes before the writing."""
     with OutputFolder(path, overwrite, sources).written() as folder:
         yield folder
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _identity(path: str | Path) -> Identity:

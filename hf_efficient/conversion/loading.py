@@ -13,6 +13,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from hf_efficient.conversion.offloading import load_from_disk
 from hf_efficient.conversion.sentence_transformers import checkpoint_folder
 from hf_efficient.models.loading import (
     LOCATION_KEYWORDS,
@@ -143,9 +144,14 @@ def load_as_it_is(
     dtype: Any = None,
     variant: str | None = None,
     check: Callable[[str, PreTrainedConfig], None] | None = None,
+    offload_folder: Path | None = None,
     **location: Any,
 ) -> Loaded:
-    """A checkpoint, original or not, and transformers' loading info; otherwise as `load_stock`."""
+    """A checkpoint, original or not, and transformers' loading info; otherwise as `load_stock`.
+
+    Args:
+        offload_folder: leave the weights in their files, with what is not there as it is needed in this folder.
+    """
     location |= {"revision": revision} if revision is not None else {}
     given = None if model_class is None else class_named(model_class)
     config = read_config(name, given, **location)
@@ -156,19 +162,23 @@ def load_as_it_is(
         tensors = weights.tensors
     cls = given or named_class(config) or guessed_class(config, {key: shape for key, (_, shape) in tensors.items()})
     require_architecture(name, cls, config)
-    more = {"dtype": dtype} if dtype is not None else {}
+    more: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
     with _readable(name):
-        model, info = cls.from_pretrained(
-            name, config=config, output_loading_info=True, use_safetensors=weights.is_safe, trust_remote_code=False,
-            variant=variant, **more, **location,
-        )  # fmt: skip
+        more |= {"config": config, "use_safetensors": weights.is_safe, "trust_remote_code": False, "variant": variant}
+        if offload_folder is None:
+            model, info = cls.from_pretrained(name, output_loading_info=True, **more, **location)
+        else:
+            model, info = load_from_disk(cls, name, offload_folder, weights, **more, **location)
     require_host_tensors(name, model, info["missing_keys"])
     model.eval()
     return model, info | {"weights": weights}
 
 
-def load_converted(name: str | Path) -> PreTrainedModel:
+def load_converted(name: str | Path, offload_folder: Path | None = None) -> PreTrainedModel:
     """A converted checkpoint in the Efficient class that its config names.
+
+    Args:
+        offload_folder: as for `load_as_it_is`.
 
     Raises:
         ValueError: the checkpoint is not converted, its weights can't be read, or it lacks tensors that its source had.
@@ -180,7 +190,10 @@ def load_converted(name: str | Path) -> PreTrainedModel:
             f"{name} is a {config.model_type!r} checkpoint without efficient attention; convert it first."
         )
     with _readable(name):
-        model, info = cls.from_pretrained(name, output_loading_info=True)
+        if offload_folder is None:
+            model, info = cls.from_pretrained(name, output_loading_info=True)
+        else:
+            model, info = load_from_disk(cls, str(name), offload_folder, find_weights(name, config), config=config)
     lost = sorted(set(info["missing_keys"]) - _absent_in_the_source(Path(name)))
     if lost:
         raise ValueError(f"{name} lacks {len(lost)} tensors: {', '.join(lost[:SHOWN])}. The checkpoint is incomplete.")

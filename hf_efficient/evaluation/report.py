@@ -61,9 +61,14 @@ class FidelityReport:
         runs, state = ", ".join(self.weights.get("runs", [])), self.weights.get("state", "not compared")
         return {
             "integrity and correctness": f"failed: {', '.join(failed)}" if failed else "passed",
-            "fidelity": self.verdict["text"] or "not compared: all attention is full attention",
+            "fidelity": self.verdict["text"] or self._no_verdict,
             "weights": f"{state} ({runs})" if runs else state,
         }
+
+    @property
+    def _no_verdict(self) -> str:
+        by_layer = any(check.name == "fidelity by layer" for check in self.checks)
+        return "compared layer by layer" if by_layer else "not compared: all attention is full attention"
 
     def __getitem__(self, name: str) -> Check:
         return next(check for check in self.checks if check.name == name)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hf_efficient.conversion.loading import takes_pictures
+from hf_efficient.conversion.offloading import is_on_disk
 from hf_efficient.corpus import text_batches
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.evaluation.fidelity import compare, unknown_share
@@ -72,6 +73,11 @@ def quick_verdict(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str,
     """
     if takes_pictures(model):
         return {"better": None, "text": "not measured: use hf-efficient verify, which draws pictures"}
+    if is_on_disk(model):
+        return {
+            "better": None,
+            "text": "not measured: the weights are on the disk; use hf-efficient verify --sample-layers",
+        }
     if tokenizer is None:
         return {"better": None, "text": "not measured: there is no tokenizer"}
     limit = getattr(model.config, "efficient_source", {}).get("max_positions") or LENGTH

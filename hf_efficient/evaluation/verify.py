@@ -22,6 +22,7 @@ from hf_efficient.corpus import offline_texts, ragged, text_batches
 from hf_efficient.evaluation.controls import control_figures, controls
 from hf_efficient.evaluation.cost import compare_with_full_attention
 from hf_efficient.evaluation.fidelity import compare, output_mask, real_tokens, relative_difference, run, unknown_share
+from hf_efficient.evaluation.layerwise import verify_layers
 from hf_efficient.evaluation.pictures import picture_batches
 from hf_efficient.evaluation.report import Check, FidelityReport
 from hf_efficient.evaluation.tensors import copied_tensors, fill, fresh_tensors
@@ -53,6 +54,7 @@ def verify(
     batch_size: int = 4,
     max_length: int | None = None,
     speed_lengths: Sequence[int] = (),
+    sample_layers: int | None = None,
     progress: bool | None = None,
 ) -> FidelityReport:
     """Compare a converted or upcycled model with its source, check by check.
@@ -66,6 +68,8 @@ def verify(
         revision, subfolder: where `source` is a repository or folder: which state of it, and the folder inside.
         max_length: tokens per text; `None` = the source's position table (512 where there is none).
         speed_lengths: lengths at which to measure time and memory against full SDPA attention; none by default.
+        sample_layers: check so many layers alone, each on the inputs that it has in the source, with the weights of both
+            checkpoints on the disk: see `evaluation.layerwise`. Needs accelerate, and memory for one layer.
         progress: show a bar; `None` = as transformers' verbosity and progress bars are set.
 
     Returns:
@@ -76,6 +80,11 @@ def verify(
         ValueError: no texts, no tokenizer, or a model that is not converted.
     """
     place = {key: value for key, value in (("revision", revision), ("subfolder", subfolder)) if value is not None}
+    if sample_layers is not None:
+        if speed_lengths:
+            raise ValueError(f"speed_lengths={speed_lengths} needs whole models in memory: leave sample_layers out.")
+        tokenizer = tokenizer or _tokenizer_of((model, {}), (source, place))
+        return verify_layers(model, source, texts, sample_layers, max_length, tokenizer, **place)  # type: ignore[arg-type]
     path = None if isinstance(model, PreTrainedModel) else Path(model)
     converted = _converted(model)
     if tokenizer is None and not takes_pictures(converted):

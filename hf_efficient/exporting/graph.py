@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
 from hf_efficient.conversion.folders import OutputFolder
 from hf_efficient.conversion.sentence_transformers import copy_side_files
+from hf_efficient.conversion.streaming import MAX_SHARD_SIZE
 from hf_efficient.exporting.report import EXPORT_NAME, ExportReport, ExportResult
 from hf_efficient.exporting.target import Converted
 from hf_efficient.models.config import is_hub_id, names_of
@@ -228,11 +229,13 @@ class GraphResult(ExportResult):
     config: Any = None
     made: tempfile.TemporaryDirectory[str] | None = None
 
-    def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        self.write(OutputFolder(path, overwrite))
+    def save(self, path: str | Path, overwrite: bool = False, max_shard_size: str | int = MAX_SHARD_SIZE) -> Path:
+        self.write(OutputFolder(path, overwrite), max_shard_size)
         return Path(path)
 
-    def write(self, target: OutputFolder) -> None:
+    def write(self, target: OutputFolder, max_shard_size: str | int = MAX_SHARD_SIZE) -> None:
+        if max_shard_size != MAX_SHARD_SIZE:
+            raise ValueError(f"max_shard_size={max_shard_size!r}: a graph is one file: leave max_shard_size out.")
         target.require_apart(self.source_folder, self.report.source)
         assert self.made is not None
         with target.written() as folder:

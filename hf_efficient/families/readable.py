@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_efficient.ops.plain import OWN, altered, is_adapter, not_plain
+from hf_efficient.ops.plain import OFFLOADED, OWN, altered, is_adapter, not_plain
 
 SHOWN = 3
 # whose modules stock classes are made of; transformers takes T5's norms from apex where that is installed
@@ -33,17 +33,20 @@ def require_rows(name: str, table: Any) -> None:
     _refuse([f"{name} {reason}"] if reason else [])
 
 
-def require_unaltered(model: nn.Module) -> None:
+def require_unaltered(model: nn.Module, on_disk: bool = False) -> None:
     """Refuse to account for all the weights of a model where some are not what they seem; raises as `require_plain`.
 
     Modules of other packages with weights inside count too: those have other names than in the stock class, which would not
     find them in a checkpoint.
+
+    Args:
+        on_disk: weights may be on the disk.
     """
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         if not any(name.startswith(f"{known}.") for known in reasons):
             reason = altered(module) or (_foreign(module) if name else None)
-            if reason:
+            if reason and not (on_disk and reason == OFFLOADED):
                 reasons[name] = reason
     if reasons:
         reasons = {name: reason for name, reason in reasons.items() if name not in _built_so(model)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pkgutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,12 +104,14 @@ class HostModel:
 
     Attributes:
         family: of its architecture. stacks: its encoder and decoder, as far as it has them. model: the model itself, whose
-            class and config may change while it is converted.
+            class and config may change while it is converted. put_away: where the model's weights are on the disk and come
+            in for calls: takes each new mechanism, with its name, there too; `None` = the weights are in memory.
     """
 
     family: ModelFamily
     stacks: list[Stack]
     model: Any
+    put_away: Callable[[str, nn.Module], None] | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> HostModel:
@@ -129,7 +131,9 @@ class HostModel:
 
     def require_plain(self) -> None:
         """Refuse models whose weights can't all be accounted for: see `families.readable`. Raises ValueError."""
-        require_unaltered(self.model)
+        require_unaltered(self.model, on_disk=self.put_away is not None)
+        if self.put_away is not None:
+            return
         layers = [layer for stack in self.stacks for layer in stack.layers]
         names = [f"{layer.name}.{part}" for layer in layers for part in self.family.projections]
         require_plain((name, self.model.get_submodule(name)) for name in names)

@@ -81,7 +81,7 @@ def require_convertible(host: HostModel, verb: str) -> None:
             f"{type(model).__name__} is not a model class of transformers' {model_type}; load the checkpoint with one "
             f"of {', '.join(cls.__name__ for cls in heads(model_type))}."
         )
-    if any(p.is_meta for p in model.parameters()):
+    if host.put_away is None and any(p.is_meta for p in model.parameters()):
         raise ValueError(
             f"some weights are not loaded (offloaded or on the meta device): {verb} on a machine that holds the model, "
             "save it, and load the result with device_map."

@@ -153,6 +153,36 @@ class Weights:
             found |= _safe_tensors(file) if self.is_safe else _pickled_tensors(file)
         return found
 
+    @cached_property
+    def total_bytes(self) -> int:
+        """What the tensors take, as the index says, or else the files."""
+        if self.file.suffix == ".json":
+            with one_line(str(self.file)):
+                stated = json.loads(self.file.read_text(encoding="utf-8")).get("metadata", {}).get("total_size")
+            if isinstance(stated, int | float):
+                return int(stated)
+        return sum(file.stat().st_size for file in self._files())
+
+    def require_listed(self) -> None:
+        """Refuse an index that names tensors which no file has, or leaves some out.
+
+        Raises:
+            ValueError: as `tensors`, and names them.
+        """
+        if self.file.suffix != ".json":
+            return
+        with one_line(str(self.file)):
+            listed = json.loads(self.file.read_text(encoding="utf-8"))["weight_map"]
+        for file in self._files():
+            own, there = {name for name, where in listed.items() if where == file.name}, set(_safe_tensors(file))
+            if own != there:
+                odd = sorted(own ^ there)
+                shown = ", ".join(odd[:SHOWN])
+                raise Refused(
+                    f"{self.file} does not fit {file.name}: {len(odd)} tensors are in one of both alone: {shown}. Fetch or "
+                    "save the checkpoint again."
+                )
+
     def require_tensors_alone(self) -> None:
         """Raises as `tensors`, where a file might hold more than tensors; those of safetensors can't."""
         if not self.is_safe:

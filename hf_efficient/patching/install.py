@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -130,7 +132,7 @@ def install(host: HostModel, chosen: dict[str, EfficientAttentionConfig], initia
     origins: dict[str, str] = {}
     try:
         for stack in host.stacks:
-            origins |= _install_in_stack(host.family, stack, chosen, initialise)
+            origins |= _install_in_stack(host, stack, chosen, initialise)
         for config, _ in before:
             config._attn_implementation = IMPLEMENTATION
             # a public key is honoured on load: without this package or its classes, loading fails instead of degrading
@@ -153,16 +155,20 @@ def implementations(model: nn.Module) -> list[tuple[Any, str]]:
 
 
 def _install_in_stack(
-    family: ModelFamily, stack: Stack, chosen: dict[str, EfficientAttentionConfig], initialise: bool
+    host: HostModel, stack: Stack, chosen: dict[str, EfficientAttentionConfig], initialise: bool
 ) -> dict[str, str]:
+    family = host.family
     origins: dict[str, str] = {}
     shared: dict[tuple[EfficientAttentionConfig, str], nn.Parameter] = {}
     for layer in stack.layers:
         mechanism = None
         if layer.name in chosen:
-            mechanism, origin = _make_mechanism(family, stack, layer, chosen[layer.name], initialise)
+            with nullcontext() if host.put_away is None else brought_in(layer.module):
+                mechanism, origin = _make_mechanism(family, stack, layer, chosen[layer.name], initialise)
             origins |= {f"{layer.name}.{MODULE_NAME}.{name}": text for name, text in origin.items()}
             _share_parameters(mechanism, shared)
+            if host.put_away is not None and not _is_shared(mechanism, layer):
+                host.put_away(f"{layer.name}.{MODULE_NAME}", mechanism)
             if mechanism.needs_hidden_states:
                 attach(layer.module, call_checks.PART, before=call_checks.pass_hidden_states)
         layer.module.register_module(MODULE_NAME, mechanism)
@@ -175,6 +181,25 @@ def _install_in_stack(
     origins |= extra_tokens.install(family, stack, initialise)
     downsampling.install(family, stack)
     return origins
+
+
+def _is_shared(mechanism: EfficientAttention, layer: AttentionLayer) -> bool:
+    """Whether others use its parameters, or it gets further ones: then they stay in memory."""
+    has_extra = layer.index == 0 and mechanism.num_extra_tokens(mechanism.config) > 0
+    return has_extra or bool(mechanism.shared_parameters())
+
+
+@contextmanager
+def brought_in(module: nn.Module) -> Iterator[None]:
+    """Inside, weights that accelerate keeps elsewhere are in the module and all below it, as in a call."""
+    away = [part for part in module.modules() if getattr(getattr(part, "_hf_hook", None), "offload", False)]
+    with ExitStack() as stack:
+        if away:
+            from accelerate.utils import align_module_device
+
+            for part in away:
+                stack.enter_context(align_module_device(part))
+        yield
 
 
 def _make_mechanism(

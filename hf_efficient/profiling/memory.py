@@ -110,6 +110,25 @@ if __name__ == "__main__":
         print(json.dumps(value), flush=True)
 
 
+def available_memory() -> int | None:
+    """Bytes that this process may still take: of the machine, its control group and its address space.
+
+    `None` where the operating system does not tell (anything but Linux).
+    """
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not meminfo.exists():
+        return None
+    line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
+    free = [int(line.split()[1]) * 1024]
+    limit = group / "memory.max"
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        free.append(int(text) - int((group / "memory.current").read_text()))
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if space != resource.RLIM_INFINITY:
+        free.append(space - _status("VmSize") * 1024)
+    return max(0, min(free))
+
+
 def peak_memory() -> dict[str, Any]:
     """Peak memory of this process in MB (10⁶ bytes).
 

@@ -14,7 +14,7 @@ from command_line import error as command_error
 from long_models import converted_head, trained, with_head
 
 import hf_efficient as he
-from hf_efficient.exporting.graph import NamedOutputs, program_of
+from hf_efficient.exporting.graph import GraphResult, NamedOutputs, program_of
 from hf_efficient.exporting.onnx import OnnxTarget
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
@@ -135,6 +135,8 @@ def test_heads_without_a_graph_and_what_differs_are_refused(tmp_path, monkeypatc
     found = document("export", source, tmp_path / "out", "--to", "program", "--lengths", "5,31")
     assert found["error"] <= 1e-6 and {row["length"] for row in found["checks"]} == {5, 31}
     assert {"model.pt2", "config.json", "export_report.json"} <= {x.name for x in (tmp_path / "out").iterdir()}
+    with pytest.raises(ValueError, match="max_shard_size='1MB': a graph is one file"):
+        GraphResult(None, None, None).save(tmp_path / "shards", max_shard_size="1MB")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'hf-efficient\[onnx\]'"):
         OnnxTarget()
