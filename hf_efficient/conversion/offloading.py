@@ -84,6 +84,7 @@ def load_from_disk(cls: Any, name: str, folder: Path, weights: Weights, **option
         )
         lacking = {name for name in place for key in info["missing_keys"] if key.startswith(f"{name}.")}
         if all(place[name] == "cpu" for name in lacking):
+            _keep_one_hook(model)
             _settle_ties(model)
             return model, info
         place |= dict.fromkeys(lacking, "cpu")
@@ -164,6 +165,15 @@ def _places(cls: Any, config: Any) -> dict[str, str]:
             outer.append(path)
     modules = {".".join(path): model.get_submodule(".".join(path)) for path in outer}
     return {name: "cpu" if any(map(stays, module.modules())) else "disk" for name, module in modules.items()}
+
+
+def _keep_one_hook(model: nn.Module) -> None:
+    """A module inside one that has tensors of its own gets the same hook twice: once is enough."""
+    for module in model.modules():
+        hooks = getattr(getattr(module, "_hf_hook", None), "hooks", ())
+        offloading = [hook for hook in hooks if getattr(hook, "offload", False)]
+        if offloading:
+            module._hf_hook = offloading[0]
 
 
 def _settle_ties(model: PreTrainedModel) -> None:
