@@ -105,6 +105,7 @@ def put_away_in(folder: Path) -> Callable[[str, nn.Module], None]:
 
         if any(True for _ in module.parameters()):
             disk_offload(module, folder / name, execution_device=torch.device("cpu"))
+            _keep_one_hook(module)
 
     return put_away
 
@@ -168,7 +169,7 @@ def _places(cls: Any, config: Any) -> dict[str, str]:
 
 
 def _keep_one_hook(model: nn.Module) -> None:
-    """A module inside one that has tensors of its own gets the same hook twice: once is enough."""
+    """A module with tensors of its own gets a second hook as a root or inside another such: the one that loads is enough."""
     for module in model.modules():
         hooks = getattr(getattr(module, "_hf_hook", None), "hooks", ())
         offloading = [hook for hook in hooks if getattr(hook, "offload", False)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import get_torch_storage_id, get_torch_storage_size, split_state_dict_into_shards_factory
 from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -83,7 +83,13 @@ class ModelFiles:
         state = remove_tied_weights_from_state_dict(state, model)
         saved = revert_weight_conversion(model, state)
         self.sources = _sources(model, state, saved)
-        split = split_torch_state_dict_into_shards(saved, filename_pattern=PATTERN, max_shard_size=max_shard_size)
+        split = split_state_dict_into_shards_factory(
+            saved,
+            filename_pattern=PATTERN,
+            max_shard_size=max_shard_size,
+            get_storage_size=get_torch_storage_size,
+            get_storage_id=_storage_id,
+        )
         self.files = {
             file: ShardFile.of({name: saved[name] for name in names})
             for file, names in split.filename_to_tensors.items()
@@ -116,6 +122,11 @@ class ModelFiles:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             self.not_finite.append(name)
         return tensor.contiguous()
+
+
+def _storage_id(tensor: Tensor) -> Any:
+    """Equal for tensors of one storage, also on the meta device: parts of merged experts are saved in one file."""
+    return get_torch_storage_id(tensor) or tensor.untyped_storage()._cdata
 
 
 def _sources(

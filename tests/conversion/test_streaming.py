@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,7 @@ from hf_efficient.testing import tiny_model
 
 SHARD = "20KB"
 CASES = {
-    "copied projections": ("llama", "longformer", {"attention_window": 8}),
-    "tied weights": ("llama", "longformer", {"attention_window": 8, "tie_word_embeddings": True}),
+    "copied projections, tied weights": ("llama", "longformer", {"attention_window": 8, "tie_word_embeddings": True}),
     "longer table": ("gpt2", "local", {"attention_window": 8, "max_positions": 256}),
     "shared parameters": ("bert", "linformer", {"rank": 8}),
     "extra tokens": ("bert", "etc", {"attention_window": 8, "num_global_tokens": 3}),
@@ -119,46 +117,59 @@ def test_a_model_on_the_disk_computes_what_it_computes_in_memory(mechanism, shar
 KILLED = """
 import os, signal, sys
 from hf_efficient.conversion import convert, streaming
-source, out, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
+source, out, *attempts = sys.argv[1:]
 streaming.SYNC_BYTES = 4000
 write = streaming._write_tensor
-def counted(file, tensor):
-    global calls
-    calls -= 1
-    if calls == 0:
-        file.write(b"half")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(file, tensor)
-streaming._write_tensor = counted
-convert(source, "longformer", attention_window=8, streaming=True).save(out, max_shard_size="50KB")
-print(-calls)
+def attempt(kill_at):
+    calls = 0
+    def counted(file, tensor):
+        nonlocal calls
+        calls += 1
+        if calls == kill_at:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(file, tensor)
+    streaming._write_tensor = counted
+    convert(source, "longformer", attention_window=8, streaming=True).save(out, max_shard_size="50KB")
+    return calls
+for kill_at in map(int, attempts):
+    if (child := os.fork()) == 0:
+        attempt(kill_at)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not os.path.exists(out)
+print(attempt(0))
 """
 
 
 def test_killed_twice_and_resumed_it_writes_the_same_files(sharded, tmp_path):
     out, before = tmp_path / "other" / "out", content(sharded)
-    for calls in (5, 9):
-        assert fresh.python("-c", KILLED, sharded, out, calls).returncode == -signal.SIGKILL
-        assert not out.exists()
-    done = fresh.python("-c", KILLED, sharded, out, 0)
-    total = len(he.convert(sharded, "longformer", attention_window=8).model.state_dict())
-    assert 0 < int(done.stdout) < total  # what was written is not written again
+    done = fresh.python("-c", KILLED, sharded, out, 5, 9)
+    assert done.returncode == 0, done.stderr
+    expected, result = tmp_path / "expected" / "out", he.convert(sharded, "longformer", attention_window=8)
+    assert 0 < int(done.stdout) < len(result.model.state_dict())  # what was written is not written again
     assert sorted(p.name for p in out.parent.iterdir()) == ["out"]
-    expected = tmp_path / "expected" / "out"
-    he.convert(sharded, "longformer", attention_window=8, streaming=False).save(expected, max_shard_size="50KB")
+    result.save(expected, max_shard_size="50KB")
     assert content(out) == content(expected)
     assert content(sharded) == before
 
 
-def test_what_another_conversion_left_is_not_gone_on_with(sharded, tmp_path):
-    assert fresh.python("-c", KILLED, sharded, tmp_path / "out", 9).returncode == -signal.SIGKILL
-    he.convert(sharded, "longformer", attention_window=16, streaming=True).save(
-        tmp_path / "out", max_shard_size="50KB"
-    )
+def no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_what_another_conversion_left_is_not_gone_on_with(sharded, tmp_path, monkeypatch):
+    write, out = streaming._write_tensor, tmp_path / "out"
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(streaming, "SYNC_BYTES", 4000)
+        patched.setattr(streaming, "_write_tensor", lambda f, t: no_space() if t.dim() == 1 else write(f, t))
+        he.convert(sharded, "longformer", attention_window=8, streaming=True).save(out, max_shard_size="50KB")
+    assert (tmp_path / ".out.partial" / streaming.PROGRESS).is_file()
+    he.convert(sharded, "longformer", attention_window=16, streaming=True).save(out, max_shard_size="50KB")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
     model = he.convert(sharded, "longformer", attention_window=16).model
-    found = {name: t for file in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(file).items()}
+    found = {name: t for file in out.glob("*.safetensors") for name, t in load_file(file).items()}
     assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
 
 
@@ -196,6 +207,12 @@ def name_less(folder):
     edit_index(folder, lambda names: names.pop("model.embed_tokens.weight"))
 
 
+def lose(folder):
+    name_less(folder)
+    file = folder / "model-00001-of-00007.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != "model.embed_tokens.weight"}, file, {"format": "pt"})
+
+
 def widen(folder):
     config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -209,7 +226,8 @@ def widen(folder):
         (lambda folder: last_shard(folder).unlink(), "model-"),
         (cut, "can't be read"),
         (name_more, "1 tensors are in one of both alone: model.layers.9.weight"),
-        (name_less, "lacks 1 tensors of the model itself"),
+        (name_less, "1 tensors are in one of both alone: model.embed_tokens.weight"),
+        (lose, "lacks 1 tensors of the model itself"),
         (widen, "would lose digits"),
     ],
 )
@@ -223,9 +241,7 @@ def test_a_damaged_checkpoint_is_one_error_and_stays_as_it_is(damage, message, s
 
 def test_a_full_disk_is_an_error_and_the_next_attempt_goes_on(sharded, tmp_path, monkeypatch):
     result = he.convert(sharded, "longformer", attention_window=8, streaming=True)
-    monkeypatch.setattr(
-        streaming, "_synced", lambda out: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+    monkeypatch.setattr(streaming, "_synced", no_space)
     with pytest.raises(OSError, match="No space left"):
         result.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
