@@ -28,6 +28,7 @@ RESIDENT_BYTES = 2**26
 SHARE = 0.5
 """Of the memory that is free: the largest checkpoint that is converted in memory unasked."""
 logger = logging.getLogger(f"transformers.{__name__}")
+_made: set[Path] = set()
 
 
 def chosen_streaming(name: Any, asked: bool | None, variant: str | None = None, **location: Any) -> bool:
@@ -93,6 +94,7 @@ def load_from_disk(cls: Any, name: str, folder: Path, weights: Weights, **option
 def new_folder() -> Path:
     """A temporary folder for a model's weights, which goes at the end of the process."""
     folder = Path(tempfile.mkdtemp(prefix="hf_efficient."))
+    _made.add(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
@@ -128,11 +130,12 @@ def tie_again(model: PreTrainedModel) -> None:
 
 
 def source_files(model: nn.Module) -> list[Path]:
-    """The checkpoint files that weights come from."""
+    """The weight files of the checkpoint, and what is beside them: merged experts come from files that are made of these."""
     maps = [getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in model.modules()]
     indices = {id(index): index for m in maps if (index := getattr(getattr(m, "dataset", m), "index", None))}
     files = {entry["safetensors_file"] for index in indices.values() for entry in index.values() if _is_in_file(entry)}
-    return sorted(map(Path, files))
+    folders = {Path(file).parent for file in files} - _made
+    return sorted(file for folder in folders for file in folder.glob("*.safetensors"))
 
 
 def _is_in_file(entry: Any) -> bool:

@@ -1,6 +1,7 @@
 """Conversion with the weights left on the disk: the same files as in memory, in little memory, and resumed after a kill."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -171,6 +172,19 @@ def test_what_another_conversion_left_is_not_gone_on_with(sharded, tmp_path, mon
     model = he.convert(sharded, "longformer", attention_window=16).model
     found = {name: t for file in out.glob("*.safetensors") for name, t in load_file(file).items()}
     assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "llama"])
+def test_runs_go_on_with_one_another_while_the_checkpoint_is_the_same(model_type, tmp_path):
+    tiny_model(model_type).save_pretrained(tmp_path, max_shard_size=SHARD)
+
+    def identity():
+        return streaming.ModelFiles(he.convert(tmp_path, "local", attention_window=8, streaming=True).model).identity()
+
+    first = identity()
+    assert identity() == first
+    os.utime(last_shard(tmp_path), (0, 0))
+    assert identity() != first
 
 
 def test_two_runs_do_not_write_to_one_folder(sharded, tmp_path):
