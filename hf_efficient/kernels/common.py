@@ -36,6 +36,11 @@ def token_major(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(batch, length, heads, width, dtype=dtype or x.dtype).transpose(1, 2)
 
 
+def dense(x: Tensor) -> Tensor:
+    """`x`, or a copy, whose last axis lies in one piece: kernels take its stride for 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def require_interpreter() -> None:
     if not interpreting():
         raise RuntimeError(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_efficient.kernels.common import dense
+
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 # columns by which heads are widened for the gradient of the log-sum-exp: one would do, vector units want whole registers
@@ -19,12 +21,13 @@ def forward(query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, sc
     """`softmax(s · q·k + logits) v`, and the log-sum-exp of its logits.
 
     Args:
-        query: (B, H, N, D). key, value: (B, HK, S, D), H a multiple of HK. The last axis must be dense.
-        logits: broadcastable to (B, H, N, S), its last axis dense, -inf = not visible.
+        query: (B, H, N, D). key, value: (B, HK, S, D), H a multiple of HK.
+        logits: broadcastable to (B, H, N, S), -inf = not visible.
 
     Returns:
         (B, H, N, D), laid out as (B, N, H, D), and (B, H, N) in fp32 at least. A query that sees nothing gives 0 and 0.
     """
+    query, key, value = dense(query), dense(key), dense(value)
     return _FORWARD(query, key, value, 0.0, False, attn_mask=logits, scale=scaling)
 
 
@@ -48,6 +51,7 @@ def backward(
         grad_lse: (B, H, N), or `None` = 0.
         lse: finite also where a query saw nothing.
     """
+    query, key, value = dense(query), dense(key), dense(value)
     if grad_lse is None:
         return _BACKWARD(grad_out, query, key, value, out, lse, 0.0, False, attn_mask=logits, scale=scaling)
     width = query.shape[-1]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.kernels import cpu_attention
-from hf_efficient.kernels.common import refuse_second_derivatives, token_major
+from hf_efficient.kernels.common import dense, refuse_second_derivatives, token_major
 
 # rows of a block: fewer compute fewer pairs outside the window, more run faster per pair, and have fewer gradients to add
 FORWARD_ROWS, BACKWARD_ROWS = 64, 128
@@ -195,10 +195,6 @@ def _views(call: _Call, low: int, *tensors: Tensor) -> list[Tensor]:
     return [mine[0], *keys, *mine[1:]]
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _seen_rows(logits: Tensor, queries: int) -> range:
     """The queries of which some extra key may be seen, without those before the first and behind the last."""
     if logits.shape[2] == 1:
@@ -232,7 +228,7 @@ def _forward(
     offset: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    query, key, value = (_dense(x) for x in (query, key, value))
+    query, key, value = (dense(x) for x in (query, key, value))
     out, lse = _empty_results(query)
     band, n = _Band(left, right, offset, shown, FORWARD_ROWS, query), query.shape[2]
     for part in _rows_of(keep, query.shape[0], key.shape[2], query.dtype):
@@ -251,7 +247,7 @@ def _forward(
         if rows:
             here = slice(rows.start, rows.stop)
             mask = _extra_mask(extra_logits, rows)
-            y, sums = cpu_attention.forward(query[:, :, here], _dense(extra_key), _dense(extra_value), mask, scaling)
+            y, sums = cpu_attention.forward(query[:, :, here], extra_key, extra_value, mask, scaling)
             _merge_into(out[:, :, here], lse[:, :, here], y, _hide_empty(sums, mask))
     return out, lse
 
@@ -283,7 +279,7 @@ def _backward(
     offset: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    query, key, value = (_dense(x) for x in (query, key, value))
+    query, key, value = (dense(x) for x in (query, key, value))
     dq, dk, dv = (token_major(x).zero_() for x in (query, key, value))
     grad_out = _by_tokens(grad_out)
     # finite where nothing was seen: there every score is -inf, and its weight 0
@@ -309,9 +305,8 @@ def _backward(
             q, o, g = (x[:, :, here] for x in (query, out, grad_out))
             d_sums = None if sums is None else sums[:, :, here, :][..., 0]
             mask = _extra_mask(extra_logits, rows)
-            keys, values = _dense(extra_key), _dense(extra_value)
             a, *d_extra = cpu_attention.backward(
-                g, d_sums, q, keys, values, o, lse[:, :, here, :][..., 0], mask, scaling
+                g, d_sums, q, extra_key, extra_value, o, lse[:, :, here, :][..., 0], mask, scaling
             )
             dq[:, :, here] += a
     return dq, dk, dv, d_shown.to(query.dtype), d_extra[0], d_extra[1]

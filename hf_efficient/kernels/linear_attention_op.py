@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_efficient.kernels.common import (
     DTYPES,
+    dense,
     refuse_second_derivatives,
     require_interpreter,
     strides,
@@ -173,11 +174,7 @@ class OpArguments(NamedTuple):
 
 
 def _call(*inputs: Any) -> OpArguments:
-    return OpArguments(*(x if x is None else _dense(x) for x in inputs))  # type: ignore[arg-type]
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return OpArguments(*(x if x is None else dense(x) for x in inputs))  # type: ignore[arg-type]
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -204,7 +201,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from hf_efficient.kernels import linear_attention_backward as kernels
 
-    call, dout = _call(*inputs), _dense(grad_out)
+    call, dout = _call(*inputs), dense(grad_out)
     dx, da, dv, dsums = _empty_gradients(*inputs)
     delta = _delta(dout, grad_lse, out, lse)
     shared = dict(DOUT=dout, LSE=lse, DELTA=delta, **strides(dout, "sg"), **call.inputs())

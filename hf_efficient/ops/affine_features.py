@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_efficient.kernels.common import dense
 from hf_efficient.ops.backend import require_torch
 from hf_efficient.ops.graph import is_tracing
 from hf_efficient.ops.linear_attention import BOTH_DIRECTIONS
@@ -74,7 +75,7 @@ def affine_attention(query: AffineFeatures, key: AffineFeatures, value: Tensor, 
     value = F.pad(value.to(key.vectors.dtype), (0, key.vectors.shape[-1] - width))
     directions = (x.directions.expand(*shape, -1, -1) for x in (query, key))
     vectors = (query.vectors, key.vectors, value)
-    out: Tensor = _TwoAttentions.apply(*map(_dense, (*vectors, *directions)), offset.contiguous())
+    out: Tensor = _TwoAttentions.apply(*map(dense, (*vectors, *directions)), offset.contiguous())
     return out[..., :width]
 
 
@@ -126,7 +127,3 @@ def _with_column(x: Tensor, column: Tensor | None = None) -> Tensor:
     if column is None:
         return F.pad(x, (0, REGISTER))
     return torch.cat([x, column[..., None], x.new_zeros(()).expand(*x.shape[:-1], REGISTER - 1)], dim=-1)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

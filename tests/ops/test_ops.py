@@ -606,6 +606,24 @@ def test_the_log_sum_exp_and_its_gradient(form: str, share: float) -> None:
         assert_close(other, one, 1e-9, f"gradient of {name}")
 
 
+@pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "logits", "gradient"])
+def test_memory_may_lie_in_any_order(which: int) -> None:
+    """PyTorch's kernel takes the last axis of heads for dense."""
+    leaves = query_key_value(2, 13, 21)
+    inputs = [*leaves, *(torch.randn(*shape, dtype=torch.float64) for shape in ((1, HEADS, 13, 21), leaves[0].shape))]
+    other = list(inputs)
+    other[which] = inputs[which].mT.contiguous().mT
+    found = []
+    for q, k, v, logits, gradient in (inputs, other):
+        out, lse = attend(q, k, v, logits, scaling=SCALING, return_lse=True)
+        assert lse is not None
+        alone = torch.autograd.grad(out, leaves, gradient, retain_graph=True)
+        both = torch.autograd.grad((out, lse), leaves, (gradient, torch.ones_like(lse)))
+        found.append([out, lse, *alone, *both])
+    for one, transposed in zip(*found, strict=True):
+        assert_close(transposed, one, 1e-12, "of another order")
+
+
 def test_a_query_without_a_gradient_gives_keys_none() -> None:
     """Exactly 0: causality is proven by gradients that are 0."""
     q, k, v = query_key_value(1, 9, 12)
