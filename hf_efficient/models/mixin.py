@@ -286,13 +286,16 @@ def naming_global_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
     return naming
 
 
+UNTOLD_HEADS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification", "ForCTC")
+
+
 def honours_loss_kwargs(stock: Any) -> bool:
     """Whether a stock head's loss divides by `num_items_in_batch`, which it then hands on to `loss_function`.
 
     The Trainer passes that number to every forward with `**kwargs` and leaves out its own division; a head that ignores it
-    would get loss and gradients multiplied by accumulation steps and processes. Heads for classes of texts and pictures
-    share a loss that honours it for one of three problem types: they are not given it.
+    would get loss and gradients multiplied by accumulation steps and processes. Heads for classes of texts, pictures and
+    sound share a loss that honours it for one of three problem types, and the CTC loss does not: they are not given it.
     """
-    if stock.__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
+    if stock.__name__.endswith(UNTOLD_HEADS):
         return False
     return re.search(r"self\.loss_function\([^()]*\*\*", inspect.getsource(stock.forward)) is not None

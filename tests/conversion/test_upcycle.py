@@ -407,8 +407,8 @@ def test_refusals():
         he.upcycle(tiny_model("bert", layers=1), 2)
     with pytest.raises(ValueError, match="chunk_size_feed_forward"):
         he.upcycle(tiny_model("bert", chunk_size_feed_forward=4), 2)
-    with pytest.raises(ValueError, match="feed-forward parts of esm are not known"):
-        he.upcycle(tiny_model("esm"))
+    with pytest.raises(ValueError, match="feed-forward parts of markuplm are not known"):
+        he.upcycle(tiny_model("markuplm"))
     with torch.device("meta"):
         empty = transformers.BertModel(transformers.BertConfig(hidden_size=8, num_attention_heads=2))
     with pytest.raises(ValueError, match="not loaded"):
@@ -549,5 +549,5 @@ def test_command_errors(sources, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     assert "is not a checkpoint folder" in error("upcycle", source, tmp_path / "mine", "--overwrite")
-    tiny_model("esm").save_pretrained(tmp_path / "esm")
-    assert "feed-forward parts of esm are not known" in error("upcycle", tmp_path / "esm", tmp_path / "new")
+    tiny_model("markuplm").save_pretrained(tmp_path / "markuplm")
+    assert "feed-forward parts of markuplm are not known" in error("upcycle", tmp_path / "markuplm", tmp_path / "new")
