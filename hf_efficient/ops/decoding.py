@@ -31,10 +31,11 @@ def pattern_attention(
     """Causal attention of new queries over the keys of `pattern` and `columns` in a cache: see `rows_attention`."""
     if query.shape[2] == 1 and columns is None and call.key_padding_mask is None:
         parts = parts_of(pattern)
-        windows = [part for part in parts if isinstance(part, Window) and part.dilation == 1]
+        windows = [part for part in parts if isinstance(part, Window)]
         front = {p for part in parts if isinstance(part, GlobalColumns) for p in part.positions}
         kinds = sum(isinstance(part, (Window, GlobalColumns)) for part in parts)
-        if len(windows) == 1 and kinds == len(parts) and front == set(range(len(front))):
+        is_one_slice = len(windows) == 1 and windows[0].dilation == 1 and kinds == len(parts)
+        if is_one_slice and front == set(range(len(front))):
             return last_token_attention(query, key, value, windows[0], call, front=len(front))
         is_plain = call.key_positions is None and call.relative_bias is None and not is_captured()
         if isinstance(pattern, BigBirdBlocks) and is_plain:

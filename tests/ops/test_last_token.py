@@ -24,6 +24,7 @@ PATTERNS: dict[str, Pattern] = {
     "dilated": Window(left=3, right=0, dilation=3),
     "window and first tokens": Window(left=5, right=0) | GlobalColumns(positions=(0, 1)),
     "window and other tokens": Window(left=5, right=0) | GlobalColumns(positions=(1, 4)),
+    "window and dilated window": Window(left=5, right=0) | Window(left=3, right=0, dilation=4),
 }
 
 BLOCKS = {
