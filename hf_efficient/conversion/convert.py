@@ -135,7 +135,8 @@ def convert(
         exact_every: k ≥ 2: layers k - 1, 2k - 1, … keep full attention, all others are converted; instead of `layers`.
         streaming: leave the weights of a safetensors checkpoint in their files, from which they come in one by one when they
             are called or saved: memory for one layer is enough. `None` = where they take more than half the free memory.
-            Needs accelerate. offload_folder: where new tensors wait until they are saved; by default a temporary folder.
+            Needs accelerate. offload_folder: where new tensors wait, in a folder that goes with the process, until they are
+            saved; by default where the system has temporary files.
         options: of the mechanism; and for a checkpoint as in `from_pretrained`: `subfolder`, `token`, `dtype`, `cache_dir`,
             `force_download`, `local_files_only`, `proxies`. `model_class`, a stock class or its name, says which head
             the checkpoint has; by default its config does, or its tensors do.
@@ -205,7 +206,7 @@ def _folder_of_weights(
             "calibration runs the model on all texts at once, which needs its weights in memory: leave it out and start "
             "without data, or load them with --no-streaming (streaming=False)."
         )
-    return new_folder() if folder is None else Path(folder)
+    return new_folder(None if folder is None else Path(folder))
 
 
 def _report(

@@ -28,7 +28,8 @@ RESIDENT_BYTES = 2**26
 SHARE = 0.5
 """Of the memory that is free: the largest checkpoint that is converted in memory unasked."""
 logger = logging.getLogger(f"transformers.{__name__}")
-_made: set[Path] = set()
+_waiting: set[Path] = set()
+"""Folders with tensors of runs, not with checkpoints."""
 
 
 def chosen_streaming(name: Any, asked: bool | None, variant: str | None = None, **location: Any) -> bool:
@@ -47,10 +48,7 @@ def chosen_streaming(name: Any, asked: bool | None, variant: str | None = None, 
     weights = find_weights(name, config, variant, **location)
     if not weights.is_safe:
         if asked:
-            raise ValueError(
-                f"streaming=True needs safetensors files, and {name} has {weights.file.name}: load and save it once with "
-                "transformers, on a machine that holds it, or leave streaming out."
-            )
+            raise ValueError(_needs_safetensors(name, weights))
         return False
     size, free = weights.total_bytes, available_memory()
     if asked or free is None or size <= SHARE * free:
@@ -60,6 +58,13 @@ def chosen_streaming(name: Any, asked: bool | None, variant: str | None = None, 
         "disk and are written one by one (streaming; --no-streaming, streaming=False loads them)."
     )
     return True
+
+
+def _needs_safetensors(name: Any, weights: Weights) -> str:
+    return (
+        f"{name} has {weights.file.name}, and leaving weights on the disk needs safetensors files: load and save it once "
+        "with transformers, on a machine that holds it, or load it whole."
+    )
 
 
 def is_on_disk(model: Any) -> bool:
@@ -75,7 +80,10 @@ def load_from_disk(cls: Any, name: str, folder: Path, weights: Weights, **option
     Args:
         folder: for tensors that the files hold in another form. weights: the files. options: of `from_pretrained`.
     """
+    if not weights.is_safe:
+        raise Refused(_needs_safetensors(name, weights))
     weights.require_listed()
+    _waiting.add(folder)
     place, state = _places(cls, options["config"]), torch.get_rng_state()
     while True:
         torch.set_rng_state(state)  # what is missing starts as it would in memory
@@ -91,10 +99,15 @@ def load_from_disk(cls: Any, name: str, folder: Path, weights: Weights, **option
         place |= dict.fromkeys(lacking, "cpu")
 
 
-def new_folder() -> Path:
-    """A temporary folder for a model's weights, which goes at the end of the process."""
-    folder = Path(tempfile.mkdtemp(prefix="hf_efficient."))
-    _made.add(folder)
+def new_folder(inside: Path | None = None) -> Path:
+    """A temporary folder for a model's weights, which goes at the end of the process.
+
+    Args:
+        inside: where it is to be; `None` = where the system has temporary files.
+    """
+    if inside is not None:
+        inside.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="hf_efficient.", dir=inside))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
@@ -134,7 +147,7 @@ def source_files(model: nn.Module) -> list[Path]:
     maps = [getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in model.modules()]
     indices = {id(index): index for m in maps if (index := getattr(getattr(m, "dataset", m), "index", None))}
     files = {entry["safetensors_file"] for index in indices.values() for entry in index.values() if _is_in_file(entry)}
-    folders = {Path(file).parent for file in files} - _made
+    folders = {Path(file).parent for file in files} - _waiting
     return sorted(file for folder in folders for file in folder.glob("*.safetensors"))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from hf_efficient.conversion.folders import OutputFolder
@@ -39,8 +39,26 @@ def revert_checkpoint(
         FileExistsError, OSError: see `OutputFolder`. ValueError: the checkpoint is not converted, or `out` holds it.
     """
     target = OutputFolder(out, overwrite, [converted])
-    folder = TemporaryDirectory() if chosen_streaming(converted, streaming) else None
-    model = load_converted(converted, None if folder is None else Path(folder.name))
+    is_streamed = chosen_streaming(converted, streaming)
+    place: AbstractContextManager[Path | None] = target.beside() if is_streamed else nullcontext()
+    with place as folder:
+        model = _written_back(converted, folder, target, max_shard_size)
+    return {
+        "checkpoint": converted,
+        "out": str(out),
+        "model_class": type(model).__name__,
+        "max_positions": HostModel.of(model).max_positions,
+        "tensors": len(model.state_dict()),
+    }
+
+
+def _written_back(converted: str, folder: Path | None, target: OutputFolder, max_shard_size: str | int) -> Any:
+    """The original model, which is in its folder by now.
+
+    Args:
+        folder: for tensors of a model whose weights stay on the disk; `None` = they are loaded.
+    """
+    model = load_converted(converted, folder)
     if folder is not None and not getattr(model.config, "efficient_attention", None):
         raise ValueError(
             f"{converted} has experts alone, which are compared with each other: --no-streaming loads them."
@@ -59,10 +77,4 @@ def revert_checkpoint(
             tokenizer.save_pretrained(written)
         if Path(converted).is_dir():
             copy_side_files(Path(converted), written, before.get("max_seq_length"))
-    return {
-        "checkpoint": converted,
-        "out": str(out),
-        "model_class": type(model).__name__,
-        "max_positions": HostModel.of(model).max_positions,
-        "tensors": len(model.state_dict()),
-    }
+    return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,18 +20,22 @@ from hf_efficient.families.readable import refuse_adapters
 from hf_efficient.models.card import write_first_card
 from hf_efficient.profiling.json_files import finite
 
+logger = logging.getLogger(f"transformers.{__name__}")
+
 
 @contextmanager
 def weights_written(
     model: PreTrainedModel, target: OutputFolder, max_shard_size: str | int = MAX_SHARD_SIZE
 ) -> Iterator[Path]:
     """`target.written()` with what `save_pretrained` writes in the folder, wherever the model's weights are."""
+    partial = PartialFolder(target.path)
     if not is_on_disk(model):
+        if partial.path.exists():
+            logger.warning(f"{partial.path} holds weights of a run that was interrupted. Delete it by hand.")
         with target.written() as folder:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
             yield folder
         return
-    partial = PartialFolder(target.path)
     partial.write(ModelFiles(model, max_shard_size))
     with target.written() as folder:
         with warnings.catch_warnings():  # that shards must fit the memory

@@ -195,10 +195,11 @@ class PartialFolder:
         found = read_json(note) if note.is_file() else {}
         done: dict[str, int] = found.get("written", {})
         sizes = {name: (self.path / name).stat().st_size for name in done if (self.path / name).is_file()}
-        if found.get("identity") != self.identity or any(sizes.get(name, 0) < size for name, size in done.items()):
+        if found.get("identity") != self.identity:
             for file in [f for f in self.path.iterdir() if f.is_file()]:
                 file.unlink()
             done = {}
+        done = {name: size for name, size in done.items() if sizes.get(name, 0) >= size}
         if done:
             logger.warning(f"going on with {sum(done.values()) / 1e9:.2f} GB that a run before wrote to {self.path}.")
         return done
@@ -213,21 +214,28 @@ class PartialFolder:
         if os.name != "posix":
             yield
             return
-        import fcntl
-
         handle = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle, self.path)
             yield
-        except BlockingIOError:
-            raise OSError(f"another process writes to {self.path}: wait for it, or end it.") from None
         finally:
             os.close(handle)
 
 
+def _lock(handle: int, folder: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(f"another process writes to {folder}: wait for it, or end it.") from None
+    except OSError:
+        logger.warning(f"the disk of {folder} has no locks: see that no other process writes there.")
+
+
 def _append(path: Path, file: ShardFile, done: int, files: ModelFiles) -> Iterator[int]:
     """Write a file from byte `done` on; yields how many bytes of it are on the disk, after each that many."""
-    noted = done
+    noted, last = done, max(file.ends.values(), default=0)
     with open(path, "r+b" if done else "wb") as out:
         out.seek(done)
         out.truncate()
@@ -236,7 +244,7 @@ def _append(path: Path, file: ShardFile, done: int, files: ModelFiles) -> Iterat
         for name, end in file.ends.items():
             if end > done:
                 _write_tensor(out, files.value(name))
-            if out.tell() - noted >= SYNC_BYTES or (end == max(file.ends.values()) and out.tell() > noted):
+            if out.tell() - noted >= SYNC_BYTES or (end == last and out.tell() > noted):
                 noted = _synced(out)
                 yield noted
 

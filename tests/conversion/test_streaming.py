@@ -176,15 +176,32 @@ def test_what_another_conversion_left_is_not_gone_on_with(sharded, tmp_path, mon
 
 @pytest.mark.parametrize("model_type", ["mixtral", "llama"])
 def test_runs_go_on_with_one_another_while_the_checkpoint_is_the_same(model_type, tmp_path):
-    tiny_model(model_type).save_pretrained(tmp_path, max_shard_size=SHARD)
+    """Wherever each has its new tensors: the command has them in another folder every time."""
+    source = tmp_path / "source"
+    tiny_model(model_type).save_pretrained(source, max_shard_size=SHARD)
 
-    def identity():
-        return streaming.ModelFiles(he.convert(tmp_path, "local", attention_window=8, streaming=True).model).identity()
+    def identity(waiting):
+        options = {"attention_window": 8, "streaming": True, "offload_folder": tmp_path / waiting}
+        return streaming.ModelFiles(he.convert(source, "local", **options).model).identity()
 
-    first = identity()
-    assert identity() == first
-    os.utime(last_shard(tmp_path), (0, 0))
-    assert identity() != first
+    first = identity("one")
+    assert identity("another") == first
+    os.utime(last_shard(source), (0, 0))
+    assert identity("one") != first
+
+
+def test_a_folder_of_new_tensors_serves_one_checkpoint_after_another(tmp_path):
+    model = tiny_model("bert")
+    for number in range(2):
+        source = tmp_path / f"source {number}"
+        model.save_pretrained(source)
+        options = {"attention_window": 8, "streaming": True, "offload_folder": tmp_path / "waiting"}
+        state = he.convert(source, "longformer", **options)
+        for name in [name for name in state.report.tensors if name.endswith("query_global.weight")]:
+            own = name.replace("efficient.query_global", "query")
+            assert torch.equal(value_of(state.model, name), model.state_dict()[own])
+        for parameter in model.parameters():
+            parameter.data += 1
 
 
 def test_two_runs_do_not_write_to_one_folder(sharded, tmp_path):
@@ -271,7 +288,7 @@ def test_what_can_t_stay_on_the_disk_is_refused(sharded, tmp_path):
         he.convert(sharded, "routing_transformer", calibration=["a text"], streaming=True)
     shutil.copy(sharded / "config.json", tmp_path)
     torch.save(tiny_model("llama", layers=3).state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="needs safetensors files"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin, .* needs safetensors files"):
         he.convert(tmp_path, "local", streaming=True)
 
 
