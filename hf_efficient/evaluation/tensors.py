@@ -50,17 +50,25 @@ def copied_tensors(
     apart &= {*missing, *extra}
     strange = [name for name in missing + extra if name not in apart]
     no_number = [name for name, t in ours.items() if t.is_floating_point() and not t.isfinite().all()]
-    trained = runs(history)
-    learned_host = [step for step in trained if step.get("trained") != "mechanism"]
     is_equal = not (different or apart or strange or no_number)
-    is_explained = bool(learned_host) and not (strange or no_number)
     detail = {"tensors": len(theirs), "extended": extended, "different": missing + different, "unexplained": extra}
     detail |= {"not finite": no_number} if no_number else {}
     detail |= {"left out": sorted(left_out)} if left_out else {}
+    status, weights = outcome(is_equal, history, is_damaged=bool(strange or no_number))
+    return Check("copied tensors", status, detail, RULE), weights
+
+
+def outcome(is_equal: bool, history: list[Step], *, is_damaged: bool = False) -> tuple[str, dict[str, Any]]:
+    """The status of the check of copied tensors, and what is said of the weights (`state` and `runs`).
+
+    Args:
+        history: the steps since the source. is_damaged: in a way that no training explains.
+    """
+    trained = runs(history)
+    is_explained = any(step.get("trained") != "mechanism" for step in trained) and not is_damaged
     state = TRAINED if trained and (is_equal or is_explained) else EQUAL if is_equal else CHANGED
     status = "passed" if is_equal else TRAINED if is_explained else "failed"
-    check = Check("copied tensors", status, detail, RULE)
-    return check, {"state": state, "runs": [described(step) for step in trained]}
+    return status, {"state": state, "runs": [described(step) for step in trained]}
 
 
 def _of_experts(model: Any, source: PreTrainedModel) -> set[str]:

@@ -26,7 +26,7 @@ def checks_of(folders, count=2):
     with pair_on_disk(*folders) as (model, source):
         assert is_on_disk(model) and is_on_disk(source)
         sampled = sampled_layers(model, count)
-        checks = [equal_tensors(model, source, sampled), *compare_layers(model, sampled, ROWS)]
+        checks = [equal_tensors(model, source, sampled)[0], *compare_layers(model, sampled, ROWS)]
     return {check.name: check for check in checks}
 
 
@@ -68,6 +68,23 @@ def test_a_changed_tensor_fails_where_it_is_looked_at(name, is_seen, checkpoints
     edit(checkpoints[0], f"model.{name}.weight", lambda tensor: tensor + 1)
     check = checks_of(checkpoints)["copied tensors"]
     assert check.status == ("failed" if is_seen else "passed")
+
+
+def test_a_run_that_is_recorded_explains_changed_tensors(tmp_path):
+    folders = tmp_path / "converted", tmp_path / "source"
+    tiny_model("llama", layers=1).save_pretrained(folders[1])
+    result = he.convert(folders[1], "local", attention_window=8)
+    result.model(**ROWS[0], labels=ROWS[0]["input_ids"]).loss.backward()
+    torch.optim.SGD(result.model.parameters(), lr=0.1).step()
+    result.save(folders[0])
+    assert checks_of(folders)["copied tensors"].status == "trained since"
+
+
+def test_a_class_that_does_not_generate_has_no_keys_of_the_call_before(tmp_path):
+    folders = tmp_path / "converted", tmp_path / "source"
+    tiny_model("llama", layers=1).base_model.save_pretrained(folders[1])
+    he.convert(folders[1], "local", attention_window=8).save(folders[0])
+    assert checks_of(folders)["exact limit by layer"].status == "passed"
 
 
 def test_loaded_models_and_numbers_below_one_are_refused(checkpoints):
