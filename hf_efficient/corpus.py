@@ -166,6 +166,11 @@ def text_use(
 
 
 def text_batches(tokenizer: Any, texts: Sequence[str], length: int, size: int, model: Any) -> list[dict[str, Tensor]]:
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} reads {model.main_input_name}, which can't be made of texts: give batches of them, "
+            "where batches are taken."
+        )
     if getattr(tokenizer, "pad_token", None) is None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token

@@ -175,8 +175,9 @@ def convert(
         origins |= _calibrated(opened.model, batches, length)
     else:
         bound_coverage(opened.model, length)
-    # what it cuts is for the first stack
-    _tell_tokenizer(opened, max_positions if host.max_positions in (None, max_positions) else None)
+    # what it cuts is for the first stack, unless that hears
+    reads = opened.model.main_input_name == "input_ids" and host.max_positions in (None, max_positions)
+    _tell_tokenizer(opened, max_positions if reads else None)
     report = _report(
         opened,
         host,

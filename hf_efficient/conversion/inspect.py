@@ -63,7 +63,9 @@ def inspect_checkpoint(name: str, model_class: Any = None, **location: Any) -> d
         "made_for": host.made_for,
         "experts": getattr(config, "efficient_experts", None),
         "layers": [_layer(stack, layer) for stack in stacks for layer in stack.layers],
-        "mechanisms": [] if converted else [_fit(n, family, stack) for stack in stacks for n in list_mechanisms()],
+        "mechanisms": []
+        if converted
+        else [_fit(n, host.family, stack) for stack in stacks for n in list_mechanisms()],
     }
 
 

@@ -1,4 +1,4 @@
-"""Files of sentence-transformers next to a model: pooling and similarity settings, which are copied along with it."""
+"""Files next to a model that are copied along with it: how it hears, and pooling and similarity of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from hf_efficient.profiling.json_files import read_json
 
 MODULES = "modules.json"
 SETTINGS = "sentence_bert_config.json"
-NAMES = (MODULES, SETTINGS, "config_sentence_transformers.json")
+PREPARATIONS = ("preprocessor_config.json", "processor_config.json")
+NAMES = (MODULES, SETTINGS, "config_sentence_transformers.json", *PREPARATIONS)
 
 
 def checkpoint_folder(name: str, revision: str | None = None, subfolder: str = "", **location: Any) -> Path:
@@ -63,12 +64,16 @@ def max_seq_length(folder: Path) -> int | None:
 
 
 def copy_side_files(source: Path, folder: Path, length: int | None) -> None:
-    """Copy them from one checkpoint folder to another; `length` replaces `max_seq_length` unless it is `None`.
+    """Copy them from one checkpoint folder to another, which may have a preparation of inputs of its own.
+
+    Args:
+        length: replaces `max_seq_length` unless it is `None`.
 
     Raises:
         ValueError: a file is damaged, or is a link out of the checkpoint.
     """
-    for file in list(_side_files(source)):
+    has_own = any((folder / name).exists() for name in PREPARATIONS)
+    for file in [file for file in _side_files(source) if not (has_own and file.name in PREPARATIONS)]:
         copy = folder / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)

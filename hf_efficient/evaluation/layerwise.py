@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_efficient.conversion.loading import load_converted, load_stock, takes_pictures
+from hf_efficient.conversion.loading import load_converted, load_stock
 from hf_efficient.conversion.offloading import value_of
 from hf_efficient.corpus import offline_texts, text_batches
 from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
@@ -45,14 +45,14 @@ def verify_layers(
     """The report of the checks of `count` layers; arguments as for `verify`.
 
     Raises:
-        ValueError: a model that is loaded already, or one of pictures; and as `sampled_layers`.
+        ValueError: a model that is loaded already, or reads no texts; and as `sampled_layers`.
     """
     if isinstance(converted, nn.Module) or isinstance(source, nn.Module):
         raise ValueError(f"sample_layers={count} reads checkpoints from the disk: give the folders of both models.")
     with pair_on_disk(converted, source, **place) as (model, stock):
         sampled = sampled_layers(model, count)
-        if takes_pictures(model):
-            raise ValueError(f"{type(model).__name__} reads pictures: leave sample_layers={count} out.")
+        if model.main_input_name != "input_ids":
+            raise ValueError(f"{type(model).__name__} reads {model.main_input_name}: leave sample_layers={count} out.")
         limit = HostModel.of(stock).max_positions or 512
         texts = offline_texts() if texts is None else texts
         if not texts:

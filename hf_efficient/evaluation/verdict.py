@@ -68,11 +68,17 @@ def quick_verdict(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str,
     """The `verdict` of a model just converted, against itself with full attention, on a few texts; no second copy is made.
 
     Returns:
-        The same; where it can't be measured (no tokenizer, texts in another language than the tokenizer's, or inputs that
-        the model refuses) only `better`, `None`, and the reason in `text`.
+        The same; where it can't be measured (no tokenizer, texts in another language than the tokenizer's, a model of
+        sound, or inputs that the model refuses) only `better`, `None`, and the reason in `text`.
     """
     if takes_pictures(model):
         return {"better": None, "text": "not measured: use hf-efficient verify, which draws pictures"}
+    if model.main_input_name != "input_ids":
+        name = type(model).__name__
+        return {
+            "better": None,
+            "text": f"not measured: {name} reads {model.main_input_name}, of which there is no sample",
+        }
     if is_on_disk(model):
         return {
             "better": None,

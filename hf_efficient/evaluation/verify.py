@@ -28,7 +28,7 @@ from hf_efficient.evaluation.report import Check, FidelityReport
 from hf_efficient.evaluation.tensors import copied_tensors, fill, fresh_tensors
 from hf_efficient.evaluation.verdict import MOSTLY_UNKNOWN
 from hf_efficient.experts.layer import expert_layers
-from hf_efficient.families import HostModel, family_of
+from hf_efficient.families import SOUND, HostModel, family_of
 from hf_efficient.models.mixin import EfficientModelMixin
 from hf_efficient.models.provenance import Provenance
 from hf_efficient.patching.exact import eval_mode
@@ -77,7 +77,7 @@ def verify(
         tokenizer, since figures on such texts say little.
 
     Raises:
-        ValueError: no texts, no tokenizer, or a model that is not converted.
+        ValueError: no texts, no tokenizer, or a model that is not converted, or reads sound.
     """
     place = {key: value for key, value in (("revision", revision), ("subfolder", subfolder)) if value is not None}
     if sample_layers is not None:
@@ -87,6 +87,10 @@ def verify(
         return verify_layers(model, source, texts, sample_layers, max_length, tokenizer, **place)  # type: ignore[arg-type]
     path = None if isinstance(model, PreTrainedModel) else Path(model)
     converted = _converted(model)
+    if converted.main_input_name in SOUND:
+        raise ValueError(
+            f"{type(converted).__name__} reads {converted.main_input_name}: models of texts and of pictures can be verified."
+        )
     if tokenizer is None and not takes_pictures(converted):
         tokenizer = _tokenizer_of((model, {}), (source, place))
     stock, fresh = _source_of(converted, source, place)

@@ -239,7 +239,7 @@ def with_baseline(finetune: Callable[[Any], RunRecord], settings: FinetuningSett
         )
     record = finetune(settings)
     positions = getattr(config, "efficient_source", {}).get("max_positions") if is_converted else None
-    positions = positions or family_of(config.model_type).positions.limit(config) or NO_LIMIT
+    positions = positions or family_of(config.model_type).of(config).positions.limit(config) or NO_LIMIT
     folder = Path(settings.output_dir)
     plain = settings.replaced(
         attention="none",

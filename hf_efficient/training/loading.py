@@ -127,7 +127,7 @@ def _check_attention(name: str, config: Any, attention: str, longer: LongerInput
                 "convert the original."
             )
     # T5 has no table of positions: what a conversion lengthens there is what the tokenizer says
-    positions = family_of(config.model_type).positions.limit(config) or longest_input
+    positions = family_of(config.model_type).of(config).positions.limit(config) or longest_input
     if longer.max_positions and longer.max_positions != positions:
         raise ValueError(
             f"{name} is already converted and has {positions} positions, not max_positions={longer.max_positions}: leave it "

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoFeatureExtractor, Wav2Vec2FeatureExtractor
 
 import hf_efficient as he
+from hf_efficient.conversion import revert_checkpoint
+from hf_efficient.evaluation.verdict import quick_verdict
 from hf_efficient.families.probe import probe_inputs
 from hf_efficient.testing import assert_close, tiny_model
 
@@ -24,7 +28,9 @@ def spectra(frames: int) -> dict[str, torch.Tensor]:
 def test_whisper_takes_longer_sound():
     model = tiny_model("whisper")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = he.convert(model, "local", attention_window=8 * FRAMES, max_positions=2 * FRAMES)
+    reader = SimpleNamespace(model_max_length=48)
+    result = he.convert(model, "local", attention_window=8 * FRAMES, max_positions=2 * FRAMES, tokenizer=reader)
+    assert reader.model_max_length == 48, "its texts are for the decoder"
     logits = result.model(**spectra(2 * FRAMES)).logits
     assert result.report.short_inputs == "changed" and result.model.config.max_source_positions == 2 * FRAMES
     longer = tiny_model("whisper", max_source_positions=2 * FRAMES)
@@ -88,3 +94,21 @@ def test_experts_of_wav2vec2():
     assert_close(he.upcycle(model, 2).model(**inputs).last_hidden_state, expected, 1e-5, "experts that are equal")
     he.revert(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_how_a_model_hears_goes_along_with_it(tmp_path):
+    source, out, back = (tmp_path / name for name in ("source", "out", "back"))
+    tiny_model("wav2vec2").save_pretrained(source)
+    Wav2Vec2FeatureExtractor(sampling_rate=8000).save_pretrained(source)
+    he.convert(source, "local", attention_window=8).save(out)
+    revert_checkpoint(str(out), back)
+    assert all(AutoFeatureExtractor.from_pretrained(folder).sampling_rate == 8000 for folder in (out, back))
+
+
+def test_texts_are_nothing_for_a_model_of_sound():
+    model, tokenizer = he.convert(tiny_model("wav2vec2"), "local", attention_window=8).model, object()
+    assert "reads input_values" in quick_verdict(model, tokenizer, ["a text"])["text"]
+    with pytest.raises(ValueError, match="reads input_values"):
+        he.verify(model, tiny_model("wav2vec2"), ["a text"], tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="reads input_values, which can't be made of texts"):
+        he.convert(tiny_model("wav2vec2"), "routing_transformer", calibration=["a text"], tokenizer=tokenizer)
