@@ -42,10 +42,11 @@ def make(model_type: str) -> None:
             config_class=config,
             accepts_loss_kwargs=honours_loss_kwargs(stock),
         )
-    AutoConfig.register(config.model_type, config, exist_ok=True)
     _keep_form_of_files({model_type: config.model_type} | {stock.__name__: NAME + stock.__name__ for stock in stocks})
-    made_configs[model_type] = config
     _register(model_type, config, {stock.__name__: made_models[stock] for stock in stocks})
+    # last: whoever finds the config finds the models
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    made_configs[model_type] = config
 
 
 def _keep_form_of_files(names: dict[str, str]) -> None:

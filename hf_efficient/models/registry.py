@@ -6,6 +6,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from threading import RLock
 from typing import Any
 
 import transformers
@@ -19,13 +20,18 @@ NAME = "Efficient"
 MODEL_NAME = re.compile(r"^(?!.*[pP]re[tT]rained).*(Model|ModelWithProjection|Backbone|For[A-Z]\w*)$")
 made_configs: dict[str, type[PreTrainedConfig]] = {}
 made_models: dict[Any, Any] = {}
+_making = RLock()
 
 
 def define(model_type: str) -> None:
     """Make and register the classes of a stock model type, once; this imports its modeling file."""
-    if model_type not in made_configs:
-        # by name, since these classes are made of modules that import this one
-        importlib.import_module("hf_efficient.models.classes").make(model_type)
+    if model_type in made_configs:
+        return
+    # by name, since these classes are made of modules that import this one
+    make = importlib.import_module("hf_efficient.models.classes").make
+    with _making:  # threads that load models get one class
+        if model_type not in made_configs:
+            make(model_type)
 
 
 class _Configs(Mapping[str, type[PreTrainedConfig]]):
@@ -65,7 +71,7 @@ MODELS = _Models()
 def heads(model_type: str) -> list[Any]:
     """The stock model classes of a model type that have an Efficient form."""
     define(model_type)
-    return [stock for stock in made_models if stock.config_class.model_type == model_type]
+    return [stock for stock in list(made_models) if stock.config_class.model_type == model_type]
 
 
 def is_efficient(cls: type) -> bool:

@@ -11,23 +11,32 @@ from types import ModuleType
 
 
 class _WhenImported(MetaPathFinder):
-    """Stands in the import path until one module is imported, and completes it then."""
+    """Stands in the import path until one module has been imported, and completes it then.
+
+    Whoever only looks for the module, or fails to import it, leaves it standing.
+    """
 
     def __init__(self, name: str, complete: Callable[[ModuleType], None]) -> None:
         self.name, self.complete = name, complete
+        self.is_asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self.is_asking = True
+        try:
+            spec = find_spec(fullname)  # of all others
+        finally:
+            self.is_asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_complete(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 self.complete(module)
 
             spec.loader.exec_module = execute_and_complete  # type: ignore[method-assign]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import pickle
 import subprocess
@@ -13,6 +15,7 @@ from paths import ROOT
 
 import hf_efficient as he
 from hf_efficient.models.registry import CONFIGS, MODELS
+from hf_efficient.models.when_imported import when_imported
 from hf_efficient.testing import tiny_model
 
 LOOK = """
@@ -96,6 +99,21 @@ def test_what_was_imported_before_is_told_at_once():
     assert "no mechanism is installed in BertSelfAttention" in done.stdout
 
 
+def test_looking_for_a_module_does_not_lose_what_is_added_when_it_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "looked_for.py").write_text("raise RuntimeError")
+    monkeypatch.syspath_prepend(tmp_path)
+    before, told = list(sys.meta_path), []
+    when_imported("looked_for", told.append)
+    assert importlib.util.find_spec("looked_for") is not None
+    with pytest.raises(RuntimeError):
+        importlib.import_module("looked_for")
+    (tmp_path / "looked_for.py").write_text("")
+    importlib.invalidate_caches()
+    module = importlib.import_module("looked_for")
+    assert told == [module] and sys.meta_path == before
+    del sys.modules["looked_for"]
+
+
 def test_what_is_listed_is_what_there_is():
     made = {cls.__name__ for cls in (*CONFIGS.values(), *MODELS.values())}
     assert made == {name for name in he.models.__all__ if name.startswith("Efficient")} - {"EfficientModelMixin"}
@@ -119,6 +137,33 @@ def test_every_way_of_asking_finds_the_classes(ask, tmp_path):
     done = fresh.python("-c", f"import transformers; {look}; print(type(m).__module__, type(m).__name__)")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["hf_efficient.models", "EfficientBertForMaskedLM"]
+
+
+THREADS = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from transformers import CONFIG_MAPPING, AutoModel
+import hf_efficient
+from hf_efficient.models import classes
+def waiting(call):
+    def wait(*args, **kwargs):
+        time.sleep(0.01)
+        return call(*args, **kwargs)
+    return wait
+classes._class, classes._register = waiting(classes._class), waiting(classes._register)
+def look(_):
+    config = CONFIG_MAPPING["efficient_opt"]
+    return config, AutoModel._model_mapping[config]
+assert "opt" not in classes.made_configs
+with ThreadPoolExecutor(4) as pool:
+    print(len(set(pool.map(look, range(4)))))
+"""
+
+
+def test_threads_that_ask_at_once_get_one_class():
+    done = fresh.python("-c", THREADS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1"]
 
 
 def test_a_model_type_without_a_family_is_found_too(tmp_path):
