@@ -134,7 +134,7 @@ def value_of(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def tie_again(model: PreTrainedModel) -> None:
-    """Calls give offloaded parameters new places; those that are one are one object again."""
+    """Make tied parameters one object again: a call replaces those that are offloaded, each by another."""
     for target, source in model.all_tied_weights_keys.items():
         path, _, leaf = target.rpartition(".")
         parent = model.get_submodule(path)
@@ -185,7 +185,7 @@ def _places(cls: Any, config: Any) -> dict[str, str]:
 
 
 def _keep_one_hook(model: nn.Module) -> None:
-    """A module with tensors of its own gets a second hook as a root or inside another such: the one that loads is enough."""
+    """Of a module's two hooks, one of which it has as a root or from a module around it, keep the one that loads."""
     for module in model.modules():
         hooks = getattr(getattr(module, "_hf_hook", None), "hooks", ())
         offloading = [hook for hook in hooks if getattr(hook, "offload", False)]
@@ -194,7 +194,7 @@ def _keep_one_hook(model: nn.Module) -> None:
 
 
 def _settle_ties(model: PreTrainedModel) -> None:
-    """Weights that the config ties, and that the checkpoint has twice with other values, are two, as in memory."""
+    """Untie weights that the config ties, and that the checkpoint has twice with different values, as is done in memory."""
     for target, source in list(model.all_tied_weights_keys.items()):
         pair = [model.get_parameter(name) for name in (target, source)]
         if pair[0] is not pair[1] and all(p.is_meta for p in pair):

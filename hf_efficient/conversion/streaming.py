@@ -1,4 +1,4 @@
-"""Weights written one tensor at a time, to the very files that `save_pretrained` would write, and resumed after an end."""
+"""Weights written one tensor at a time, to the very files that `save_pretrained` would write; a run that stopped goes on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MAX_SHARD_SIZE = "50GB"
 """As in `save_pretrained`."""
 PROGRESS = "progress.json"
 SYNC_BYTES = 2**28
-"""After that many bytes a file is flushed to the disk, and the progress noted."""
+"""After so many bytes a file is flushed to the disk, and the progress noted."""
 logger = logging.getLogger(f"transformers.{__name__}")
 
 
@@ -150,7 +150,7 @@ def _sources(
 
 
 class PartialFolder:
-    """Weight files on their way: a folder beside the output that outlives the process, until it is moved into the output."""
+    """Unfinished weight files, in a folder beside the output that outlives the process, until they move into the output."""
 
     def __init__(self, output: Path):
         self.path = output.parent / f".{output.name}.partial"
@@ -234,7 +234,7 @@ def _lock(handle: int, folder: Path) -> None:
 
 
 def _append(path: Path, file: ShardFile, done: int, files: ModelFiles) -> Iterator[int]:
-    """Write a file from byte `done` on; yields how many bytes of it are on the disk, after each that many."""
+    """Write a file from byte `done` on; yields how many of its bytes are on the disk, every `SYNC_BYTES` and at the end."""
     noted, last = done, max(file.ends.values(), default=0)
     with open(path, "r+b" if done else "wb") as out:
         out.seek(done)

@@ -11,6 +11,8 @@ import torch
 import transformers
 
 import hf_efficient as he
+from hf_efficient.conversion.inspect import inspect_checkpoint
+from hf_efficient.families import HostModel
 from hf_efficient.families.probe import probe_inputs
 from hf_efficient.patching.mask_facts import padding_of
 from hf_efficient.testing import assert_close, check, tiny_model
@@ -52,9 +54,14 @@ def test_global_rows_start_as_the_layers_own(name: str):
     assert (some - none)[real].abs().max() > 1e-3, "global tokens change nothing"
 
 
-def test_a_check_of_both_position_schemes():
+def test_a_check_of_both_position_schemes(tmp_path):
     """The shared test sees the one that is the default of the config."""
-    check._longer(made("esm, table"))
+    model = made("esm, table")
+    model.save_pretrained(tmp_path)
+    told = inspect_checkpoint(str(tmp_path))
+    assert told["max_positions"] == HostModel.of(model).max_positions
+    assert {"local", "longformer"} <= {fit["mechanism"] for fit in told["mechanisms"] if fit["possible"]}
+    check._longer(model)
     model = made("esm, rotary")
     check._exact_and_different(model)
     with pytest.raises(ValueError, match="no rope_parameters to scale them: leave it out"):
