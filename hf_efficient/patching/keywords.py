@@ -6,9 +6,11 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any, cast
 
 from hf_efficient.families import Stack
+from hf_efficient.ops.graph import is_captured
 from hf_efficient.patching.hooks import attach, state_of
 from hf_efficient.patching.names import KEPT
 
@@ -68,7 +70,7 @@ def keep_for_attention(stack: Stack, hands_on: bool) -> None:
             if _drops_keywords(cast("Any", type(layer.module))):
                 attach(layer.module, KEPT, {}, before=_keep, after=_forget)
         return
-    kept: dict[str, Any] = {}  # of one call, for all its layers
+    kept: dict[int, Any] = {}  # of one call, for all its layers
     attach(stack.module, KEPT, kept, before=_keep, after=_forget)
     for layer in stack.layers:
         attach(layer.module, KEPT, kept)
@@ -79,19 +81,24 @@ def with_kept(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(module, *args, **kwargs, **(state_of(module, KEPT) or {}))
+        kept = state_of(module, KEPT) or {}
+        return function(module, *args, **kwargs, **kept.get(_thread(), {}))
 
     return attend
 
 
 def _keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    kept = state_of(module, KEPT)
-    kept.clear()
-    kept.update({k: v for k, v in kwargs.items() if k.startswith("efficient_") or k == "global_attention_mask"})
+    ours = {k: v for k, v in kwargs.items() if k.startswith("efficient_") or k == "global_attention_mask"}
+    state_of(module, KEPT)[_thread()] = ours
 
 
 def _forget(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    state_of(module, KEPT).clear()
+    state_of(module, KEPT).pop(_thread(), None)
+
+
+def _thread() -> int:
+    """Whose call it is: threads may share a model, as those of `DataParallel` share this state. A graph has one."""
+    return 0 if is_captured() else get_ident()
 
 
 @functools.cache

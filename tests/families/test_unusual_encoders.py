@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -84,6 +85,24 @@ def test_mpnet_is_swapped_and_back():
     assert torch.equal(model(**inputs).last_hidden_state, expected)
     with pytest.raises(ValueError, match="no layer of the model's own around"):
         he.upcycle(model, 2)
+
+
+def test_threads_that_share_a_model_have_their_own_global_tokens():
+    """MPNet hands its layers no keywords, so they are kept beside the call."""
+    model = he.convert(made("mpnet"), "longformer", attention_window=4).model
+    calls = [
+        {"input_ids": torch.arange(5, 25)[None] + n, "global_attention_mask": torch.eye(20)[[n]].long()}
+        for n in range(4)
+    ]
+
+    @torch.no_grad()
+    def states(call):
+        return model(**call).last_hidden_state
+
+    alone = [states(call) for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            assert all(map(torch.equal, pool.map(states, calls), alone))
 
 
 @torch.no_grad()
