@@ -119,8 +119,7 @@ def convert(
     """Convert a pretrained checkpoint to efficient attention.
 
     Args:
-        source: Hub id or folder of a BERT, RoBERTa, GPT-2, Llama or T5 checkpoint (or a relative), or a loaded stock model,
-            which is then converted in place.
+        source: Hub id or folder of a checkpoint, or a loaded stock model, which is then converted in place.
         attention: a mechanism's name with its options as keywords, a config, its JSON form, or a list for hybrids.
         max_positions: longest input of the result, in tokens; `None` keeps the source's. T5 takes any length, only its
             tokenizer is told. For pictures: tokens of the largest one, see `GridPositions`.
