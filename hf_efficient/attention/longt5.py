@@ -195,14 +195,16 @@ class LongT5Attention(EfficientAttention):
         real = real_tokens(key_padding_mask, query)
         length = real_length(real)[:, None]
         count = length // g
-        block, token = (torch.arange(stop, device=query.device)[None] for stop in (n // g + int(is_tracing()), n))
+        # in a graph two more than fit: where their number could be 0 or 1, it would hold for some lengths alone
+        spare = 2 * int(is_tracing())
+        block, token = (torch.arange(stop, device=query.device)[None] for stop in (n // g + spare, n))
         is_last = block == count - 1
         seen = F.pad(real.cumsum(-1), (1, 0))
         return _Blocks(
             real=real,
             block=torch.minimum(token // g, count - 1),
             seen=seen,
-            start=(block * g).expand_as(is_last),
+            start=(block * g).clamp(max=n).expand_as(is_last),
             end=torch.where(is_last, length, (block + 1) * g).clamp(max=n),
             is_last=is_last,
             exists=block < count,

@@ -30,6 +30,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("distilbert", "longformer", dict(attention_window=32, global_tokens=(0, 5, 150))),
     ("bert", "bigbird", dict(block_size=16)),
     ("roberta", "bigbird", dict(block_size=8, num_random_blocks=0, first_block_weight=3.0)),
+    ("bert", "longt5", dict(attention_window=8, global_block_size=16)),
 ]
 
 
