@@ -52,9 +52,8 @@ class BigBirdTarget(ClassTarget):
     def config_for(self, source: Converted) -> PreTrainedConfig:
         config = BigBirdConfig(**shared_values(source.config, BigBirdConfig))
         config.block_size, config.num_random_blocks = source.first.block_size, _random_blocks(source.first)
-        config.sep_token_id = getattr(source.tokenizer, "sep_token_id", None) or getattr(
-            source.config, "sep_token_id", None
-        )
+        of_text, stored = (getattr(one, "sep_token_id", None) for one in (source.tokenizer, source.config))
+        config.sep_token_id = stored if of_text is None else of_text
         return config
 
     def shapes(self, source: Converted) -> Shapes:
@@ -72,7 +71,8 @@ class BigBirdTarget(ClassTarget):
         return [
             f"At {self.shapes(source).beyond} tokens or fewer this class turns to full attention, and stays there for all "
             "later texts.",
-            "With padding its last block of padding is global, and in the converted model the last block of a text.",
+            "In a padded text the last block of all is global in this class, even if it is padding, and in the converted "
+            "model the last block that holds a token.",
         ]
 
     def imported_name(self, name: str, original: str | None = None) -> str:
@@ -86,9 +86,11 @@ class BigBirdTarget(ClassTarget):
         config = model.config
         for name, needed in (("attention_type", "block_sparse"), ("use_bias", True), ("rescale_embeddings", False)):
             if getattr(config, name) != needed:
-                raise ValueError(
-                    f"{name}={getattr(config, name)!r} is nothing that BERT with bigbird has: {needed!r} is."
-                )
+                raise ValueError(f"{name}={getattr(config, name)!r}: BERT with bigbird can be {needed!r} alone.")
+        if config.num_random_blocks < 1:
+            raise ValueError(
+                "num_random_blocks=0: BigBird's class can't run without any, so there is nothing to compare."
+            )
         weight = 1.0 + config.num_random_blocks
         found = attention_config(
             "bigbird", block_size=config.block_size, num_random_blocks=0, first_block_weight=weight

@@ -29,29 +29,32 @@ def chosen_lengths(lengths: Sequence[int] | None, source: Converted, shapes: Sha
     Raises:
         ValueError: a length that is no integer ≥ 1, more than the model has positions, or not of these shapes.
     """
-    most, size = source.host.max_positions, shapes.multiple
+    own, size = source.host.max_positions, shapes.multiple
+    most = own if shapes.most is None else shapes.most
     if lengths is not None and source.model.main_input_name != "input_ids":
         raise ValueError(
             f"lengths={lengths!r}: {source.stock.__name__} takes {source.model.main_input_name}, whose size its "
             "config says; leave lengths out."
         )
+    if lengths is not None and (isinstance(lengths, (int, str)) or not lengths):
+        raise ValueError(f"lengths={lengths!r} is not possible; give at least one, as (64, 512).")
     if shapes.length is not None:
         if lengths is not None and tuple(lengths) != (shapes.length,):
             raise ValueError(f"lengths={lengths!r}: the class takes texts of {shapes.length} tokens alone.")
         return [shapes.length]
     if lengths is None:
-        least, top = (shapes.beyond // size + 1) * size, min(most or LONGEST // 2, LONGEST) // size * size
+        longest = LONGEST // 2 if most is None else min(most, LONGEST)
+        least, top = (shapes.beyond // size + 1) * size, longest // size * size
         if top < least:
             raise ValueError(
-                f"{most} positions are too few: the class has this attention beyond {shapes.beyond} tokens."
+                f"{own} positions are too few: the class has this attention beyond {shapes.beyond} tokens."
             )
         middle = top * 3 // 8 | 1 if size == 1 else (least + top) // (2 * size) * size
         return sorted({max(min(64, top) // size * size, least), max(middle, least), top})
-    if isinstance(lengths, (int, str)) or not lengths:
-        raise ValueError(f"lengths={lengths!r} is not possible; give at least one, as (64, 512).")
     for length in lengths:
         if type(length) is not int or length < 1 or (most is not None and length > most):
-            limit = f"; this model has positions for {most} tokens" if most is not None else ""
+            what = "this model has positions for" if most == own else "the class takes no more than"
+            limit = f"; {what} {most} tokens" if most is not None else ""
             raise ValueError(f"lengths={list(lengths)}: {length!r} is not possible; give integers ≥ 1{limit}.")
         if length <= shapes.beyond or length % size:
             raise ValueError(

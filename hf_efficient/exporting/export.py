@@ -118,7 +118,7 @@ def export(
         model_class=type(opened.model).__name__,
         result_class=type(model).__name__,
         efficient_attention=opened.model.config.efficient_attention,
-        max_positions=host.max_positions,
+        max_positions=target.shapes(converted).most or host.max_positions,
         conditions=target.conditions(converted),
         cautions=target.cautions(converted),
         usage=target.usage(converted),

@@ -11,7 +11,7 @@ from transformers import LEDConfig, PreTrainedConfig
 
 from hf_efficient.exporting.longformer import LongformerTarget
 from hf_efficient.exporting.names import Names
-from hf_efficient.exporting.target import Converted, TensorReport, shared_values
+from hf_efficient.exporting.target import Converted, Shapes, TensorReport, shared_values
 
 INSIDE = (
     *(
@@ -55,7 +55,22 @@ class LEDTarget(LongformerTarget):
             )
         if source.config.scale_embedding:
             reasons.append("scale_embedding=True: an LED does not scale its embeddings; use to='stock'")
-        return reasons + self._refused_attention(source)
+        reasons += self._refused_attention(source)
+        return reasons or self._refused_window(source)
+
+    def _refused_window(self, source: Converted) -> list[str]:
+        window, positions = self._room(source)
+        if window <= positions:
+            return []
+        return [
+            f"attention_window={window}: an LED pads every text to whole windows, and its encoder has {positions} "
+            f"positions; convert with an attention_window of at most {positions}, or with max_positions={window} or more"
+        ]
+
+    def _room(self, source: Converted) -> tuple[int, int]:
+        """Tokens of the largest window, and positions of the encoder."""
+        lengths: Any = source.host.lengths
+        return max(self._windows(source)), lengths["encoder"]
 
     def config_for(self, source: Converted) -> PreTrainedConfig:
         config = LEDConfig(**shared_values(source.config, LEDConfig))
@@ -85,5 +100,17 @@ class LEDTarget(LongformerTarget):
         if lengths["encoder"] != lengths["decoder"]:
             config.efficient_positions = lengths
 
+    # ---- calls ---------------------------------------------------------------------------------------------------
+
+    def shapes(self, source: Converted) -> Shapes:
+        window, positions = self._room(source)
+        return Shapes(most=positions // window * window)
+
     def cautions(self, source: Converted) -> list[str]:
-        return self._must_mark(source)
+        found, (window, positions) = self._must_mark(source), self._room(source)
+        if positions % window:
+            found.append(
+                f"Give texts of at most {positions // window * window} tokens: this class pads every text to whole windows "
+                f"of {window}, and its encoder has {positions} positions."
+            )
+        return found

@@ -106,7 +106,7 @@ class NystromformerTarget(ClassTarget):
         return False  # `pinv_init` says which class it came from
 
     def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: Any) -> None:
-        if "import" in config.efficient_source:
+        if "import" in getattr(config, "efficient_source", {}):
             config.efficient_source |= {LENGTH: theirs.config.segment_means_seq_len}
         for name, tensor in list(tensors.items()):
             if name.endswith(POSITIONS):

@@ -78,10 +78,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Which inputs a class takes, or treats as the source does: lengths above `beyond`, in multiples of `multiple`; or one
-    `length` alone."""
+    """Which inputs a class takes, or treats as the source does: lengths above `beyond`, up to `most` (`None` = all that the
+    source takes), in multiples of `multiple`; or one `length` alone."""
 
     beyond: int = 0
+    most: int | None = None
     multiple: int = 1
     length: int | None = None
     padding: bool = True

@@ -70,8 +70,13 @@ def test_what_a_bigbird_can_not_be():
     for value in (0.5, float("inf"), True):
         with pytest.raises(ValueError, match="first_block_weight"):
             he.attention_config("bigbird", first_block_weight=value)
-    with pytest.raises(ValueError, match="attention_type='original_full' is nothing that BERT"):
-        sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=99, intermediate_size=48)
-        he.import_checkpoint(
-            transformers.BigBirdModel(transformers.BigBirdConfig(attention_type="original_full", **sizes))
-        )
+    sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=99, intermediate_size=48)
+    for theirs, reason in (
+        (
+            dict(attention_type="original_full"),
+            "attention_type='original_full': BERT with bigbird can be 'block_sparse'",
+        ),
+        (dict(num_random_blocks=0), "num_random_blocks=0: BigBird's class can't run"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            he.import_checkpoint(transformers.BigBirdModel(transformers.BigBirdConfig(**theirs, **sizes)))

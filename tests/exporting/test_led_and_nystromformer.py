@@ -56,6 +56,18 @@ def test_bart_is_an_led_of_the_same_head_and_comes_back(head, tmp_path):
     assert back.config.max_position_embeddings == original.config.max_position_embeddings
 
 
+def test_texts_of_an_led_fit_its_table_in_whole_windows():
+    model = he.convert(tiny_model("bart"), "local", attention_window=24, max_positions=200).model
+    report = he.export(model, "led").report
+    assert report.max_positions == report.checks[-1]["length"] == 192
+    assert report.cautions[0].startswith("Give texts of at most 192 tokens")
+    with pytest.raises(ValueError, match=r"193 is not possible.* the class takes no more than 192 tokens"):
+        he.export(model, "led", lengths=(64, 193))
+    wide = he.convert(tiny_model("bart"), "local", attention_window=202, max_positions=200).model
+    with pytest.raises(ValueError, match=r"attention_window=202: .* at most 200, or with max_positions=202"):
+        he.export(wide, "led")
+
+
 SCALED = dict(block_size=8)
 REFUSED: list[tuple[Any, str, dict[str, Any], str, str]] = [
     ("bart", "longformer", dict(side="both"), "led", "the decoder is converted.* side='encoder'"),
@@ -93,6 +105,8 @@ def test_classes_that_there_are_not():
     model = he.convert(tiny_model("bert"), "nystromformer", num_landmarks=16).model
     with pytest.raises(ValueError, match=r"lengths=\(64, 128\): the class takes texts of 128 tokens alone"):
         he.export(model, "nystromformer", lengths=(64, 128))
+    with pytest.raises(ValueError, match="lengths=128 is not possible; give at least one"):
+        he.export(model, "nystromformer", lengths=128)
 
 
 # ---- Nystromformer -------------------------------------------------------------------------------------------------
@@ -123,6 +137,8 @@ def test_bert_is_a_nystromformer_but_for_the_start_of_the_inverse(head, tmp_path
     assert ours.config.efficient_attention[0]["pinv_init"] == "batch"
     same_tensors(ours, model)
     same_tensors(he.revert(ours), original)
+    del model.config.efficient_source  # as in a model that was built from a config
+    same_tensors(he.import_checkpoint(he.export(model, "nystromformer").model).model, model)
 
 
 @pytest.mark.parametrize(("landmarks", "length"), [(8, 40), (16, 16)])
