@@ -99,7 +99,7 @@ def export(
     converted = Converted(host, opened.tokenizer)
     reasons = [*target.refusals(converted), *_modules_of_ours(opened.folder)]
     if getattr(opened.model.config, "efficient_experts", None):
-        reasons.append("no class of transformers has experts like these: export what was upcycled, before it was")
+        reasons.append("nothing else has experts like these: export the model as it was before `upcycle`")
     if reasons:
         raise ValueError(
             f"{opened.name} can't be exported to {to!r}:\n" + "\n".join(f"- {reason}." for reason in reasons)

@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 
 from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms
 from hf_efficient.conversion.folders import OutputFolder
 from hf_efficient.conversion.sentence_transformers import copy_side_files
 from hf_efficient.conversion.streaming import MAX_SHARD_SIZE
-from hf_efficient.exporting.report import EXPORT_NAME, ExportReport, ExportResult
+from hf_efficient.exporting.report import ExportReport, ExportResult, shown
 from hf_efficient.exporting.target import Converted
-from hf_efficient.models.config import is_hub_id, names_of
 from hf_efficient.models.in_place import config_of_class
 from hf_efficient.patching.exact import eval_mode
 from hf_efficient.patching.extra_tokens import PART
@@ -39,8 +37,8 @@ CARD = """---
 
 # {title}
 
-`{stock}` with the weights of {origin} ({attention} attention, `hf_efficient`) as one graph for any number of texts. It needs
-neither `hf_efficient` nor the model's own code.
+`{stock_class}` with the weights of {origin} ({attention} attention, `hf_efficient`) as one graph for any number of texts. It
+needs neither `hf_efficient` nor the model's own code.
 
 ```python
 {usage}
@@ -161,9 +159,10 @@ def graph_module(source: Converted) -> NamedOutputs:
 
 
 def input_names(source: Converted) -> list[str]:
-    """The inputs of a graph; with token types where the model has more than one."""
-    typed = (getattr(source.config, "type_vocab_size", None) or 0) > 1
-    return ["input_ids", "attention_mask", *(["token_type_ids"] if typed else [])]
+    """The inputs of a graph; with token types where the model has more than one, unless its tokenizer gives none."""
+    given = ["token_type_ids"] if source.tokenizer is None else source.tokenizer.model_input_names
+    is_typed = (getattr(source.config, "type_vocab_size", None) or 0) > 1
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if is_typed and "token_type_ids" in given else [])]
 
 
 def program_of(module: NamedOutputs, names: list[str], longest: int | None) -> torch.export.ExportedProgram:
@@ -212,11 +211,7 @@ class GraphReport(ExportReport):
             "largest relative error": "error",
             "same argmax": "argmax_agreement",
         }
-        return list(heads), [[_shown(row[key]) for key in heads.values()] for row in self.checks]
-
-
-def _shown(value: Any) -> str:
-    return "–" if value is None else f"{value:.1e}" if isinstance(value, float) and value != 1.0 else str(value)
+        return list(heads), [[shown(row[key]) for key in heads.values()] for row in self.checks]
 
 
 @dataclass
@@ -226,6 +221,8 @@ class GraphResult(ExportResult):
     `model` is the graph as the file gives it: a dictionary of named tensors to one of named tensors.
     """
 
+    card: ClassVar[str] = CARD
+    library: ClassVar[str | None] = None
     config: Any = None
     made: tempfile.TemporaryDirectory[str] | None = None
 
@@ -247,24 +244,6 @@ class GraphResult(ExportResult):
             if self.source_folder is not None:
                 copy_side_files(self.source_folder, folder, self._text_length())
             self._describe(folder, target.path.name)
-
-    def _card(self, title: str) -> str:
-        report = self.report
-        assert isinstance(report, GraphReport)
-        base = report.source if is_hub_id(report.source) else None
-        heads, rows = report.rows()
-        table = [heads, ["---"] * len(heads), *rows]
-        return CARD.format(
-            metadata=ModelCardData(base_model=base).to_yaml(),
-            title=title,
-            stock=report.model_class.removeprefix("Efficient"),
-            origin=f"[{base}](https://huggingface.co/{base})" if base else f"`{report.source}`",
-            attention=names_of(report.efficient_attention),
-            usage=report.usage,
-            conditions="\n".join(f"- {condition}" for condition in (*report.conditions, *report.cautions)),
-            figures="\n".join(f"| {' | '.join(row)} |" for row in table),
-            file=EXPORT_NAME,
-        )
 
 
 def stock_config(source: Converted) -> Any:

@@ -101,7 +101,8 @@ def _cautions(source: Converted, module: NamedOutputs, checks: list[Row]) -> lis
 
 
 def compared_lengths(lengths: Sequence[int] | None, source: Converted) -> list[int]:
-    """Those asked for; else one shorter than a window or block, one and a half, two of them, a prime, and the longest.
+    """Those asked for; else one shorter than a window or block, one and a half, two of them, a prime, and the longest: five,
+    for which a window counts as no more than two fifths of the longest.
 
     Raises:
         ValueError: lengths that the model or a graph can't take.
@@ -112,8 +113,8 @@ def compared_lengths(lengths: Sequence[int] | None, source: Converted) -> list[i
             raise ValueError(f"lengths={list(lengths)}: graphs are made for {SHORTEST} tokens or more.")
         return chosen
     most = min(source.host.max_positions or LONGEST // 4, LONGEST)
-    size = min(_largest_size(source), most)
-    wanted = (size // 2 - 1, size * 3 // 2, 2 * size, _prime(min(5 * size // 2, most)), most)
+    size = min(_largest_size(source), most * 2 // 5)
+    wanted = (size // 2 - 1, size * 3 // 2, 2 * size, _prime(5 * size // 2), most)
     return sorted({min(max(length, SHORTEST), most) for length in wanted})
 
 

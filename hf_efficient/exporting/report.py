@@ -89,23 +89,33 @@ class ExportReport(Report):
             "distance to the converted model": "distance",
             "same argmax as it": "distance_agreement",
         }
-        shown = {head: key for head, key in heads.items() if key in self.checks[0]}
+        heads = {head: key for head, key in heads.items() if key in self.checks[0]}
         if not any(row["global_tokens"] for row in self.checks):
-            shown = {head: key for head, key in shown.items() if key != "global_tokens"}
-        return list(shown), [[_shown(row[key]) for key in shown.values()] for row in self.checks]
+            heads = {head: key for head, key in heads.items() if key != "global_tokens"}
+        return list(heads), [[shown(row[key]) for key in heads.values()] for row in self.checks]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """An entry of the table of checks."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "–" if value is None else f"{value:.1e}" if isinstance(value, float) and value != 1.0 else f"{value:g}"
+    if value is None or isinstance(value, str):
+        return value or "–"
+    return f"{value:.1e}" if isinstance(value, float) and value != 1.0 else f"{value:g}"
 
 
 class ExportResult(Result):
     """An exported model with its tokenizer (`None` = it has none) and the report; `save(path)` writes a folder for
-    `from_pretrained`: weights, tokenizer, card and `export_report.json`."""
+    `from_pretrained`: weights, tokenizer, card and `export_report.json`.
+
+    Attributes:
+        card: text of the card, with the names that `_card` fills in. library: what loads the folder; `None` = no package of
+            the Hub's list.
+    """
 
     report: ExportReport
+    card: ClassVar[str] = CARD
+    library: ClassVar[str | None] = "transformers"
 
     def _describe(self, folder: Path, title: str) -> None:
         write_json(folder / EXPORT_NAME, self.report.to_dict())
@@ -117,9 +127,10 @@ class ExportResult(Result):
         base = report.source if is_hub_id(report.source) else None
         heads, rows = report.rows()
         table = [heads, ["---"] * len(heads), *rows]
-        return CARD.format(
-            metadata=ModelCardData(library_name="transformers", base_model=base).to_yaml(),
+        return self.card.format(
+            metadata=ModelCardData(library_name=self.library, base_model=base).to_yaml(),
             title=title,
+            stock_class=report.model_class.removeprefix("Efficient"),
             result_class=report.result_class,
             origin=f"[{base}](https://huggingface.co/{base})" if base else f"`{report.source}`",
             attention=names_of(report.efficient_attention),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from command_line import error as command_error
 from long_models import converted_head, trained, with_head
 
 import hf_efficient as he
-from hf_efficient.exporting.graph import GraphResult, NamedOutputs, program_of
+from hf_efficient.exporting.graph import GraphResult, NamedOutputs, input_names, program_of
+from hf_efficient.exporting.graph_export import compared_lengths
 from hf_efficient.exporting.onnx import OnnxTarget
 from hf_efficient.testing import assert_close, inputs_for, tiny_model
 
@@ -107,6 +109,23 @@ def test_an_onnx_folder_is_the_model_at_any_length(head, mechanism, options, tmp
     for value in graph.input:
         assert [d.dim_param for d in value.type.tensor_type.shape.dim] == ["batch_size", "sequence_length"]
     assert report["axes"]["sequence_length"][1] == result.report.max_positions
+
+
+@pytest.mark.parametrize("window", [64, 512, [512, 4096]])
+def test_graphs_are_compared_at_five_lengths_whatever_the_window(window):
+    options = [dict(attention_window=window)]
+    source: Any = SimpleNamespace(
+        host=SimpleNamespace(max_positions=512), config=SimpleNamespace(efficient_attention=options)
+    )
+    found = compared_lengths(None, source)
+    assert len(found) == 5 and found[0] < 512 // 2 and found[-1] == 512
+
+
+def test_a_graph_has_the_inputs_that_its_tokenizer_gives():
+    for names in (["input_ids", "attention_mask"], ["input_ids", "token_type_ids", "attention_mask"]):
+        tokenizer = SimpleNamespace(model_input_names=names)
+        source: Any = SimpleNamespace(config=SimpleNamespace(type_vocab_size=2), tokenizer=tokenizer)
+        assert set(input_names(source)) == set(names)
 
 
 REFUSED: list[tuple[Any, str, dict[str, Any], str]] = [
