@@ -65,9 +65,9 @@ def import_checkpoint(
 
     Returns:
         `.model` (an Efficient class), `.tokenizer`, `.report`; `.save(path)` writes a checkpoint for the Auto classes. What
-        `export` made becomes what it was made of again, of that architecture and with its rule of global tokens, and can be
-        reverted. Other checkpoints can't be, as they never had full attention: `export(…, to="longformer")` gives the
-        source again.
+        `export` made becomes what it was made of again, of that architecture and with its rule of global tokens (but a
+        Nystromformer with `pinv_init="batch"`), and can be reverted. Other checkpoints can't be, as they never had full
+        attention: `export(…, to="longformer")` gives the source again.
 
     Raises:
         ValueError: another architecture, a setting without a mechanism, or outputs that differ. OSError: no such source.
