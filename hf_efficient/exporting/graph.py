@@ -86,9 +86,10 @@ class GraphTarget(ABC):
                 f"{source.stock.__name__} takes {model.main_input_name}, and graphs are made of models of texts alone"
             ]
         if len({stack.side for stack in source.host.stacks}) > 1:
+            encoders = [name for name in source.host.family.modeling.__all__ if name.endswith("EncoderModel")]
+            remedy = f"load the checkpoint as {encoders[0]}, convert and export that" if encoders else "use to='stock'"
             return [
-                f"{source.stock.__name__} is an encoder with a decoder, which is one graph per new token: load the "
-                "checkpoint as its encoder (T5EncoderModel), convert and export that"
+                f"{source.stock.__name__} has an encoder and a decoder, and a graph is made of one of them: {remedy}"
             ]
         name = source.stock.__name__
         reasons = []
@@ -112,9 +113,8 @@ def _refused_layers(source: Converted) -> list[str]:
                 continue
             geometry = family.geometry(stack, layer)
             if mechanism.needs_input_ids:
-                reason = (
-                    f"{mechanism.config.mechanism} counts global tokens in each text: name positions, or use 'first'"
-                )
+                kind = mechanism.config.mechanism
+                reason = f"{kind} looks for global tokens in each text's ids: name positions, or use 'first'"
                 reasons[reason] = reason
             elif (reason := mechanism.graph_refusal(mechanism.config, geometry)) is not None:
                 reasons[reason] = f"{reason}; these have one: {', '.join(traceable_mechanisms(geometry))}"

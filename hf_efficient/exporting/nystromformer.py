@@ -97,7 +97,7 @@ class NystromformerTarget(ClassTarget):
         count, length, size = config.num_landmarks, config.segment_means_seq_len, config.conv_kernel_size
         if length % count:
             raise ValueError(f"{LENGTH}={length} is no multiple of num_landmarks={count}, which their class needs.")
-        # there as many landmarks as tokens are full attention, whatever the length
+        # num_landmarks = segment_means_seq_len means full attention there, at every length
         count = config.max_position_embeddings if count == length else count
         found = attention_config("nystromformer", num_landmarks=count, conv_kernel_size=size, pinv_init="batch")
         return found.to_dict()

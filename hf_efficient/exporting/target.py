@@ -93,7 +93,8 @@ class Target(ABC):
 
     Attributes:
         name: as in `to=`. tolerance: largest relative error by default.
-        has_distance: the result must equal something else than the converted model itself; how far that is gets measured.
+        has_distance: the result must equal something other than the converted model itself; how far it is from that model is
+            measured, too.
     """
 
     name: ClassVar[str]
@@ -193,7 +194,8 @@ class ClassTarget(Target):
         return True
 
     def complete(self, config: PreTrainedConfig, tensors: dict[str, Tensor], theirs: Any) -> None:
-        """Put into an imported model's config and tensors what names and shared fields leave out; drop what it has not."""
+        """Put into an imported model's config and tensors what names and shared fields leave out, and drop what it has no
+        place for."""
 
     def tensors(self, source: Converted) -> tuple[dict[str, Tensor], TensorReport]:
         """The tensors of the result, under its names, and where they are from."""

@@ -135,7 +135,8 @@ REFUSED: list[tuple[Any, str, dict[str, Any], str]] = [
     ("bert", "longformer", dict(global_tokens="question", separator_token_id=7), "name positions, or use 'first'"),
     ("bert", "local", dict(implementation="flex"), "implementation='flex'.* convert with 'auto'"),
     ("gpt2", "performer", {}, "causal performer has no form"),
-    ("t5", "local", {}, "load the checkpoint as its encoder"),
+    ("t5", "local", {}, "load the checkpoint as T5EncoderModel"),
+    ("bart", "local", {}, "an encoder and a decoder, .* use to='stock'"),
     ("vit", "local", {}, "takes pixel_values"),
 ]
 
