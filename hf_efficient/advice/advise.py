@@ -88,7 +88,7 @@ def advise(
     _check(length, budget, max_time, target, hybrid)
     start = time.monotonic()
     require_model(source, "advise on")
-    opened = open_source(source, tokenizer, load_stock, **_loading(source, loading))
+    opened = open_source(source, tokenizer, load_stock, **_loading(loading))
     refuse_converted(opened.name, opened.model.config)
     if takes_pictures(opened.model):
         raise ValueError(f"{type(opened.model).__name__} reads pictures, and advice is measured on texts: use verify.")
@@ -137,17 +137,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
-def _loading(source: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Options of a checkpoint; raises ValueError for others, and for those of a model that is loaded already."""
-    revision = given.pop("revision", None)
+def _loading(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of a checkpoint; raises ValueError for others."""
     known, strange = split_options(given)
     if strange:
         raise ValueError(
             f"advise has no option {', '.join(map(repr, strange))}; options of a mechanism go into candidates=."
         )
-    known = {name: value for name, value in (known | {"revision": revision}).items() if value is not None}
-    if known and isinstance(source, PreTrainedModel):
-        raise ValueError(f"{', '.join(known)} say which checkpoint is loaded, and this model is: leave them out.")
     return known
 
 

@@ -85,11 +85,19 @@ def open_source(
 
     Args:
         loading: see `LOADING_KEYWORDS`; `None` = not given.
+
+    Raises:
+        ValueError: one of these for a loaded model.
     """
+    loading = {key: value for key, value in loading.items() if value is not None}
     if isinstance(source, PreTrainedModel):
+        if loading:
+            raise ValueError(
+                f"{', '.join(loading)}: this model is loaded already, so leave out what says which checkpoint to load, and "
+                "how."
+            )
         return Source(source.config._name_or_path or type(source).__name__, source, tokenizer)
     name = str(source)
-    loading = {key: value for key, value in loading.items() if value is not None}
     location = {key: loading[key] for key in LOCATION_KEYWORDS if key in loading}
     model, info = load(name, **loading)
     folder = checkpoint_folder(name, **{k: v for k, v in location.items() if k != "proxies"})

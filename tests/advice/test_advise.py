@@ -193,7 +193,7 @@ def test_hybrid_and_memory(costs_keys, monkeypatch, rule):
         (dict(positions="tile", length=N), "leave it out"),
         (dict(positions="yarn", length=2 * N), "positions='yarn'"),
         (dict(bogus=3), "no option 'bogus'"),
-        (dict(revision="main"), "revision say which checkpoint"),
+        (dict(revision="main"), "revision: this model is loaded already"),
     ],
 )
 def test_refusals(changed, message):

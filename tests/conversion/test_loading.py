@@ -358,3 +358,15 @@ def test_tensors_that_transformers_keeps_wider_stay_so(dtype, tmp_path):
     assert len({tensor.dtype for tensor in before.values()}) == (2 if dtype is torch.float16 else 1)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+
+def test_what_says_which_checkpoint_to_load_is_refused_for_a_loaded_model():
+    model = tiny_model("bert", layers=1)
+    for verb in (
+        lambda: he.convert(model, "local", dtype=torch.float16),
+        lambda: he.upcycle(model, 2, revision="main"),
+        lambda: he.export(model, "stock", subfolder="sub"),
+        lambda: he.import_checkpoint(model, model_class="LongformerModel"),
+    ):
+        with pytest.raises(ValueError, match=r"(dtype|revision|subfolder|model_class): this model is loaded already"):
+            verb()
