@@ -1,4 +1,4 @@
-"""ONNX, for runtimes without PyTorch: the layout that optimum and sentence-transformers read."""
+"""ONNX, for runtimes without PyTorch: `model.onnx`, beside the stock config and the tokenizer."""
 
 from __future__ import annotations
 
