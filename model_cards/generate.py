@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import by_length
+import recall
 from exports import export_table
 from model_types import model_counts, model_types_table
 
@@ -191,6 +192,24 @@ def _perplexity_rows(data: dict[str, Any], mechanism: str | None) -> list[list[s
     return rows
 
 
+def recall_table(mechanism: str | None = None) -> str:
+    """Recall tasks on constructed models, beside controls and rules."""
+    data = record("suite")
+    found = None if data is None else recall.tasks(data, mechanism)
+    if data is None or found is None:
+        return "not measured"
+    more = "" if mechanism else f" {recall.listops(data)}"
+    picture = "" if mechanism else _picture("suite", "Accuracy over keys per query, task by task")
+    return f"{found}\n\n{recall.remarks(data)}{more} {_source(data)}{picture}"
+
+
+def needle_table() -> str:
+    """Where the pair stands makes no difference to full attention."""
+    data = record("suite")
+    found = None if data is None else recall.needles(data)
+    return "not measured" if data is None or found is None else f"{found}\n\nUntrained. {_source(data)}"
+
+
 def segments_table(mechanism: str) -> str:
     """Held-out perplexity of a small model read or trained in segments with a memory, beside full attention."""
     data = record("segments_gpt2")
@@ -206,7 +225,7 @@ def segments_table(mechanism: str) -> str:
 
 def closeness_tables(mechanism: str) -> str:
     """Untrained fidelity, and what training recovered where that was recorded."""
-    makers = (fidelity_table, by_length_table, recovery_table, perplexity_table, segments_table)
+    makers = (fidelity_table, by_length_table, recovery_table, recall_table, perplexity_table, segments_table)
     return "\n\n".join(text for make in makers if (text := make(mechanism)) != "not measured") or "not measured"
 
 
@@ -459,6 +478,8 @@ def part(name: str) -> str:
         "places": places_table,
         "recovery": recovery_table,
         "sizes": sizes_table,
+        "recall": recall_table,
+        "needle": needle_table,
         "speed": speed_table,
         "decode": decode_table,
         "support": support_table,
