@@ -128,6 +128,28 @@ def test_no_model_family_is_claimed_outside_the_table():
             assert len(named) < 5, f"{page.name} lists {sorted(named)}: `make docs` says which models work"
 
 
+# what a native reader stumbles on, with the plain words for it
+STUMBLES = {
+    r"proof ladder|\brungs?\b": "checks",
+    r"the (whole )?road\b": "the pipeline",
+    r"batch mates": "the other rows of a batch",
+    r"by itself\b": "automatically",
+    r"never falls back": "there is no fallback",
+    r"is no (converted|number)": "is not …",
+    r"whole or not there": "written completely or not at all",
+    r"always at hand": "say what it is and where it comes from",
+    r"accounted for": "say where each came from",
+}
+
+
+def test_pages_are_in_plain_english():
+    pages = [path for folder in ("docs", "recipes", "model_cards") for path in sorted((ROOT / folder).glob("*.md"))]
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *pages):
+        for pattern, plain in STUMBLES.items():
+            found = re.search(pattern, page.read_text(), flags=re.IGNORECASE)
+            assert found is None, f"{page.name}: {found[0]!r}: write {plain!r}"
+
+
 def test_the_first_page_stays_short_and_its_links_lead_somewhere():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):

@@ -32,7 +32,7 @@ class PatternAttentionConfig(EfficientAttentionConfig):
     """Options of a mechanism whose visible keys follow from positions.
 
     Args:
-        implementation: `"auto"`, `"torch"`, `"triton"` or `"flex"`; an explicit one never falls back.
+        implementation: `"auto"`, `"torch"`, `"triton"` or `"flex"`; all but `"auto"` select one, without a fallback.
     """
 
     implementation: str = "auto"
