@@ -5,7 +5,8 @@ No file here imports torch or transformers at its top, so that `--help` and `--v
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -23,10 +24,10 @@ from hf_efficient.cli.verify import verify
 
 app = typer.Typer(
     name="hf-efficient",
-    help="Convert pretrained BERT, RoBERTa, GPT-2 and T5 checkpoints to efficient attention, prove how close they "
-    "stayed, and undo it.",
+    help="Convert pretrained transformers to efficient attention, prove how close they stayed, and undo it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 
@@ -51,21 +52,30 @@ def options(
 
 
 # options of mechanisms that a command does not have are named by the command itself
-MECHANISM = {"allow_extra_args": True, "ignore_unknown_options": True}
+MECHANISM: dict[str, Any] = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
+BERT = "google-bert/bert-base-uncased"
 
-app.command("advise")(advise)
-app.command("convert", cls=MechanismCommand, context_settings=MECHANISM)(convert)
-app.command("verify")(verify)
-app.command("revert")(revert)
-app.command("export")(export)
-app.command("import")(import_command)
-app.command("list")(list_command)
-app.command("inspect")(inspect_command)
-app.command("show", cls=ShowCommand, context_settings=MECHANISM)(show)
-app.command("bench")(bench)
-app.command("card")(card)
-app.command("distill")(distill)
-app.command("upcycle")(upcycle)
+
+def _add(name: str, function: Callable[..., Any], short: str, example: str, **more: Any) -> None:
+    epilog = f"Example: hf-efficient {name} {example}"
+    app.command(name, short_help=short, epilog=epilog, **more)(function)
+
+
+_add("advise", advise, "Measure which mechanism suits a checkpoint.", f"{BERT} --length 2048")
+_add("convert", convert, "Convert a checkpoint to efficient attention.",
+     f"{BERT} long-bert --attention longformer --max-positions 4096", cls=MechanismCommand, **MECHANISM)  # fmt: skip
+_add("verify", verify, "Check a converted checkpoint against its source.", f"long-bert {BERT}")
+_add("revert", revert, "Write the original checkpoint back.", "long-bert bert-again")
+_add("export", export, "Write a class of transformers, or a graph.", "long-bert longformer-bert --to longformer")
+_add("import", import_command, "Convert a Longformer, LED, LongT5 or BigBird.", "allenai/longformer-base-4096 roberta")
+_add("list", list_command, "Show all mechanisms, or one with its options.", "longformer")
+_add("inspect", inspect_command, "Show what a checkpoint uses, layer by layer.", "long-bert")
+_add("show", show, "Draw which keys each query sees.", "longformer --length 1024 --global-tokens first",
+     cls=ShowCommand, **MECHANISM)  # fmt: skip
+_add("bench", bench, "Measure time, memory, fidelity or recall.", "encoder --lengths 512,4096 --out encoder.json")
+_add("card", card, "Write a checkpoint's model card.", "long-bert")
+_add("distill", distill, "Teach mechanisms what full attention does.", "hedgehog-bert recovered --steps 200")
+_add("upcycle", upcycle, "Turn feed-forward layers into experts.", f"{BERT} bert-8-experts --num-experts 8")
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say if a checkpoint is whole and right (exit code 1 if a check fails), how close to its source, and if trained since.
+    """Check a checkpoint (exit code 1 if it is not complete and correct), measure how close it is to its source, and whether
+    it was trained since.
 
     The figures go into CONVERTED's report.
     """

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -607,6 +608,16 @@ def test_mechanisms_of_installed_packages_are_in_the_catalogue(monkeypatch):
         assert list(catalogue.cards()) == he.list_mechanisms()
     finally:
         catalogue.cards.cache_clear()
+
+
+@pytest.mark.parametrize("name", sorted(get_command(app).commands))
+def test_every_help_has_an_example_that_can_be_typed(name):
+    lines = run(name, "--help", columns=80).stdout.splitlines()
+    assert len(lines) <= 65 and max(map(len, lines)) <= 80
+    said = " ".join(" ".join(lines).split())
+    words = shlex.split(said[said.index("Example: ") :])
+    assert words[1:3] == ["hf-efficient", name]
+    get_command(app).commands[name].make_context(name, words[3:])  # raises where an option is unknown or missing
 
 
 def test_quiet_leaves_the_result_and_errors(sources, tmp_path):
