@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DOCS ?= .venv-docs
+SITE := mkdocs mkdocs-material 'mkdocstrings[python]'
 INSTALLED := $(VENV)/.installed
 # style needs ruff alone, and takes it from the full environment where there is one
 FORMATTER := $(VENV)/.formatter
@@ -58,13 +60,19 @@ sweep: $(INSTALLED)  ## every model type of the installed transformers, recorded
 docs: $(INSTALLED)  ## rewrite the generated tables of README.md, docs/ and the model cards
 	$(BIN)/python model_cards/generate.py
 
-docs-site: $(INSTALLED)  ## build the documentation into site/; a warning or a dead link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+# an environment of its own, as the texts that come with its packages would change what tests and benchmarks read
+docs-site: $(DOCS)/.installed  ## build the documentation into site/; a warning or a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --clean
+
+$(DOCS)/.installed: setup.cfg constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt $(SITE)
+	touch $@
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[demo,test,dev,docs]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[demo,test,dev]"
 	touch $@ $(FORMATTER)
 
 $(FORMATTER): constraints.txt
@@ -73,4 +81,4 @@ $(FORMATTER): constraints.txt
 	touch $@
 
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) build *.egg-info demo-output site
+	rm -rf $(VENV) $(DOCS) build *.egg-info demo-output site

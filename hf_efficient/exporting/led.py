@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import LEDConfig, PreTrainedConfig
+from transformers import BartConfig, LEDConfig, PreTrainedConfig
 
 from hf_efficient.exporting.longformer import LongformerTarget
 from hf_efficient.exporting.names import Names
@@ -74,6 +74,8 @@ class LEDTarget(LongformerTarget):
 
     def config_for(self, source: Converted) -> PreTrainedConfig:
         config = LEDConfig(**shared_values(source.config, LEDConfig))
+        if config.id2label == BartConfig().id2label:  # nobody's choice: BART has three classes unasked
+            config.id2label, config.label2id = LEDConfig().id2label, LEDConfig().label2id
         config.attention_window = self._windows(source)
         lengths: Any = source.host.lengths
         config.max_encoder_position_embeddings = lengths["encoder"]

@@ -199,7 +199,10 @@ def test_a_recipe_says_where_a_checkpoint_of_another_form_can_be_read(option):
 
 @pytest.mark.parametrize("name", NOT_TAKEN)
 def test_other_keywords_of_from_pretrained_are_refused_by_name(name, source):
-    for verb in (lambda **given: he.convert(source, "local", **given), lambda **given: upcycle(source, **given)):
+    verbs = [lambda **given: upcycle(source, **given)]
+    if name != "offload_folder":  # where `convert` leaves weights that do not stay in memory
+        verbs.append(lambda **given: he.convert(source, "local", **given))
+    for verb in verbs:
         with pytest.raises(ValueError, match=rf"^{name} is no option here.*from_pretrained"):
             verb(**{name: None})
 
