@@ -18,14 +18,15 @@ from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.evaluation.fidelity import compare
 from hf_efficient.ops.context import AttentionContext
 from hf_efficient.ops.dense import exact_attention
+from hf_efficient.ops.grouped_heads import expand_heads
 from hf_efficient.patching.temporary import patch_attention
 
 
 class MeanOfValues(EfficientAttention):
     """Control: every visible value counts the same, `y_i = mean of v_j`; a mechanism must be closer than this.
 
-    What is added to logits or caps them has no effect on equal ones, and sinks are left out of the mean; a window of the
-    host's holds.
+    What is added to logits or caps them has no effect on equal ones; sinks and dropout are left out of the mean; a window of
+    the host's holds. Without one the mean is a sum, O(N), so that its time is what a model takes without attention.
     """
 
     grouped_heads = True
@@ -43,8 +44,20 @@ class MeanOfValues(EfficientAttention):
         return True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        equal = dataclasses.replace(context, relative_bias=None, softcap=None, sinks=None)
-        return exact_attention(torch.zeros_like(query), key, value, equal, self.geometry.sliding_window)
+        if self.geometry.sliding_window is not None:
+            equal = dataclasses.replace(context, relative_bias=None, softcap=None, sinks=None)
+            return exact_attention(torch.zeros_like(query), key, value, equal, self.geometry.sliding_window)
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
+        keep = torch.ones_like(wide[:1, :1, :, :1])
+        if context.key_padding_mask is not None:
+            keep = context.key_padding_mask[:, None, :, None].to(wide.dtype)
+        if context.is_causal:
+            n = query.shape[2]
+            total, count = (wide * keep).cumsum(2)[:, :, -n:], keep.cumsum(2)[:, :, -n:]
+        else:
+            total, count = (wide * keep).sum(2, keepdim=True), keep.sum(2, keepdim=True)
+        mean = (total / count.clamp(min=1)).to(value.dtype)
+        return expand_heads(query, mean)[0].expand_as(query)
 
 
 @dataclass(frozen=True, kw_only=True)

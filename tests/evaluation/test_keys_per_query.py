@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hf_efficient as he
 from hf_efficient.attention.base.pattern import PatternAttentionConfig
-from hf_efficient.evaluation.controls import MeanOfValuesConfig
+from hf_efficient.evaluation.controls import MeanOfValues, MeanOfValuesConfig
 from hf_efficient.evaluation.cost import keys_per_query, mean_keys_per_query, setting_near
 from hf_efficient.kernels import flops as formulas  # noqa: F401  known to the counter
+from hf_efficient.ops.context import AttentionContext
+from hf_efficient.ops.dense import dense_attention
 from hf_efficient.patterns.kinds import Full, Window
 from hf_efficient.profiling.counters import flops
 from hf_efficient.testing import tiny_model
@@ -150,6 +152,21 @@ def test_a_model_has_the_mean_of_its_layers():
         assert mean_keys_per_query(model, N) == (causal + 4 - 6 / N) / 2
     with he.patch_attention(model, [MeanOfValuesConfig()]):
         assert mean_keys_per_query(model, N) == 1.0
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_the_control_has_no_attention_in_it(is_causal: bool, is_padded: bool):
+    """It is softmax attention of equal logits, and compares nothing: no mechanism can take less time."""
+    geometry = dataclasses.replace(Bench(ALONE[0]).mechanism.geometry, is_causal=is_causal)
+    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    keep = torch.ones(2, 9, dtype=torch.bool)
+    keep[0, :4] = not is_padded
+    context = AttentionContext(is_causal=is_causal, scaling=1.0, key_padding_mask=keep if is_padded else None)
+    found: list[Tensor] = []
+    control = MeanOfValues(MeanOfValuesConfig(), geometry)
+    assert flops(lambda: found.append(control(query, key, value, context)), False) == 0
+    torch.testing.assert_close(found[0], dense_attention(0 * query, key, value, context))
 
 
 def _counted(call: Any) -> int:
