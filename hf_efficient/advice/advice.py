@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from hf_efficient.profiling.json_files import finite
 from hf_efficient.training.plots import require_pyplot
 
 PROTOCOL = 1
-TEXTS = "TEXTS"
-"""Stands in commands for the file of the caller's texts."""
+SOURCE, TEXTS = "SOURCE", "TEXTS"
+"""Stand in commands for the checkpoint of a loaded model that has no name, and for the file of the caller's texts."""
+END_TO_END_STEPS = 100
 
 
 @dataclass
@@ -28,9 +30,9 @@ class Advice:
         text: the choice in words. commands: of `hf-efficient`, in order, that carry it out.
         loss: name of the figure that counts, see `LOSSES`.
         floor: time ratio of the control, attention that computes the mean of all values: no mechanism takes less.
-        front: candidates to which no other is preferable, the cheapest first, measured on texts that were not chosen by:
-            `name`, `attention`, `keys_per_query`, `time_ratio`, `peak_mb`, `loss`, `loss_share` of the control's loss with
-            `loss_share_min` and `_max` over texts, `needs_training`.
+        front: candidates to which no other is preferable, the cheapest first, measured on texts that nothing was chosen by
+            (if `partial`, on those that it was chosen by): `name`, `attention`, `keys_per_query`, `time_ratio`, `peak_mb`,
+            `loss`, `loss_share` of the control's loss with `loss_share_min` and `_max` over texts, `needs_training`.
         partial: the budget was used up before the end: the advice is from what was measured until then.
         left: candidates left after each round. skipped: what was left out, and why.
         refused: {mechanism: why it can't work in this model}. errors: {candidate: what it failed with}.
@@ -66,7 +68,11 @@ class Advice:
             lines.append(
                 f"×{row['time_ratio']:.2f}  loses {row['loss_share']:.3f} of the control's loss  {row['name']}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.remarks()])
+
+    def remarks(self) -> list[str]:
+        """What was left out, and what failed, a line each."""
+        return [*self.skipped, *(f"{name} failed: {why}" for name, why in self.errors.items())]
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
         """Headings and rows of the front, for people."""
@@ -101,8 +107,8 @@ class Advice:
         times = [row["time_ratio"] for row in self.front]
         shares = [1 - row["loss_share"] for row in self.front]
         spread = [
-            [row["loss_share_max"] - row["loss_share"] for row in self.front],
-            [row["loss_share"] - row["loss_share_min"] for row in self.front],
+            [max(0.0, row["loss_share_max"] - row["loss_share"]) for row in self.front],
+            [max(0.0, row["loss_share"] - row["loss_share_min"]) for row in self.front],
         ]
         if self.front:
             axes.errorbar(times, shares, yerr=spread, marker="o", capsize=3)
@@ -121,28 +127,28 @@ class Advice:
 
 
 def commands(
-    source: str,
+    source: Sequence[str],
     candidate: Candidate,
-    max_positions: int | None,
-    positions: str | None,
+    length: int,
     texts: str | None,
     is_good_enough: bool,
 ) -> list[str]:
     """The conversion, and the training after it where that is needed.
 
     Args:
-        max_positions: `None` = the model is as long as it must be. texts: file of texts, or "corpus"; `None` = the model has
+        source: the checkpoint, and options of `convert` that say which one it is and how long it becomes.
+        length: tokens that it was measured at. texts: file of texts, or "corpus"; `None` = the model has
             no tokenizer, so that no command can read any.
     """
     attention = candidate.attention
     spec = attention[0] if len(attention) == 1 else attention
-    words = ["hf-efficient", "convert", source, "OUT", "--attention", json.dumps(spec)]
-    words += ["--max-positions", str(max_positions)] if max_positions else []
-    words += ["--positions", positions] if positions else []
+    name, *places = source
+    words = ["hf-efficient", "convert", name, "OUT", *places, "--attention", json.dumps(spec)]
     words += ["--calibration", texts] if candidate.is_calibrated and texts else []
     found = [shlex.join(words)]
     if not is_good_enough and texts:
         given = [] if texts == "corpus" else ["--texts", texts]
-        length = ["--length", str(max_positions)] if max_positions else []
-        found.append(shlex.join(["hf-efficient", "distill", "OUT", "TRAINED", *given, *length]))
+        # the transfer layer by layer, which is before, trains what a mechanism adds, and some add nothing
+        steps = ["--length", str(length), "--end-to-end-steps", str(END_TO_END_STEPS)]
+        found.append(shlex.join(["hf-efficient", "distill", "OUT", "TRAINED", *given, *steps]))
     return found

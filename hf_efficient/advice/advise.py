@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_efficient.advice.advice import TEXTS, Advice, commands
+from hf_efficient.advice.advice import SOURCE, TEXTS, Advice, commands
 from hf_efficient.advice.bench import CHOOSE, CONFIRM, Bench, OutOfTime, lengthened
 from hf_efficient.advice.candidates import Grid
 from hf_efficient.advice.losses import Passes
@@ -24,11 +24,11 @@ from hf_efficient.conversion.loading import (
     open_source,
     refuse_converted,
     split_options,
-    takes_pictures,
 )
 from hf_efficient.conversion.sentence_transformers import module_folders
 from hf_efficient.families import HostModel
 from hf_efficient.families.readable import require_model
+from hf_efficient.models.in_place import require_convertible
 from hf_efficient.patching.exact import eval_mode
 
 
@@ -64,21 +64,22 @@ def advise(
     Args:
         source: Hub id or folder of a checkpoint, or a loaded stock model.
         length: tokens of a text; the model is lengthened to them for the while.
-        texts: texts, or batches of inputs such as `{"input_ids": …}`; at most 16 rows are used. `None` = the corpus; a
-            causal language model without a tokenizer writes its own.
+        texts: texts, or batches of inputs such as `{"input_ids": …}`, whose labels are left out; at most 16 rows are used.
+            `None` = the corpus; a causal language model without a tokenizer writes its own.
         budget: seconds; checked between passes. When they are over, the advice is from what is there, and `partial`.
         max_time: largest time ratio to full attention; 0.97 at most, and if it is `None`.
         target: share of the control's loss that must be removed, between 0 and 1.
         candidates: mechanisms, whose settings are sought, or settings in any form that `convert` takes; `None` = all.
         tokenizer: for a loaded model, or to use another than the source's.
         positions: how positions are lengthened, as for `convert`; `None` = the usual way.
-        untrained_only: leave out mechanisms that need training.
+        untrained_only: leave out mechanisms that need training; with `candidates` that name one it is refused.
         force: measure even where attention takes less than 0.15 of the time.
         hybrid: where the target is missed, look for the layers that must keep full attention, in the order of what each
             loses when it alone is converted; `"greedy"` = each time the one that matters most, in more time.
         memory: also measure the peak memory of the best, in fresh processes.
         ignored_tokens: ids of the vocabulary that have no part in the loss, since the texts were kept from them.
-        record: JSON file that every measurement goes to; with one that is there, what it holds is not measured again.
+        record: JSON file that every measurement goes to; with one that is there, what it holds is not measured again. It
+            must be of the same model, texts, versions and hardware.
         seed: of the texts' order. loading: as for `convert`: `revision`, `subfolder`, `model_class`, `dtype`, ….
 
     Raises:
@@ -88,11 +89,12 @@ def advise(
     _check(length, budget, max_time, target, hybrid)
     start = time.monotonic()
     require_model(source, "advise on")
-    opened = open_source(source, tokenizer, load_stock, **_loading(loading))
+    places = _loading(loading)
+    opened = open_source(source, tokenizer, load_stock, **places)
     refuse_converted(opened.name, opened.model.config)
-    if takes_pictures(opened.model):
-        raise ValueError(f"{type(opened.model).__name__} reads pictures, and advice is measured on texts: use verify.")
+    _require_readable(opened.model, ignored_tokens)
     host = HostModel.of(opened.model)
+    require_convertible(host, "convert")
     with eval_mode(opened.model), torch.no_grad(), lengthened(host, length, positions) as method:
         rows = rows_of(host, opened.tokenizer, texts, length, seed, ignored_tokens)
         half = (len(rows) + 1) // 2
@@ -114,9 +116,11 @@ def advise(
     found.settings = settings | {"target": target, "max_time": max_time, "tokens": tokens}
     found.seconds = time.monotonic() - start
     if chosen is not None:
-        longer = None if method is None else length
+        lengthening = [] if method is None else ["--max-positions", str(length)]
+        lengthening += ["--positions", positions] if positions else []
         read = None if opened.tokenizer is None else "corpus" if texts is None else TEXTS
-        found.commands = commands(opened.name, chosen, longer, positions, read, found.reaches_target)
+        words = [*_source(opened, places), *lengthening]
+        found.commands = commands(words, chosen, length, read, found.reaches_target)
     kept.finish(found)
     return found
 
@@ -145,6 +149,27 @@ def _loading(given: dict[str, Any]) -> dict[str, Any]:
             f"advise has no option {', '.join(map(repr, strange))}; options of a mechanism go into candidates=."
         )
     return known
+
+
+def _require_readable(model: Any, ignored: Sequence[int]) -> None:
+    """Refuse models of anything but tokens, and tokens to leave out that are none of a head's."""
+    name, read = type(model).__name__, model.main_input_name
+    if read != "input_ids":
+        raise ValueError(f"{name} reads {read}, and advice is measured on texts: convert it, and use verify.")
+    if ignored and model.get_output_embeddings() is None:
+        raise ValueError(f"ignored_tokens={list(ignored)}: {name} has no head over the vocabulary; leave them out.")
+    size = model.config.vocab_size if ignored else 0
+    strange = [one for one in ignored if type(one) is not int or not 0 <= one < size]
+    if strange:
+        raise ValueError(f"ignored_tokens: {strange} are no ids of a vocabulary of {size}.")
+
+
+def _source(opened: Source, places: dict[str, Any]) -> list[str]:
+    """The checkpoint as `hf-efficient convert` takes it, with the options that say which one it is."""
+    is_nameless = opened.folder is None and not opened.model.config._name_or_path
+    known = {name: places[name] for name in ("revision", "cache_dir") if places.get(name) is not None} | opened.given
+    options = [word for name, value in known.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [SOURCE if is_nameless else opened.name, *options]
 
 
 def _settings(

@@ -11,7 +11,7 @@ from typing import Any
 from hf_efficient.attention.base.geometry import AttentionGeometry
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.attention.base.pattern import PatternAttentionConfig
-from hf_efficient.attention.base.registry import attention_configs, get_mechanism, list_mechanisms, training_words
+from hf_efficient.attention.base.registry import get_mechanism, list_mechanisms, requested_configs, training_words
 from hf_efficient.evaluation.cost import keys_per_query, setting_near
 from hf_efficient.families import HostModel
 from hf_efficient.patching.install import plan, resolve_side
@@ -88,17 +88,22 @@ class Grid:
         self.layers = tuple(g.layer for g in full) if len(full) < len(geometries) else None
         self.keys = keys_per_query(None, self.geometry, length) or length
         self.refused: dict[str, str] = {}
+        self.left_out: list[str] = []
+        self._possible: set[str] = set()
 
     def all(self) -> list[Candidate]:
         """At most 30: mechanisms that work untrained at n/8 and n/4 keys per query, those that need training at n/8, and
-        more settings of the first as far as there is room."""
+        more settings of the first as far as there is room. `left_out` are the mechanisms for which there is none."""
         names = list_mechanisms()
         untrained = [name for name in names if not needs_training(name)]
         trained = [] if self.untrained_only else [name for name in names if name not in untrained]
         groups = [(untrained, SHARES[0]), (untrained, SHARES[1]), (trained, SHARES[0])]
         groups += [(untrained, share) for share in SHARES[2:]]
         found = [one for group, share in groups for name in group for one in self.near(name, share * self.keys)]
-        return list(dict.fromkeys(found))[:MOST]
+        kept = list(dict.fromkeys(found))[:MOST]
+        measured = {config.mechanism for candidate in kept for config in candidate.configs}
+        self.left_out = [name for name in names if name in self._possible - measured]
+        return kept
 
     def given(self, candidates: Iterable[Any]) -> list[Candidate]:
         """What a caller names: mechanisms, whose settings are sought, and settings as they are.
@@ -113,14 +118,19 @@ class Grid:
                 get_mechanism(one)  # a name that nobody knows is refused here
                 sought = [c for share in SHARES for c in self.near(one, share * self.keys)]
                 if not sought:
-                    raise ValueError(f"candidates: {self.refused.get(one, one + ' has no setting for this model')}")
+                    none = f"{one} has no setting that compares fewer than {LARGEST_SHARE:.0%} of the keys: give its options"
+                    raise ValueError(f"candidates: {self.refused.get(one, none)}")
                 found += sought
                 continue
-            chosen = Candidate(tuple(config.for_length(self.length) for config in attention_configs(one)))
+            chosen = Candidate(tuple(config.for_length(self.length) for config in requested_configs(one)))
             plan(self.host, list(chosen.configs))
             found.append(chosen)
         if not found:
             raise ValueError("candidates=[] leaves nothing to measure; name mechanisms or settings, or leave it out.")
+        if self.untrained_only and (untaught := [one.name for one in found if one.needs_training]):
+            raise ValueError(
+                f"candidates names {', '.join(untaught)}, which need training: leave these out, or untrained_only."
+            )
         return list(dict.fromkeys(found))
 
     def near(self, mechanism: str, keys: float) -> list[Candidate]:
@@ -129,10 +139,11 @@ class Grid:
         if config is None:
             try:
                 config = get_mechanism(mechanism).Config().for_length(self.length)
-            except ValueError:
+            except ValueError as error:
+                self.refused.setdefault(mechanism, str(error))
                 return []
         config = dataclasses.replace(config, layers=self.layers)
-        possible = []
+        possible, reason = list[Candidate](), ""
         for one in _forms(config):
             try:
                 plan(self.host, [one])
@@ -140,7 +151,12 @@ class Grid:
                 if seen is None or seen <= LARGEST_SHARE * self.keys:
                     possible.append(Candidate((one,), keys))
             except ValueError as error:
-                self.refused.setdefault(mechanism, str(error).splitlines()[-1].removeprefix("- "))
+                reason = str(error).splitlines()[-1].removeprefix("- ")
+        if possible:
+            self._possible.add(mechanism)
+            self.refused.pop(mechanism, None)
+        elif reason and mechanism not in self._possible:
+            self.refused[mechanism] = reason
         return possible
 
     def neighbours(self, candidate: Candidate) -> list[Candidate]:

@@ -42,6 +42,8 @@ def rows_of(
         raise ValueError(
             f"{len(rows)} text is too little: one is to choose by, and another to confirm by; give more texts=."
         )
+    if any(not row["input_ids"].numel() for row in rows):
+        raise ValueError("one of the texts has no tokens: leave it out.")
     random.Random(seed).shuffle(rows)
     rows = rows[:TEXTS]
     _warn_of_short(rows, length)
@@ -89,7 +91,7 @@ def _checked(batch: Batch, length: int) -> Batch:
     ]
     if odd:
         raise ValueError(f"{', '.join(odd)} of a batch must be tensors of {count} rows, as input_ids: leave them out.")
-    return {name: value for name, value in batch.items() if name != "labels"}
+    return {name: value.cpu() for name, value in batch.items() if name != "labels"}
 
 
 def _single(batch: Batch, size: int) -> list[Batch]:
@@ -114,7 +116,8 @@ def _that_fill(documents: Sequence[str], tokenizer: Any, length: int) -> list[st
 
 
 def _writes(host: HostModel) -> bool:
-    return bool(host.model.can_generate() and not host.model.config.is_encoder_decoder)
+    is_decoder = [stack.side for stack in host.stacks] == ["decoder"]
+    return bool(is_decoder and host.model.can_generate() and not host.model.config.is_encoder_decoder)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hf_efficient.advice.advice import PROTOCOL, Advice
-from hf_efficient.profiling.environment import versions
+from hf_efficient.profiling.environment import hardware, versions
 from hf_efficient.profiling.json_files import read_json, write_json
 
 
@@ -17,7 +17,7 @@ class Record:
     """Rows by name, kept in a JSON file; `path=None` keeps none.
 
     Raises:
-        ValueError: the file holds another run: other settings or versions.
+        ValueError: the file holds another run: other settings, versions or hardware.
     """
 
     def __init__(self, path: str | Path | None, settings: dict[str, Any]):
@@ -27,7 +27,9 @@ class Record:
             return
         known = read_json(self.path)
         held = known.get("settings", {}) | {"protocol": known.get("protocol"), "versions": known.get("versions")}
-        ours = settings | {"protocol": PROTOCOL, "versions": versions()}
+        # files of an interrupted run did not always say where they were made
+        held["hardware"] = known.get("hardware") or hardware()
+        ours = settings | {"protocol": PROTOCOL, "versions": versions(), "hardware": hardware()}
         other = [
             f"{name} is {held.get(name)!r} there and {value!r} here"
             for name, value in ours.items()
@@ -43,7 +45,8 @@ class Record:
         """Write what is measured so far."""
         if self.path is not None:
             facts = {"suite": "advise", "protocol": PROTOCOL, "settings": self.settings, "partial": True}
-            write_json(self.path, facts | {"rows": list(self.rows.values()), "versions": versions()})
+            facts |= {"hardware": hardware(), "versions": versions()}
+            write_json(self.path, facts | {"rows": list(self.rows.values())})
 
     def finish(self, advice: Advice) -> None:
         """Write the advice, with everything that was measured."""

@@ -50,6 +50,10 @@ class Search:
         if self.pays_nothing:
             return
         self.known = {one.name: one for one in candidates}
+        if left_out := self.grid.left_out:
+            self.skipped.append(
+                f"{', '.join(left_out)}: {len(self.known)} settings of others come first; name candidates"
+            )
         self.alive = list(self.known)
         alive, _ = run_rounds(self.known, self.texts[CHOOSE], self._round)
         self.alive = alive
@@ -139,7 +143,7 @@ class Search:
 
     def _hybrid(self, config: Any, converted: Collection[int], count: int) -> tuple[Candidate, Score]:
         one = Candidate((dataclasses.replace(config, layers=tuple(sorted(converted))),))
-        found = score(self.bench.measure(one, CHOOSE, count), CHOOSE, self.loss)
+        found = score(self.bench.measure(one, CHOOSE, count), CHOOSE, self.loss, count)
         return one, found or Score([math.inf], math.inf)
 
     def confirm(self) -> None:
@@ -161,7 +165,11 @@ class Search:
         if all("peak_mb" in self.bench.rows[name] for name in names):
             return
         wanted = [None, *(self.known[name] for name in names)]
-        found = peak_memory(self.bench.passes.model, wanted, self.bench.length)
+        try:
+            found = peak_memory(self.bench.passes.model, wanted, self.bench.length)
+        except (RuntimeError, OSError) as error:  # what was measured before stays
+            self.skipped.append(f"peak memory: it could not be measured ({str(error).splitlines()[-1]})")
+            return
         for name, peak in zip([CONTROL, *names], found, strict=True):
             self.bench.rows[name]["full_peak_mb" if name == CONTROL else "peak_mb"] = peak
         self.bench.save()
@@ -187,16 +195,18 @@ def conclude(search: Search) -> tuple[Advice, Candidate | None]:
     chosen = choose(scores, control, search.target, search.max_time)
     best = chosen or best_within(scores, control, search.max_time)
     if best is None:
-        return Advice(f"Keep full attention: {_why_none(scores, tokens)}", **facts), None
+        return Advice(f"Keep full attention: {_why_none(scores, tokens, search.max_time)}", **facts), None
     text = _in_words(search, best, scores[best], control, chosen is not None)
     return Advice(text, search.known[best].attention, chosen is not None, **facts), search.known[best]
 
 
-def _why_none(scores: Scores, tokens: int) -> str:
+def _why_none(scores: Scores, tokens: int, max_time: float | None) -> str:
     if not scores:
         return "no candidate could be measured."
     if min(score.ratio for score in scores.values()) > LARGEST_RATIO:
         return f"at {tokens} tokens no candidate is faster."
+    if not within(scores, max_time):
+        return f"at {tokens} tokens no candidate takes at most {max_time:g} of its time."
     return "every candidate that is fast enough loses about as much as no attention at all."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,7 +67,10 @@ def advise(
         require_source(source)
         from hf_efficient.advice.advice import TEXTS
         from hf_efficient.advice.advise import advise as measure
+        from hf_efficient.training.plots import require_pyplot
 
+        if out is not None:
+            require_pyplot()
         documents = None if texts is None else read_texts(texts)
         places: dict[str, Any] = dict(revision=revision, subfolder=subfolder, model_class=model_class, dtype=dtype)
         places |= dict(cache_dir=cache_dir, token=token)
@@ -85,14 +89,18 @@ def advise(
             seed=seed,
             **places,
         )
-        found.commands = [command.replace(TEXTS, str(texts)) for command in found.commands]
+        if texts is not None:
+            words = [shlex.split(command) for command in found.commands]
+            found.commands = [shlex.join(str(texts) if word == TEXTS else word for word in one) for one in words]
         if out is not None:
             found.draw(out)
-    title = found.text + (" (partial: the budget was used up)" if found.partial else "")
-    typer.echo(title)
+    typer.echo(found.text + (" (partial: the budget was used up)" if found.partial else ""))
     for command in found.commands:
         typer.echo(f"    {command}")
     if found.floor is not None:
         typer.echo(f"floor: no mechanism takes less than {found.floor:.2f} of the time of full attention")
+    for remark in found.remarks():
+        typer.echo(remark)
     if found.front:
-        emit(None, False, "measured on texts that nothing was chosen by", *found.table())
+        title = f"measured on texts that {'it' if found.partial else 'nothing'} was chosen by"
+        emit(None, False, title, *found.table())
