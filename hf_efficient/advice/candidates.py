@@ -118,8 +118,7 @@ class Grid:
                 get_mechanism(one)  # a name that nobody knows is refused here
                 sought = [c for share in SHARES for c in self.near(one, share * self.keys)]
                 if not sought:
-                    none = f"{one} has no setting that compares fewer than {LARGEST_SHARE:.0%} of the keys: give its options"
-                    raise ValueError(f"candidates: {self.refused.get(one, none)}")
+                    raise ValueError(f"candidates: {self.refused[one]}")
                 found += sought
                 continue
             chosen = Candidate(tuple(config.for_length(self.length) for config in requested_configs(one)))
@@ -143,7 +142,8 @@ class Grid:
                 self.refused.setdefault(mechanism, str(error))
                 return []
         config = dataclasses.replace(config, layers=self.layers)
-        possible, reason = list[Candidate](), ""
+        possible = list[Candidate]()
+        reason = f"{mechanism} has no setting that compares a query with at most {LARGEST_SHARE:.0%} of its keys"
         for one in _forms(config):
             try:
                 plan(self.host, [one])
@@ -155,7 +155,7 @@ class Grid:
         if possible:
             self._possible.add(mechanism)
             self.refused.pop(mechanism, None)
-        elif reason and mechanism not in self._possible:
+        elif mechanism not in self._possible:
             self.refused[mechanism] = reason
         return possible
 

@@ -35,11 +35,11 @@ def fidelity_by_length(lengths: Sequence[int], path: Path = PATH, progress: bool
     """Every mechanism, all layers, nothing trained, at n/8 and n/4 keys per query; rows go to `path` as they are finished,
     and those that are there are not measured again.
 
-    The reference is the same model with full attention at the same length, on the same rows. The last text before them is
-    what mechanisms that start from data see.
+    The reference is the same model with full attention at the same length, on the same rows. Mechanisms that start from data
+    see the first of them.
 
     Raises:
-        ValueError: `path` holds rows of other versions.
+        ValueError: `path` holds rows of other versions, settings or hardware.
     """
     settings = {
         "shares": list(SHARES),
@@ -54,8 +54,9 @@ def fidelity_by_length(lengths: Sequence[int], path: Path = PATH, progress: bool
     }  # fmt: skip
     if path.exists():
         known = read_json(path)
-        if any(known[name] != document[name] for name in ("settings", "versions", "protocol")):
-            raise ValueError(f"{path} holds rows of other versions or settings: delete it, or go on with those.")
+        other = [n for n in ("suite", "protocol", "settings", "versions", "hardware") if known.get(n) != document[n]]
+        if other:
+            raise ValueError(f"{path} holds rows of other {', '.join(other)}: delete it, or go on with those.")
         document["rows"], document["sources"] = known["rows"], known["sources"]
     for name, checkpoint in CHECKPOINTS.items():
         wanted = lengths[:1] if checkpoint.inputs == "single reactions" else lengths

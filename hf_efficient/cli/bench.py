@@ -50,8 +50,12 @@ def bench(
             raise ValueError(f"--lengths {lengths}: the suite {suite} has its own; leave it out.")
         options: dict[str, Any] = {"lengths": given} if given else {}
         runs = [name for name, wanted in {"quick": quick, "full": full, "smoke": smoke}.items() if wanted]
-        if len(runs) > 1 or (runs and suite != "suite"):
-            raise ValueError(f"--{' --'.join(runs)}: the suite {suite} has no such runs; of suite, give one.")
+        if runs and suite != "suite":
+            raise ValueError(
+                f"--{' --'.join(runs)}: only `bench suite` has such runs; {suite} has one, so leave it out."
+            )
+        if len(runs) > 1:
+            raise ValueError(f"--{' --'.join(runs)}: give one of them.")
         if suite == "suite":
             options = {"run": runs[0] if runs else "quick", "record": out}
         document = chosen.run(**options)

@@ -12,8 +12,10 @@ from tiny import tiny_tokenizer, words
 
 import hf_efficient as he
 from hf_efficient.advice import losses, search
+from hf_efficient.advice.advice import commands
 from hf_efficient.advice.bench import CHOOSE, CONFIRM, Bench
 from hf_efficient.advice.candidates import Candidate
+from hf_efficient.advice.rounds import Score
 from hf_efficient.attention.base.registry import attention_configs
 from hf_efficient.benchmarks.hybrids import hybrid_curves
 from hf_efficient.evaluation.cost import mean_keys_per_query
@@ -65,6 +67,7 @@ def test_the_advice_follows_the_data(costs_keys):
         1 / N
     )
     assert he.convert(model, near.attention).model.config.efficient_attention[0]["attention_window"] == 32
+    assert near.commands[0].startswith("hf-efficient convert SOURCE OUT --attention ")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,7 @@ def test_the_advice_follows_the_data(costs_keys):
 def test_search_over_all_mechanisms(costs_keys, tmp_path, model_type, loss, more):
     model = tiny_model(model_type, positions=48).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    parameters, config = dict(model.named_parameters()), model.config.to_dict()
+    parameters, config, state = dict(model.named_parameters()), model.config.to_dict(), torch.random.get_rng_state()
     found = he.advise(model, 64, rows(4, 64, **more), memory=False, target=0.9, record=tmp_path / "a.json")
     assert found.loss == loss and not found.partial and not found.errors, found.errors
     assert len(found.left) == 2 and found.left[0] > 12
@@ -84,7 +87,12 @@ def test_search_over_all_mechanisms(costs_keys, tmp_path, model_type, loss, more
     assert before.keys() == model.state_dict().keys() and model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in parameters.items()}
-    assert model.config.to_dict() == config
+    assert model.config.to_dict() == config and torch.equal(torch.random.get_rng_state(), state)
+    # what is not measured is told, and what is measured is not called impossible
+    tried = {row["attention"][0]["mechanism"] for row in found.rows if row.get("attention")}
+    assert not tried & set(found.refused)
+    told = {name for remark in found.skipped for name in remark.split(":")[0].split(", ")}
+    assert set(he.list_mechanisms()) <= tried | set(found.refused) | told
     document = json.loads((tmp_path / "a.json").read_text())
     assert document["suite"] == "advise" and document["attention"] == found.attention
     found.draw(tmp_path / "a.png")
@@ -115,6 +123,10 @@ def test_a_run_goes_on_from_its_record(costs_keys, tmp_path, monkeypatch):
     assert first.reaches_target and not he.advise(model, N, record=path, **given | {"target": 1.0}).reaches_target
     with pytest.raises(ValueError, match=r"holds another run: .*texts_sha256.*delete this one"):
         he.advise(model, N, record=path, **given | {"texts": rows(period=3)})
+    there = json.loads(path.read_text())
+    path.write_text(json.dumps(there | {"hardware": there["hardware"] | {"cpu": "another"}}))
+    with pytest.raises(ValueError, match=r"hardware is .*another"):
+        he.advise(model, N, record=path, **given)
 
 
 def test_the_end_of_the_budget(costs_keys, monkeypatch):
@@ -149,6 +161,30 @@ def test_keep_full_attention_where_nothing_pays():
     # one token more than a window: all the time goes elsewhere
     found = he.advise(tiny_model("bert"), 16, rows(4, 16), memory=False)
     assert found.attention is None and found.commands == [] and found.text.startswith("Keep full attention")
+
+
+def test_why_there_is_no_choice():
+    scores = {"window": Score([1.0], 0.6), "blocks": Score([0.1], 0.9)}
+    assert search._why_none(scores, 64, 0.5) == "at 64 tokens no candidate takes at most 0.5 of its time."
+    assert "loses about as much" in search._why_none(scores, 64, 0.7)
+    assert search._why_none({"blocks": Score([0.1], 0.99)}, 64, None) == "at 64 tokens no candidate is faster."
+
+
+def test_commands_say_which_checkpoint_it_is_and_train_whatever_there_is():
+    candidate = Candidate(tuple(attention_configs(WINDOW)))
+    convert, distill = commands(["a b", "--revision", "v1"], candidate, 80, "TEXTS", False)
+    assert convert.startswith("hf-efficient convert 'a b' OUT --revision v1 --attention ")
+    assert distill == "hf-efficient distill OUT TRAINED --texts TEXTS --length 80 --end-to-end-steps 100"
+
+
+def test_memory_that_cannot_be_measured_costs_nothing_else(costs_keys, monkeypatch):
+    def fail(*given):
+        raise RuntimeError("measuring failed:\nno space left")
+
+    monkeypatch.setattr(search, "peak_memory", fail)
+    found = he.advise(by_content(), N, rows(2), candidates=[WINDOW], force=True, hybrid=False, target=0.01)
+    assert found.front and found.skipped == ["peak memory: it could not be measured (no space left)"]
+    assert str(found).endswith(found.skipped[0])
 
 
 @pytest.mark.parametrize("rule", [True, "greedy"])
@@ -194,12 +230,21 @@ def test_hybrid_and_memory(costs_keys, monkeypatch, rule):
         (dict(positions="yarn", length=2 * N), "positions='yarn'"),
         (dict(bogus=3), "no option 'bogus'"),
         (dict(revision="main"), "revision: this model is loaded already"),
+        (dict(untrained_only=True, candidates=["hedgehog"]), "names hedgehog .*, which need training"),
+        (dict(ignored_tokens=[3, 10**6]), r"\[1000000\] are no ids of a vocabulary"),
+        (dict(texts=[{"input_ids": torch.zeros(2, 0).long()}]), "has no tokens"),
     ],
 )
 def test_refusals(changed, message):
     given = dict(length=N, texts=rows(2), memory=False) | changed
     with pytest.raises((ValueError, TypeError), match=message):
         he.advise(tiny_model("bert", positions=N), given.pop("length"), **given)
+
+
+@pytest.mark.parametrize(("model_type", "read"), [("vit", "pixel_values"), ("whisper", "input_features")])
+def test_models_that_read_no_tokens_are_refused(model_type, read):
+    with pytest.raises(ValueError, match=f"reads {read}, and advice is measured on texts"):
+        he.advise(tiny_model(model_type), 64, rows(2, 64))
 
 
 def test_a_converted_model_is_refused():
@@ -216,7 +261,7 @@ def test_a_decoder_writes_its_own_texts(costs_keys):
 
 
 def test_the_command(costs_keys, tmp_path, monkeypatch):
-    folder, texts = tmp_path / "source", tmp_path / "texts.txt"
+    folder, texts = tmp_path / "source", tmp_path / "my texts.txt"
     model, tokenizer = by_content(), tiny_tokenizer("bert")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -231,12 +276,16 @@ def test_the_command(costs_keys, tmp_path, monkeypatch):
         "--candidate",
         json.dumps(WINDOW),
         "--target",
-        "0.3",
+        "0.9999",
+        "--model-class",
+        "BertForMaskedLM",
     )
     shown = run(
         "advise", folder, "--length", 80, *given, "--json", tmp_path / "a.json", "--out", tmp_path / "a.png"
     ).stdout
-    assert "hf-efficient convert" in shown and "--max-positions 80" in shown and "keys per query" in shown
+    assert f"hf-efficient convert {folder} OUT --model-class BertForMaskedLM --max-positions 80" in shown
+    assert f"distill OUT TRAINED --texts '{texts}' --length 80 --end-to-end-steps 100" in shown
+    assert "keys per query" in shown and "texts that nothing was chosen by" in shown
     assert json.loads((tmp_path / "a.json").read_text())["front"] and (tmp_path / "a.png").exists()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import error
 from paths import ROOT
 
 from hf_efficient.benchmarks.suite import listops, run
@@ -85,7 +86,9 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (block,) = document["tasks"]
     assert block["validity"]["passed"], block["validity"]
     rows = {json.dumps(row["attention"]): row for row in block["rows"]}
+    assert document["sources"] == [] and document["hardware"]["threads"] == 1
     for row in rows.values():
+        assert row["time_ratio"] > 0
         accuracy = row["stages"]["dense" if row["attention"] is None else "converted"]["accuracy"]
         if row["attention"] and row["attention"].get("mechanism") == "local":
             assert accuracy == pytest.approx(row["reach"], abs=0.01), row
@@ -93,6 +96,9 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     headings, lines = suite_rows(document)
     assert all(len(line) == len(headings) for line in lines) and len(lines) == len(rows) + len(block["rules"])
+    named = [line[1] for line in lines]
+    learned = next(name for name in named if name.startswith("hedgehog"))
+    assert len(set(named)) == len(named) and any(name.endswith(f", the control of {learned}") for name in named)
     draw_suite(document, tmp_path / "suite.png")
     assert (tmp_path / "suite.png").stat().st_size > 10_000
 
@@ -104,6 +110,9 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert run.suite_run("smoke", record, progress=False) == document
     with pytest.raises(ValueError, match="smoke"):
         run.suite_run("quick", record, progress=False)
+    record.write_text(json.dumps(document | {"hardware": document["hardware"] | {"cpu": "another"}}))
+    with pytest.raises(ValueError, match=r"has hardware=.*another"):
+        run.suite_run("smoke", record, progress=False)
 
 
 def test_rows_that_beat_nothing_are_in_italics_and_differences_within_the_spread_are_equal_signs():
@@ -120,8 +129,15 @@ def test_rows_that_beat_nothing_are_in_italics_and_differences_within_the_spread
         figure(bad, "converted", 0.1, 0.1),
     ]
     lines = block_rows({"rows": rows, "summary": summary, "rules": {"last": 0.05}}, italics="*")
-    assert lines[1][3:5] == ["0.550 (0.500–0.600)", "="]
+    assert lines[1][4:6] == ["0.550 (0.500–0.600)", "="]
     assert lines[2][0] == "*local 2*" and lines[0][0] == "control: mean of values" and lines[3][0] == "rule: last"
+
+
+def test_only_this_suite_has_several_runs():
+    assert "only `bench suite` has such runs" in error("bench", "encoder", "--quick")
+    assert "only `bench suite`" in error("bench", "fidelity", "--smoke", "--full")
+    assert error("bench", "suite", "--quick", "--full") == "--quick --full: give one of them."
+    assert "the suite suite has its own" in error("bench", "suite", "--lengths", "512")
 
 
 def test_listops_is_evaluated_as_published():

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from hf_efficient.evaluation.cost import mean_keys_per_query
 from hf_efficient.families import HostModel
 from hf_efficient.patching.exact import converted_layers, mechanism_of
 from hf_efficient.patching.temporary import patch_attention
+from hf_efficient.profiling.timing import Mark, table_of, timed
 from hf_efficient.training.distill_loop import optimizer_of
 from hf_efficient.training.transfer.attention_transfer import AttentionTransfer, trainable
 from hf_efficient.training.transfer.layer_errors import layer_errors
@@ -173,6 +175,7 @@ def measure(dense: Any, task: Task, config: EfficientAttentionConfig | None, see
     with converted(dense, task, config, seed) as model:
         row: dict[str, Any] = {
             "keys_per_query": mean_keys_per_query(model, task.length),
+            "time_ratio": 1.0 if config is None else time_ratio(model, dense, task, tests[0]),
             "reach": _reach(model, task, tests),
         }
         stages["dense" if config is None else "converted"] = score(model, task, tests) | {"cpu_s": 0.0, "tokens": 0}
@@ -195,6 +198,18 @@ def measure(dense: Any, task: Task, config: EfficientAttentionConfig | None, see
                 pass
             stages["transferred, finetuned"] = clock.stage(tokens) | score(model, task, tests)
     return row | {"stages": stages}
+
+
+@torch.no_grad()
+def time_ratio(model: Any, dense: Any, task: Task, batch: Batch) -> float | None:
+    """CPU time of a pass over one batch, ÷ that of the dense model: the median of three pairs in turn."""
+    calls = {name: partial(_pass, one, task, batch) for name, one in (("dense", dense), ("converted", model))}
+    ratio = table_of(timed(calls, 3), "dense")["converted"].get("cpu_ratio")
+    return None if ratio is None else round(ratio, 3)
+
+
+def _pass(model: Any, task: Task, batch: Batch, mark: Mark) -> None:
+    answers(model, task, batch)
 
 
 def _errors(model: Any, task: Task, tests: list[Batch]) -> list[float]:

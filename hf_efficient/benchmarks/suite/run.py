@@ -81,14 +81,14 @@ def suite_run(run: str = "quick", record: Path | None = None, progress: bool = T
     """Measure; what stands in `record` is read, not measured again, and every new row is written there at once.
 
     Raises:
-        ValueError: `record` was made by another run, or with other versions.
+        ValueError: `record` was made by another run, with other versions, or on other hardware.
     """
     plan = PLANS[run]
-    document = _opened(run, plan, record)
-    rows = list(_missing(plan, document))
-    start, before = time.process_time(), document["seconds"]
-    dense: tuple[Any, Any] = (None, None)
     with one_thread():
+        document = _opened(run, plan, record)
+        rows = list(_missing(plan, document))
+        start, before = time.process_time(), document["seconds"]
+        dense: tuple[Any, Any] = (None, None)
         for task, seed, attention in tqdm(rows, desc="rows", disable=not progress, file=sys.stderr):
             if dense[0] != (task, seed):
                 dense = ((task, seed), dense_model(task, seed, plan.budget))
@@ -109,6 +109,7 @@ def _opened(run: str, plan: Plan, record: Path | None) -> dict[str, Any]:
         | {"optimizer": "adamw", "test_rows": 16 * plan.budget.tests, "seed": ", ".join(map(str, plan.seeds))},
         "tasks": [],
         "listops": {},
+        "sources": [],  # all models are constructed
         "hardware": hardware(),
         "versions": versions(),
         "seconds": 0.0,
@@ -116,7 +117,7 @@ def _opened(run: str, plan: Plan, record: Path | None) -> dict[str, Any]:
     if record is None or not Path(record).is_file():
         return document | ({"listops": listops_rules(plan.listops)} if plan.listops else {})
     former: dict[str, Any] = read_json(record)
-    for name in ("suite", "protocol", "run", "settings", "versions"):
+    for name in ("suite", "protocol", "run", "settings", "versions", "hardware"):
         if former.get(name) != document[name]:
             raise ValueError(
                 f"{record} has {name}={former.get(name)!r}, this run {document[name]!r}: give another --out, or remove it."

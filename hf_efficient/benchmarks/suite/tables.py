@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hf_efficient.attention.base.registry import get_mechanism
+from hf_efficient.attention.base.registry import attention_configs, get_mechanism
 from hf_efficient.training.plots import require_pyplot
 
 STAGES = ("converted", "finetuned", "transferred", "transferred, finetuned")
-HEADINGS = ["task", "attention", "keys", "reach", *STAGES]
+HEADINGS = ["task", "attention", "keys", "time ratio", "reach", *STAGES]
 
 
 def name_of(attention: dict[str, Any] | None) -> str:
@@ -20,8 +20,21 @@ def name_of(attention: dict[str, Any] | None) -> str:
         return f"control: {attention['control']}"
     config = get_mechanism(attention["mechanism"]).Config
     default = config().to_dict()
-    changed = [v for k, v in attention.items() if k != "mechanism" and v != default.get(k) and isinstance(v, int)]
-    return " ".join([attention["mechanism"], "/".join(map(str, changed))]).strip()
+    own = {k: v for k, v in attention.items() if k != "mechanism" and isinstance(v, int)}
+    shown = [v for k, v in own.items() if k in config.shares or v != default.get(k)]
+    return " ".join([attention["mechanism"], "/".join(map(str, shown))]).strip()
+
+
+def controlled_by(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """{a setting: names of those that it is the control of, being what is left of them without what they learn}."""
+    found: dict[str, list[str]] = {}
+    for attention in {str(row["attention"]): row["attention"] for row in rows}.values():
+        if attention is not None and "control" not in attention:
+            config = attention_configs(attention)[0]
+            control = config.attention_class.control_config(config)
+            if control is not None:
+                found.setdefault(str(control.to_dict()), []).append(name_of(attention))
+    return found
 
 
 def suite_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
@@ -38,7 +51,7 @@ def block_rows(block: dict[str, Any], italics: str = "") -> list[list[Any]]:
     figures: dict[str, dict[str, Any]] = {}
     for figure in block["summary"]:
         figures.setdefault(str(figure["attention"]), {})[figure["stage"]] = figure
-    floor = _floor(block)
+    floor, owners = _floor(block), controlled_by(block["rows"])
     lines: list[list[Any]] = []
     for row in block["rows"]:
         stages = figures.pop(str(row["attention"]), None)
@@ -46,14 +59,17 @@ def block_rows(block: dict[str, Any], italics: str = "") -> list[list[Any]]:
             continue
         best = max(figure["mean"] for figure in stages.values())
         is_low = row["attention"] is not None and "control" not in row["attention"] and best <= floor
-        keys, name = row["keys_per_query"], name_of(row["attention"])
-        cells = [name, "–" if keys is None else f"{keys:.0f}", "–" if row["reach"] is None else f"{row['reach']:.3f}"]
+        name = name_of(row["attention"])
+        if str(row["attention"]) in owners:
+            name += f", the control of {', '.join(owners[str(row['attention'])])}"
+        figures_of = ((row["keys_per_query"], ".0f"), (row.get("time_ratio"), ".2f"), (row["reach"], ".3f"))
+        cells = [name, *("–" if value is None else format(value, digits) for value, digits in figures_of)]
         start = stages.get("converted") or stages["dense"]
         cells += [_cell(stages.get(stage), start) if stage in stages else "–" for stage in STAGES]
         if row["attention"] is None:
-            cells[3] = _cell(start, start)
+            cells[4] = _cell(start, start)
         lines.append([f"{italics}{cell}{italics}" if is_low and cell != "–" else cell for cell in cells])
-    lines += [[f"rule: {name}", "0", "–", f"{value:.3f}", "–", "–", "–"] for name, value in block["rules"].items()]
+    lines += [[f"rule: {name}", "0", "–", "–", f"{value:.3f}", *["–"] * 3] for name, value in block["rules"].items()]
     return lines
 
 
@@ -101,7 +117,7 @@ def draw_suite(document: dict[str, Any], path: Path) -> None:
     if needles:
         axes, values = grid[0][-1], [[float(v) for v in row[2:]] for row in needles]
         axes.imshow(values, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-        axes.set_yticks(range(len(needles)), [row[1] for row in needles], fontsize=6)
+        axes.set_yticks(range(len(needles)), [f"{row[0]}: {row[1]}" for row in needles], fontsize=6)
         axes.set_xticks(range(len(headings) - 2), [heading.split()[-1] for heading in headings[2:]])
         axes.set_title("needle, untrained, by depth", fontsize=9)
     figure.suptitle(f"suite, {document['run']}: accuracy over keys per query", fontsize=9)
@@ -118,13 +134,13 @@ def _draw_front(axes: Any, block: dict[str, Any]) -> None:
             points.append((row["keys_per_query"], figure))
     best: dict[str, tuple[float, Any]] = {}
     for keys, figure in points:
-        name = name_of(figure["attention"])
+        name = str(figure["attention"])
         if name not in best or figure["mean"] > best[name][1]["mean"]:
             best[name] = (keys, figure)
-    for name, (keys, figure) in best.items():
+    for keys, figure in best.values():
         low, high = figure["mean"] - figure["min"], figure["max"] - figure["mean"]
         axes.errorbar(keys, figure["mean"], yerr=[[low], [high]], marker="o", markersize=4)
-        axes.annotate(name, (keys, figure["mean"]), fontsize=6)
+        axes.annotate(name_of(figure["attention"]), (keys, figure["mean"]), fontsize=6)
     front: list[tuple[float, float]] = []
     top = -1.0
     for keys, figure in sorted(best.values(), key=lambda point: (point[0], -point[1]["mean"])):
