@@ -134,17 +134,15 @@ class Grid:
 
     def near(self, mechanism: str, keys: float) -> list[Candidate]:
         """The setting of a mechanism nearest to so many keys per query, and its form with first tokens that all see."""
-        config = setting_near(mechanism, self.geometry, self.length, keys)
-        if config is None:
-            try:
-                config = get_mechanism(mechanism).Config().for_length(self.length)
-            except ValueError as error:
-                self.refused.setdefault(mechanism, str(error))
-                return []
-        config = dataclasses.replace(config, layers=self.layers)
-        possible = list[Candidate]()
+        possible, forms = list[Candidate](), list[EfficientAttentionConfig]()
         reason = f"{mechanism} has no setting that compares a query with at most {LARGEST_SHARE:.0%} of its keys"
-        for one in _forms(config):
+        config = setting_near(mechanism, self.geometry, self.length, keys)
+        try:
+            config = config or get_mechanism(mechanism).Config().for_length(self.length)
+            forms = _forms(dataclasses.replace(config, layers=self.layers))
+        except ValueError as error:
+            reason = str(error)
+        for one in forms:
             try:
                 plan(self.host, [one])
                 seen = keys_per_query(one, self.geometry, self.length)

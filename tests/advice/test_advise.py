@@ -247,6 +247,11 @@ def test_models_that_read_no_tokens_are_refused(model_type, read):
         he.advise(tiny_model(model_type), 64, rows(2, 64))
 
 
+def test_a_model_whose_weights_are_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="some weights are not loaded"):
+        he.advise(tiny_model("bert").to("meta"), 64, rows(2, 64))
+
+
 def test_a_converted_model_is_refused():
     model = he.convert(tiny_model("bert"), "local").model
     with pytest.raises(ValueError, match="already has efficient attention"):

@@ -11,11 +11,13 @@ import torch
 from command_line import error
 from paths import ROOT
 
+from hf_efficient.attention.base.registry import attention_config
 from hf_efficient.benchmarks.suite import listops, run
 from hf_efficient.benchmarks.suite.circuits import constructed
-from hf_efficient.benchmarks.suite.protocol import batches_of, inputs_of, score, seeded
+from hf_efficient.benchmarks.suite.protocol import _reach, batches_of, converted, inputs_of, score, seeded
 from hf_efficient.benchmarks.suite.tables import block_rows, draw_suite, needle_rows, suite_rows
 from hf_efficient.benchmarks.suite.tasks import FIRST_VALUE, Task, reach, rules
+from hf_efficient.patching.exact import converted_layers, mechanism_of
 
 TASKS = (
     Task("mqar", "gpt2", 64, 8),
@@ -63,6 +65,17 @@ def test_rules_and_reach_are_shares_of_questions():
     near = reach(task, batches, causal & (place > place[:, None] - 8))
     wide = reach(task, batches, causal & (place > place[:, None] - 24))
     assert 0 < near < wide < 1
+
+
+def test_reach_is_of_the_head_that_looks_up():
+    task = Task("t5-recall", "t5", 96, 8)
+    batches, config = batches_of(task, 0, 1), attention_config("bigbird", block_size=4, num_random_blocks=3)
+    place = torch.arange(96)
+    with converted(constructed(task, 0), task, config, 0) as model:
+        pattern = mechanism_of(list(converted_layers(model).values())[-1]).pattern.at_length(96)
+        masks = pattern.visible_per_head(place[:, None], place[None])
+        first, second = (round(reach(task, batches, mask), 4) for mask in masks)
+        assert first != second == _reach(model, task, batches)
 
 
 @pytest.mark.parametrize("task", [TASKS[0], TASKS[2], run.T5], ids=lambda task: f"{task.name}-{task.family}")
@@ -128,9 +141,13 @@ def test_rows_that_beat_nothing_are_in_italics_and_differences_within_the_spread
         figure(good, "finetuned", 0.52, 0.6),
         figure(bad, "converted", 0.1, 0.1),
     ]
-    lines = block_rows({"rows": rows, "summary": summary, "rules": {"last": 0.05}}, italics="*")
+    block = {"rows": rows, "summary": summary, "rules": {"last": 0.05}}
+    lines = block_rows(block, italics="*")
     assert lines[1][4:6] == ["0.550 (0.500–0.600)", "="]
     assert lines[2][0] == "*local 2*" and lines[0][0] == "control: mean of values" and lines[3][0] == "rule: last"
+    task = {"name": "mqar", "family": "bert", "n": 64}
+    told = suite_rows({"tasks": [block | {"task": task, "validity": {"passed": False}}]})[1]
+    assert {line[0] for line in told} == {"mqar bert 64, validity: failed"}
 
 
 def test_only_this_suite_has_several_runs():

@@ -22,6 +22,8 @@ TOKEN, POSITION, HEAD = 48, 32, 64
 COPY = TOKEN + POSITION
 WIDTH, T5_WIDTH = 2 * HEAD, 3 * HEAD
 NOISE, SHARPNESS, FOUND = 0.02, 1.6, 0.6
+HEADS = {"gpt2": 0, "bert": 0, "t5": 1}
+"""Of the last layer, the head that looks up."""
 # GPT-2 adds what is copied to a stream that is not normalised
 COPIED = {"gpt2": 0.2, "bert": 1.0}
 

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 from hf_efficient.attention.base.mechanism import EfficientAttentionConfig
 from hf_efficient.attention.base.pattern import PatternAttention
-from hf_efficient.benchmarks.suite.circuits import constructed
+from hf_efficient.benchmarks.suite.circuits import HEADS, constructed
 from hf_efficient.benchmarks.suite.tasks import FIRST_SLOT, SLOTS, Batch, Task, distances, reach
 from hf_efficient.conversion.calibrate import calibrate
 from hf_efficient.evaluation.cost import mean_keys_per_query
@@ -145,10 +145,10 @@ def dense_model(task: Task, seed: int, budget: Budget) -> Any:
 
 
 class Clock:
-    """CPU seconds of this process, and tokens, since it was made."""
+    """CPU seconds of this process, and tokens, since it was made; `spent` were spent before."""
 
-    def __init__(self) -> None:
-        self.start = time.process_time()
+    def __init__(self, spent: float = 0.0) -> None:
+        self.start = time.process_time() - spent
 
     def stage(self, tokens: int) -> dict[str, float]:
         return {"cpu_s": round(time.process_time() - self.start, 2), "tokens": tokens}
@@ -194,6 +194,7 @@ def measure(dense: Any, task: Task, config: EfficientAttentionConfig | None, see
             transfer(model, task, half, TRANSFER + seed, budget.batch)
             stages["transferred"] = clock.stage(tokens // 2) | score(model, task, tests)
             row["layer_error"]["transferred"] = _errors(model, task, tests)
+            clock = Clock(stages["transferred"]["cpu_s"])
             for _ in finetune(model, task, half, budget.learning_rate, TUNING + seed, budget.batch):
                 pass
             stages["transferred, finetuned"] = clock.stage(tokens) | score(model, task, tests)
@@ -218,7 +219,7 @@ def _errors(model: Any, task: Task, tests: list[Batch]) -> list[float]:
 
 
 def _reach(model: Any, task: Task, tests: list[Batch]) -> float | None:
-    """Of mechanisms that are patterns: the share of questions whose evidence the last layer shows."""
+    """Of mechanisms that are patterns: the share of questions whose evidence the last layer shows to the head that looks."""
     layers = list(converted_layers(model).values())
     mechanism = mechanism_of(layers[-1]) if layers else None
     if not isinstance(mechanism, PatternAttention):
@@ -227,7 +228,8 @@ def _reach(model: Any, task: Task, tests: list[Batch]) -> float | None:
     mask = mechanism.pattern.at_length(task.length).visible_per_head(place[:, None], place[None])
     if mechanism.geometry.is_causal:
         mask = mask & (place <= place[:, None])
-    return round(reach(task, tests, mask[:1]), 4)
+    head = HEADS[task.family] if len(mask) > 1 else 0
+    return round(reach(task, tests, mask[head]), 4)
 
 
 def geometry_of(model: Any) -> Any:

@@ -39,11 +39,17 @@ def controlled_by(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 def suite_rows(document: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Headings and rows for people: accuracy of every mechanism and stage, task after task."""
-    return HEADINGS, [[task_name(block["task"]), *row] for block in document["tasks"] for row in block_rows(block)]
+    return HEADINGS, [[block_name(block), *row] for block in document["tasks"] for row in block_rows(block)]
 
 
 def task_name(task: dict[str, Any]) -> str:
     return f"{task['name']} {task['family']} {task['n']}"
+
+
+def block_name(block: dict[str, Any]) -> str:
+    """The task, and whether it fails to tell mechanisms apart."""
+    validity = block["validity"]
+    return task_name(block["task"]) + (", validity: failed" if validity and not validity["passed"] else "")
 
 
 def block_rows(block: dict[str, Any], italics: str = "") -> list[list[Any]]:
@@ -151,4 +157,4 @@ def _draw_front(axes: Any, block: dict[str, Any]) -> None:
         axes.step(*zip(*front, strict=True), where="post", color="grey", linewidth=0.8)
     axes.axhline(_floor(block), color="red", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", ylim=(-0.05, 1.08), xlabel="keys per query")
-    axes.set_title(task_name(block["task"]), fontsize=9)
+    axes.set_title(block_name(block), fontsize=9)
