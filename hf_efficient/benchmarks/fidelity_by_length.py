@@ -56,7 +56,7 @@ def fidelity_by_length(lengths: Sequence[int], path: Path = PATH, progress: bool
         known = read_json(path)
         other = [n for n in ("suite", "protocol", "settings", "versions", "hardware") if known.get(n) != document[n]]
         if other:
-            raise ValueError(f"{path} holds rows of other {', '.join(other)}: delete it, or go on with those.")
+            raise ValueError(f"{path} holds rows of other {', '.join(other)}: delete it, or go on as it began.")
         document["rows"], document["sources"] = known["rows"], known["sources"]
     for name, checkpoint in CHECKPOINTS.items():
         wanted = lengths[:1] if checkpoint.inputs == "single reactions" else lengths

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from typing import Any
 
+import by_length
 import pytest
 import torch
 
@@ -54,8 +56,23 @@ def test_rows_are_finished_one_by_one(tmp_path, monkeypatch):
     headings, rows = SUITES["fidelity"].rows(both)
     assert headings[:3] == ["checkpoint", "tokens", "setting"] and len(rows) == len(both["rows"])
     monkeypatch.setattr(fidelity_by_length, "SHARES", (1 / 2,))
-    with pytest.raises(ValueError, match="other versions or settings"):
+    with pytest.raises(ValueError, match="holds rows of other settings: delete it"):
         fidelity_by_length.fidelity_by_length((32,), path, progress=False)
+    monkeypatch.undo()
+    path.write_text(json.dumps(both | {"hardware": both["hardware"] | {"cpu": "another"}}))
+    with pytest.raises(ValueError, match="holds rows of other hardware"):
+        fidelity_by_length.fidelity_by_length((32,), path, progress=False)
+
+
+def test_the_overview_has_one_figure_for_each_cost():
+    def row(name: str, keys: float, loss: float) -> dict[str, Any]:
+        attention = None if name == "control" else [{"mechanism": name}]
+        facts = {"checkpoint": "c", "length": 64, "name": name, "attention": attention, "keys_per_query": keys}
+        return facts | {"time_ratio": 0.5, "mean": {"kl": loss}}
+
+    # with sinks and without, at an eighth and at a quarter of the keys
+    rows = [row("control", 1.0, 3.0), *(row("local", k, x) for k, x in ((8, 0.9), (11, 0.8), (16, 0.5), (19, 0.6)))]
+    assert "| `local` | 0.800 (×0.50) / 0.500 (×0.50) |" in by_length.overview({"rows": rows})
 
 
 def test_weights_are_pinned(tmp_path, monkeypatch):
