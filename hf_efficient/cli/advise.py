@@ -35,7 +35,7 @@ def advise(
         float | None, typer.Option(help="Largest time ratio to full attention.", show_default="0.97")
     ] = None,
     target: Annotated[
-        float, typer.Option(help="Share of what a model without attention loses that must be kept.")
+        float, typer.Option(help="Share of what the model loses without attention that must be won back.")
     ] = 0.95,
     candidate: Annotated[
         list[str] | None, typer.Option(help="Only this mechanism, or its JSON; repeat it.", show_default="all")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -204,7 +204,8 @@ def measure(dense: Any, task: Task, config: EfficientAttentionConfig | None, see
 @torch.no_grad()
 def time_ratio(model: Any, dense: Any, task: Task, batch: Batch) -> float | None:
     """CPU time of a pass over one batch, ÷ that of the dense model: the median of three pairs in turn."""
-    calls = {name: partial(_pass, one, task, batch) for name, one in (("dense", dense), ("converted", model))}
+    models = {"dense": dense, "converted": model}
+    calls: dict[str, Callable[[Mark], None]] = {name: partial(_pass, one, task, batch) for name, one in models.items()}
     ratio = table_of(timed(calls, 3), "dense")["converted"].get("cpu_ratio")
     return None if ratio is None else round(ratio, 3)
 
