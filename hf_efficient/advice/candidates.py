@@ -157,6 +157,19 @@ class Grid:
             self.refused[mechanism] = reason
         return possible
 
+    def layers_of(self, config: EfficientAttentionConfig) -> list[int]:
+        """Indices of the layers that a setting is in."""
+        return list(range(self.num_layers)) if config.layers is None else list(config.layers)
+
+    def can_be_hybrid(self, config: EfficientAttentionConfig) -> bool:
+        """Whether some of its layers can stay exact: not where they share a module, or tokens run through all."""
+        layers = self.layers_of(config)
+        try:
+            plan(self.host, [dataclasses.replace(config, layers=tuple(layers[1:]))])
+        except ValueError:
+            return False
+        return True
+
     def neighbours(self, candidate: Candidate) -> list[Candidate]:
         """One geometric step cheaper and dearer, of a setting that was sought by its cost."""
         if candidate.size is None:

@@ -50,10 +50,10 @@ class Search:
         if self.pays_nothing:
             return
         self.known = {one.name: one for one in candidates}
-        if left_out := self.grid.left_out:
-            self.skipped.append(
-                f"{', '.join(left_out)}: {len(self.known)} settings of others come first; name candidates"
-            )
+        if self.grid.left_out:
+            others = f"{len(self.known)} settings of others come first"
+            names = ", ".join(self.grid.left_out)
+            self.skipped.append(f"{names}: not measured, as {others}; name them as candidates to measure them")
         self.alive = list(self.known)
         alive, _ = run_rounds(self.known, self.texts[CHOOSE], self._round)
         self.alive = alive
@@ -128,10 +128,11 @@ class Search:
         # of several groups of layers none is "the rest"; what must be trained is no better for exact layers beside it
         known = self.known
         missing = [name for name in missing if len(known[name].configs) == 1 and not known[name].needs_training]
+        missing = [name for name in missing if self.grid.can_be_hybrid(known[name].configs[0])]
         if not missing:
             return
         config = self.known[missing[0]].configs[0]
-        layers = list(range(self.grid.num_layers)) if config.layers is None else list(config.layers)
+        layers = self.grid.layers_of(config)
 
         few, all_texts = min(ORDER_TEXTS, self.texts[CHOOSE]), self.texts[CHOOSE]
         order = ordered(layers, lambda converted: self._hybrid(config, converted, few)[1].mean())

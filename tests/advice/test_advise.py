@@ -163,6 +163,13 @@ def test_keep_full_attention_where_nothing_pays():
     assert found.attention is None and found.commands == [] and found.text.startswith("Keep full attention")
 
 
+def test_what_is_in_all_layers_or_none_is_left_alone(costs_keys):
+    """Learned tokens run through the whole stack: no hybrid of it is tried."""
+    tokens = dict(mechanism="etc", attention_window=8, num_global_tokens=2)
+    found = he.advise(by_content(), N, rows(2), candidates=[tokens], force=True, memory=False)
+    assert not found.errors and {row["name"] for row in found.rows} == {"control", found.front[0]["name"]}
+
+
 def test_why_there_is_no_choice():
     scores = {"window": Score([1.0], 0.6), "blocks": Score([0.1], 0.9)}
     assert search._why_none(scores, 64, 0.5) == "at 64 tokens no candidate takes at most 0.5 of its time."
