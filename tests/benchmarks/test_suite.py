@@ -111,7 +111,7 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert all(len(line) == len(headings) for line in lines) and len(lines) == len(rows) + len(block["rules"])
     named = [line[1] for line in lines]
     learned = next(name for name in named if name.startswith("hedgehog"))
-    assert len(set(named)) == len(named) and any(name.endswith(f", the control of {learned}") for name in named)
+    assert len(set(named)) == len(named) and any(", the control of " in name and learned in name for name in named)
     draw_suite(document, tmp_path / "suite.png")
     assert (tmp_path / "suite.png").stat().st_size > 10_000
 
