@@ -61,7 +61,8 @@ def main() -> None:
     folder = minilm_checkpoint()
     source, tokenizer = load_stock(str(folder))[0], AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     console.print(
-        f"[bold]1. Convert[/] all-MiniLM-L6-v2, {source.num_parameters() / 1e6:.1f}M parameters, 512 positions"
+        f"[bold]1. Convert[/] all-MiniLM-L6-v2, {source.num_parameters() / 1e6:.1f}M parameters, from 512 to "
+        f"{MAX_POSITIONS} positions. Tensors:"
     )
     results = {name: he.convert(str(folder), mechanism, max_positions=MAX_POSITIONS, **options)
                for name, (mechanism, options) in MECHANISMS.items()}  # fmt: skip
@@ -83,7 +84,7 @@ def main() -> None:
     console.print("[bold]5. Next[/]")
     for step in ("hf-efficient inspect " + str(path), "hf-efficient show longformer --length 1024",
                  f"python recipes/embed.py --model {path} --output-dir embed"):  # fmt: skip
-        console.print(f"   {step}")
+        console.print(f"   {step}", soft_wrap=True)
     console.print(f"\npicture: {output / 'demo.png'}   figures: {output / 'demo.json'}")
     console.print(f"{settings['seconds']:.0f} s on {torch.get_num_threads()} threads")
     (output / "demo.txt").write_text(console.export_text())
